@@ -7,10 +7,13 @@ neuron n, so taking neurons is taking rows (`down` is the transpose of the usual
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.activations import ACT2FN
 
 
 class MoefyError(Exception):
@@ -19,11 +22,12 @@ class MoefyError(Exception):
 
 @dataclass(frozen=True)
 class FFNWeights:
-    """One dense FFN: `act(x·gateᵀ + b_g) * (x·upᵀ + b_u) · down + b_d`, or without the gate `act(x·upᵀ + b_u) · down + b_d`.
+    """One dense FFN: (act(x·gateᵀ + b_g) * (x·upᵀ + b_u)) · down + b_d; ungated: act(x·upᵀ + b_u) · down + b_d.
 
     up (F, D), down (F, D), gate (F, D) or None, gate_bias/up_bias (F,) or None, down_bias (D,) or None.
-    `activation` is a name of transformers' ACT2FN; with `activate_up` the up branch of a gated FFN is
-    activated too (Bamboo's dReLU: relu(gate) * relu(up)).
+    `activation` is a name of transformers' ACT2FN and `activation_state` the learned parameters of the few
+    that have any (prelu, xielu); with `activate_up` the up branch of a gated FFN is activated too
+    (Bamboo's dReLU: relu(gate) * relu(up)).
     """
 
     up: Tensor
@@ -34,12 +38,13 @@ class FFNWeights:
     down_bias: Tensor | None = None
     activation: str = "silu"
     activate_up: bool = False
+    activation_state: Mapping[str, Tensor] | None = None
 
     def __post_init__(self) -> None:
         if self.up.ndim != 2 or self.down.shape != self.up.shape:
-            raise ValueError(f"up and down must both be (F, D): {tuple(self.up.shape)}, {tuple(self.down.shape)}")
+            raise ValueError(f"up and down must be (F, D): {tuple(self.up.shape)}, {tuple(self.down.shape)}")
         if self.gate is not None and self.gate.shape != self.up.shape:
-            raise ValueError(f"gate must be (F, D) like up: {tuple(self.gate.shape)}, {tuple(self.up.shape)}")
+            raise ValueError(f"gate must be like up: {tuple(self.gate.shape)}, {tuple(self.up.shape)}")
         neurons, width = self.up.shape
         for name, size in (("up_bias", neurons), ("gate_bias", neurons), ("down_bias", width)):
             bias = getattr(self, name)
@@ -56,9 +61,33 @@ class FFNWeights:
     def width(self) -> int:
         return self.up.shape[1]
 
+    def act(self) -> nn.Module:
+        """The activation as a module, with its learned parameters if it has any."""
+        module = ACT2FN[self.activation]
+        if self.activation_state:
+            module.load_state_dict(dict(self.activation_state))
+        return module.to(self.up.device).requires_grad_(False)
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """Neuron activations (T, F) of inputs (T, D): what the down-projection is applied to."""
+        act = self.act()
+        up = F.linear(x, self.up, self.up_bias)
+        if self.gate is None:
+            return act(up)
+        return act(F.linear(x, self.gate, self.gate_bias)) * (act(up) if self.activate_up else up)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The dense FFN's output (T, D)."""
+        y = self.hidden(x) @ self.down
+        return y if self.down_bias is None else y + self.down_bias
+
     def take(self, rows: Tensor) -> FFNWeights:
         """The same FFN restricted to some neurons; the output bias is left out."""
         return self._map(lambda name, t: None if name == "down_bias" else t[rows])
+
+    def slice(self, start: int, stop: int) -> FFNWeights:
+        """Neurons `start` to `stop` as views, without the output bias."""
+        return self._map(lambda name, t: None if name == "down_bias" else t[start:stop])
 
     def to(self, *args: object, **kwargs: object) -> FFNWeights:
         return self._map(lambda name, t: t.to(*args, **kwargs))
@@ -66,6 +95,46 @@ class FFNWeights:
     def _map(self, change) -> FFNWeights:
         tensors = {f.name: getattr(self, f.name) for f in fields(self)}
         return replace(self, **{n: change(n, t) for n, t in tensors.items() if isinstance(t, Tensor)})
+
+
+@dataclass(frozen=True)
+class MoEWeights:
+    """An FFN cut into experts, as the kernels take it.
+
+    `shared` holds the S neurons that every token runs; `routed` the E*M others, expert after expert;
+    `bias` (D,) is added to every output once. Neither FFNWeights carries a down_bias of its own.
+    """
+
+    shared: FFNWeights
+    routed: FFNWeights
+    experts: int
+    bias: Tensor | None = None
+
+    @property
+    def expert_size(self) -> int:
+        return self.routed.neurons // self.experts if self.experts else 0
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """The shape of one converted FFN: enough to build it empty before its weights are loaded."""
+
+    width: int
+    shared: int
+    experts: int
+    expert_size: int
+    top_k: int
+    router: str | None
+    activation: str
+    gated: bool
+    up_bias: bool = False
+    gate_bias: bool = False
+    down_bias: bool = False
+    activate_up: bool = False
+
+    @property
+    def neurons(self) -> int:
+        return self.shared + self.experts * self.expert_size
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,133 @@
+"""Calibration inputs: text to batches of token windows, which tokens count, and their fingerprint."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moefy.types import MoefyError
+
+
+def token_windows(tokenizer: Any, texts: str | Iterable[str], window: int, windows: int | None = None) -> Tensor:
+    """Consecutive, non-overlapping token windows (N, window) of the texts joined by blank lines.
+
+    Each window starts with the tokenizer's BOS (or CLS) token if the tokenizer starts texts with one.
+    At most `windows` are returned. Raises MoefyError if the text is shorter than one window.
+    """
+    text = texts if isinstance(texts, str) else "\n\n".join(texts)
+    prefix = special_prefix(tokenizer)
+    body = window - len(prefix)
+    if body < 1:
+        raise MoefyError(f"A window of {window} tokens leaves no room for text; make it larger.")
+    ids = tokenizer(_first_characters(text, windows, window), add_special_tokens=False, verbose=False)["input_ids"]
+    count = len(ids) // body
+    if count == 0:
+        raise MoefyError(
+            f"The text is shorter than a window: {len(ids)} tokens, and a window takes {body}; "
+            f"give more text or a smaller --window."
+        )
+    count = min(count, windows or count)
+    rows = torch.tensor(ids[: count * body], dtype=torch.long).view(count, body)
+    return torch.cat([torch.tensor(prefix, dtype=torch.long).expand(count, -1), rows], dim=1)
+
+
+def special_prefix(tokenizer: Any) -> list[int]:
+    """The special tokens that the tokenizer puts before a text, as ids (often none, or one BOS)."""
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    full = tokenizer("a")["input_ids"]
+    for start in range(len(full) - len(plain) + 1):
+        if full[start : start + len(plain)] == plain:
+            return full[:start]
+    return []
+
+
+def _first_characters(text: str, windows: int | None, window: int) -> str:
+    # Tokenising a whole corpus to use its first windows takes minutes; no tokenizer averages 12 characters.
+    return text if windows is None else text[: windows * window * 12]
+
+
+def text_calibration(
+    tokenizer: Any,
+    texts: str | Iterable[str],
+    *,
+    window: int = 1024,
+    windows: int = 16,
+    batch_size: int = 1,
+    decoder_start: int | None = None,
+) -> list[dict[str, Tensor]]:
+    """Batches of model inputs from text: `input_ids` and `attention_mask`, each (batch_size, window).
+
+    With `decoder_start` (an encoder-decoder's start token) each window is cut in two: the first half
+    is the encoder's input, the second the decoder's, shifted right by the start token.
+    """
+    rows = token_windows(tokenizer, texts, window, windows)
+    batches = []
+    for ids in rows.split(batch_size):
+        if decoder_start is None:
+            batches.append({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+            continue
+        source, target = ids[:, : window // 2], ids[:, window // 2 :]
+        start = torch.full((len(ids), 1), decoder_start, dtype=torch.long)
+        batches.append(
+            {
+                "input_ids": source,
+                "attention_mask": torch.ones_like(source),
+                "decoder_input_ids": torch.cat([start, target[:, :-1]], dim=1),
+            }
+        )
+    return batches
+
+
+@dataclass(frozen=True)
+class CalibrationInfo:
+    """What a conversion was calibrated on: stored with the checkpoint."""
+
+    tokens: int
+    batches: int
+    fingerprint: str
+
+    @classmethod
+    def of(cls, batches: Sequence[Mapping[str, Any]]) -> CalibrationInfo:
+        digest, tokens = hashlib.sha256(), 0
+        for batch in batches:
+            for key in sorted(batch):
+                value = batch[key]
+                if isinstance(value, Tensor):
+                    digest.update(f"{key}{tuple(value.shape)}{value.dtype}".encode())
+                    digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            mask, ids = batch.get("attention_mask"), batch.get("input_ids")
+            tokens += int(mask.sum()) if isinstance(mask, Tensor) else ids.numel() if isinstance(ids, Tensor) else 0
+        return cls(tokens=tokens, batches=len(batches), fingerprint=digest.hexdigest()[:16])
+
+
+def check_batches(batches: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The calibration as a list of model inputs, or a MoefyError that says what is wrong with it."""
+    checked = list(batches)
+    if not checked:
+        raise MoefyError("The calibration is empty; give at least one batch of model inputs.")
+    for i, batch in enumerate(checked):
+        if not isinstance(batch, Mapping):
+            raise MoefyError(
+                f"Calibration batch {i} is a {type(batch).__name__}; each must be a dict of model inputs, "
+                f"such as moefy.text_calibration(tokenizer, text) gives."
+            )
+        for key, value in batch.items():
+            if isinstance(value, Tensor) and value.is_floating_point() and not value.isfinite().all():
+                raise MoefyError(f"Calibration batch {i} has NaN or infinite values in {key!r}.")
+    return checked
+
+
+def real_tokens(site: str, batch: Mapping[str, Any]) -> Tensor | None:
+    """The mask of real tokens among a site's inputs, None if every one counts.
+
+    Sites of an encoder-decoder's decoder see the decoder's tokens, all others those of attention_mask.
+    """
+    if ".decoder." in f".{site}" and "decoder_input_ids" in batch:
+        return batch.get("decoder_attention_mask")
+    mask = batch.get("attention_mask")
+    return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None

@@ -1,0 +1,165 @@
+"""Save and load converted models: safetensors, written beside and renamed into place."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import transformers
+from safetensors import SafetensorError
+from transformers import PreTrainedModel
+
+from moefy import hf
+from moefy.model_card import model_card
+from moefy.recipe import Recipe
+from moefy.sites import bamboo, find_sites
+from moefy.sources import check_directory, quiet_transformers
+from moefy.types import MoefyError
+
+# Files of the source that a converted model needs as they are.
+_COMPANIONS = ("preprocessor_config.json", "processor_config.json", "chat_template.jinja")
+
+
+def check_output(path: str | os.PathLike[str], overwrite: bool = False) -> Path:
+    """The output path, or a MoefyError if something is there that may not be replaced."""
+    out = Path(path).expanduser().absolute()
+    _recover(out)
+    if out.exists() and not overwrite:
+        raise MoefyError(f"{path} exists already; choose another output or say --overwrite.")
+    if out.exists() and not (out / "config.json").exists() and (not out.is_dir() or any(out.iterdir())):
+        raise MoefyError(f"{path} is not a model directory, so it will not be overwritten.")
+    return out
+
+
+def save(
+    model: PreTrainedModel,
+    path: str | os.PathLike[str],
+    tokenizer: Any = None,
+    *,
+    overwrite: bool = False,
+    source: str | None = None,
+    figures: dict[str, float] | None = None,
+) -> Path:
+    """Write a converted model: shards, config, recipe.yaml, report.json, a model card, the tokenizer.
+
+    `source` names the dense model in the card, `figures` are measured numbers to print there. Everything
+    is written to a hidden directory beside `path` and renamed, so a crash leaves nothing or the whole.
+    Raises MoefyError if the output exists (unless `overwrite`), the disk is full or it is not writable.
+    """
+    record = getattr(model.config, "moefy", None)
+    if not record:
+        raise MoefyError("This model is not converted, so there is nothing for moefy to save; convert it first.")
+    out = check_output(path, overwrite)
+    partial = out.parent / f".{out.name}.partial-{os.getpid()}"
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        for stale in out.parent.glob(f".{out.name}.partial-*"):
+            shutil.rmtree(stale)
+        partial.mkdir()
+        _write(model, partial, tokenizer, source, figures, record)
+        _sync(partial)
+        _rename(partial, out)
+    except (OSError, SafetensorError) as error:
+        raise MoefyError(_why_not_written(error, out)) from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return out
+
+
+def load(path: str | os.PathLike[str], **options: Any) -> PreTrainedModel:
+    """A converted model from disk; `options` go to transformers' from_pretrained (dtype, device_map, ...)."""
+    folder = Path(path).expanduser().absolute()
+    _recover(folder)
+    if not folder.is_dir():
+        raise MoefyError(f"There is no model directory {path}.")
+    check_directory(folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if config.get("model_type") != hf.MODEL_TYPE:
+        raise MoefyError(f"{path} is not a model that moefy converted (its model type is {config.get('model_type')}).")
+    name = config["architectures"][0].removeprefix("Moefy")
+    base = getattr(transformers, name, None) or getattr(bamboo, name, None)
+    if base is None:
+        raise MoefyError(f"This transformers ({transformers.__version__}) has no {name}, which {path} needs.")
+    loaded = hf.MoefyConfig.from_pretrained(folder)
+    with quiet_transformers():
+        return hf.model_class(base, type(loaded)).from_pretrained(
+            folder, config=loaded, use_safetensors=True, **{"dtype": "auto", **options}
+        )
+
+
+def to_dense(model: PreTrainedModel) -> PreTrainedModel:
+    """The dense model again, with the weights that the converted one holds, in their own order."""
+    base = hf.base_class(model)
+    config = base.config_class.from_dict({**model.config.to_dict(), "model_type": model.config.base_model_type})
+    del config.moefy, config.base_model_type
+    dense = base(config).to(model.dtype)
+    state = model.state_dict()
+    dense.load_state_dict({k: v for k, v in state.items() if k in dense.state_dict()}, strict=False)
+    dense.tie_weights()
+    for site in find_sites(dense):
+        site.write(model.get_submodule(site.entry_name).to_dense())
+    return dense.eval()
+
+
+def _write(
+    model: PreTrainedModel,
+    folder: Path,
+    tokenizer: Any,
+    source: str | None,
+    figures: dict[str, float] | None,
+    record: dict[str, Any],
+) -> None:
+    with quiet_transformers():
+        model.save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+    for name in _COMPANIONS:
+        companion = Path(source or "").expanduser() / name
+        if source and companion.is_file() and not (folder / name).exists():
+            shutil.copyfile(companion, folder / name)
+    (folder / "recipe.yaml").write_text(Recipe.of(record["recipe"]).to_yaml(), encoding="utf-8")
+    report = {**record, "figures": figures or {}}
+    (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    (folder / "README.md").write_text(model_card(model, source, figures or {}), encoding="utf-8")
+
+
+def _rename(partial: Path, out: Path) -> None:
+    old = _old(out)
+    if out.exists():
+        out.rename(old)
+    partial.rename(out)
+    shutil.rmtree(old, ignore_errors=True)
+    _sync(out.parent, files=False)
+
+
+def _old(out: Path) -> Path:
+    return out.parent / f".{out.name}.old"
+
+
+def _recover(out: Path) -> None:
+    """Undo an overwrite that was cut off between its two renames."""
+    if _old(out).exists():
+        if out.exists():
+            shutil.rmtree(_old(out), ignore_errors=True)
+        else:
+            _old(out).rename(out)
+
+
+def _sync(folder: Path, files: bool = True) -> None:
+    for path in [*(folder.iterdir() if files else ()), folder]:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _why_not_written(error: Exception, out: Path) -> str:
+    text = str(error)
+    if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in text or "os error 28" in text:
+        return f"The disk is full: {out} was not written, and nothing is left of it; free some space and try again."
+    return f"{out} cannot be written: {text.splitlines()[0] if text else type(error).__name__}."

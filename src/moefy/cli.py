@@ -1,0 +1,210 @@
+"""The command line: convert, eval, generate, demo. Every mistake is one sentence and exit status 2."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from moefy.types import MoefyError
+
+# transformers takes seconds to import: `moefy --help` should not wait for it, so commands import inside.
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+
+Calibration = Annotated[
+    str,
+    typer.Option(
+        help="Text to calibrate on: a file (.txt, .txt.gz, .jsonl), hf:DATASET[/CONFIG][:SPLIT], the text itself, "
+        "or pydoc, the English text that ships with Python."
+    ),
+]
+Dtype = Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")]
+RemoteCode = Annotated[bool, typer.Option(help="Run the checkpoint's own code. Only for sources you trust.")]
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(help="A Hugging Face directory or hub name, or a GGUF file.")],
+    output: Annotated[Path, typer.Argument(help="The directory to write.")],
+    recipe: Annotated[str, typer.Option(help="cmoe, moefication, shared-only, or a YAML file.")] = "cmoe",
+    experts: Annotated[int | None, typer.Option(help="Experts in all, shared ones included.")] = None,
+    shared: Annotated[int | None, typer.Option(help="Experts that always run.")] = None,
+    active: Annotated[int | None, typer.Option(help="Routed experts that run for each token.")] = None,
+    construction: Annotated[str | None, typer.Option(help="How neurons are grouped.")] = None,
+    router: Annotated[str | None, typer.Option(help="How experts are picked.")] = None,
+    seed: Annotated[int | None, typer.Option()] = None,
+    calibration: Calibration = "pydoc",
+    window: Annotated[int, typer.Option(help="Tokens in a calibration window.")] = 1024,
+    windows: Annotated[int, typer.Option(help="Calibration windows at most.")] = 16,
+    memory: Annotated[float, typer.Option(help="GiB of activations to hold between layers; more goes to disk.")] = 1.0,
+    dtype: Dtype = "auto",
+    overwrite: Annotated[bool, typer.Option(help="Replace the output if it is a model directory.")] = False,
+    trust_remote_code: RemoteCode = False,
+) -> None:
+    """Convert a dense model's FFNs to mixtures of experts and save the result."""
+    from moefy import checkpoint, console, texts
+    from moefy.convert import convert as convert_model
+    from moefy.recipe import Recipe
+    from moefy.sources import load_source
+
+    changes = {
+        "experts": experts,
+        "shared": shared,
+        "active": active,
+        "construction": construction,
+        "router": router,
+        "seed": seed,
+    }
+    wanted = Recipe.of(recipe, **{k: v for k, v in changes.items() if v is not None})
+    checkpoint.check_output(output, overwrite)
+    text = texts.read_text(calibration)
+    with console.status(f"Loading {source}"):
+        model, tokenizer = load_source(source, dtype=dtype, remote_code=trust_remote_code)
+    batches = _batches(model, tokenizer, text, window, windows)
+    with console.progress("Converting layers") as update:
+        report = convert_model(model, wanted, batches, hold_bytes=int(memory * 2**30), progress=update)
+    with console.status(f"Saving {output}"):
+        checkpoint.save(model, output, tokenizer, overwrite=overwrite, source=source)
+    console.table(
+        f"{output}",
+        ["", ""],
+        [
+            ["recipe", wanted.name],
+            ["layers converted", str(len(report.layers))],
+            ["share of FFN multiply-adds active", f"{report.active_fraction:.1%}"],
+            ["mean error of a layer's output", f"{sum(x.error for x in report.layers) / len(report.layers):.3f}"],
+            ["calibration tokens", f"{report.calibration.tokens:,}"],
+            ["seconds", f"{report.seconds:.1f}"],
+            ["peak memory", f"{report.peak_bytes / 2**30:.2f} GiB"],
+        ],
+    )
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A converted directory, or any dense model that convert takes.")],
+    text: Annotated[str, typer.Option(help="Text to measure on; see convert --calibration.")] = "pydoc",
+    against: Annotated[str | None, typer.Option(help="A dense model to measure beside it.")] = None,
+    window: Annotated[int, typer.Option(help="Tokens in a window.")] = 1024,
+    windows: Annotated[int, typer.Option(help="Windows at most.")] = 12,
+    dtype: Dtype = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    trust_remote_code: RemoteCode = False,
+) -> None:
+    """Measure a model: perplexity, agreement with the dense model, routing."""
+    from moefy import console, texts
+    from moefy.evaluate import evaluate_model
+
+    body = texts.read_text(text)
+    with console.status(f"Loading {model}"):
+        ours, tokenizer = load_any(model, dtype, trust_remote_code)
+        dense = load_any(against, dtype, trust_remote_code)[0] if against else None
+    batches = _batches(ours, tokenizer, body, window, windows)
+    with console.progress("Evaluating") as update:
+        figures = evaluate_model(ours, dense, batches, tokenizer, update)
+    if as_json:
+        print(json.dumps(figures, indent=2))
+        return
+    rows = [[name.replace("_", " "), f"{value:.4g}"] for name, value in figures.items() if isinstance(value, float)]
+    console.table(model, ["", ""], rows)
+    if "protocol" in figures:
+        console.out.print(f"Perplexity: {figures['protocol']}.")
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Argument(help="A converted directory, or any dense model that convert takes.")],
+    prompt: str,
+    tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 64,
+    chat: Annotated[bool, typer.Option(help="Put the prompt into the model's chat template.")] = False,
+    dtype: Dtype = "auto",
+    trust_remote_code: RemoteCode = False,
+) -> None:
+    """Continue a prompt, token by token as they come (greedy)."""
+    from transformers import TextStreamer
+
+    from moefy import console
+
+    with console.status(f"Loading {model}"):
+        loaded, tokenizer = load_any(model, dtype, trust_remote_code)
+    if tokenizer is None or not loaded.can_generate():
+        raise MoefyError(f"{model} is not a model that generates text.")
+    if chat:
+        if not tokenizer.chat_template:
+            raise MoefyError(f"{model} has no chat template; leave out --chat.")
+        message = [{"role": "user", "content": prompt}]
+        prompt = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+    inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat)
+    if inputs["input_ids"].shape[1] == 0:
+        raise MoefyError("The prompt is empty; give some text to continue.")
+    streamer = None if loaded.config.is_encoder_decoder else TextStreamer(tokenizer, skip_special_tokens=True)
+    ids = loaded.generate(
+        input_ids=inputs["input_ids"],
+        attention_mask=inputs["attention_mask"],
+        max_new_tokens=tokens,
+        do_sample=False,
+        streamer=streamer,
+        pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
+    )
+    if streamer is None:
+        print(tokenizer.decode(ids[0], skip_special_tokens=True))
+
+
+@app.command()
+def demo(
+    output: Annotated[Path | None, typer.Option(help="Keep the converted model here.")] = None,
+    recipe: Annotated[str, typer.Option(help="A recipe's name or a YAML file.")] = "cmoe",
+    windows: Annotated[int, typer.Option(help="Windows of 1,024 tokens to measure on.")] = 6,
+) -> None:
+    """Convert SmolLM2-135M on text that ships with Python, reload it from disk and measure it."""
+    from moefy.demo import run
+
+    run(output, recipe, windows)
+
+
+def load_any(name: str, dtype: str, remote_code: bool) -> tuple[Any, Any]:
+    """A converted or a dense model, with its tokenizer."""
+    from moefy import checkpoint
+    from moefy.sources import load_source, load_tokenizer
+
+    config = Path(name).expanduser() / "config.json"
+    if config.is_file() and '"model_type": "moefy"' in config.read_text(encoding="utf-8"):
+        return checkpoint.load(name, dtype=dtype), load_tokenizer(name)
+    return load_source(name, dtype=dtype, remote_code=remote_code)
+
+
+def _batches(model: Any, tokenizer: Any, text: str, window: int, windows: int) -> list[dict[str, Any]]:
+    from moefy.calibrate import text_calibration
+
+    if tokenizer is None:
+        raise MoefyError("This model has no tokenizer, so text cannot be fed to it; use moefy.convert from Python.")
+    config = model.config.get_text_config()
+    longest = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or window
+    # RoBERTa counts positions from its padding token's id on, so two of its positions are never used.
+    offset = 2 if "roberta" in getattr(model.config, "base_model_type", config.model_type) else 0
+    start = model.config.decoder_start_token_id if model.config.is_encoder_decoder else None
+    return text_calibration(tokenizer, text, window=min(window, longest - offset), windows=windows, decoder_start=start)
+
+
+def main() -> None:
+    """The entry point of the `moefy` command."""
+    try:
+        app(standalone_mode=True)
+    except MoefyError as error:
+        _fail(str(error))
+    except KeyboardInterrupt:
+        print("Interrupted; nothing was left behind.", file=sys.stderr)
+        sys.exit(130)
+    except MemoryError:
+        _fail("There is not enough memory; use a smaller --window, fewer --windows or a smaller --memory.")
+    except OSError as error:
+        _fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}.")
+
+
+def _fail(sentence: str) -> None:
+    print(f"moefy: {sentence}", file=sys.stderr)
+    sys.exit(2)

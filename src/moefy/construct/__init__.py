@@ -1,0 +1,39 @@
+"""Which neurons always run, and how the others are grouped into experts.
+
+A construction is a function `group(stats, members, experts, seed) -> (E, M)` in a file of its own and
+one line in CONSTRUCTIONS.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from moefy.construct import activation, random, weights
+from moefy.stats import NeuronStats
+from moefy.types import LayerSpec, Partition
+
+Group = Callable[[NeuronStats, Tensor, int, int], Tensor]
+
+CONSTRUCTIONS: dict[str, Group] = {
+    "activation": activation.group,
+    "weights": weights.group,
+    "random": random.group,
+    # The control: the neurons that are not shared are never run, so how they are grouped is of no matter.
+    "shared_only": random.group,
+}
+
+
+def construct(method: str, spec: LayerSpec, stats: NeuronStats, seed: int) -> Partition:
+    """Cut an FFN's neurons: the `spec.shared` with the highest activation rates are shared (CMoE, section 4.1),
+    the rest become `spec.experts` experts by `method`."""
+    # Without shared experts the rates are not needed, and not computed.
+    shared = stats.rates.topk(spec.shared).indices.sort().values if spec.shared else torch.empty(0).long()
+    rest = torch.ones(spec.neurons, dtype=torch.bool)
+    rest[shared] = False
+    members = rest.nonzero().flatten()
+    if spec.experts == 0:
+        return Partition(shared=shared, experts=torch.empty(0, 0, dtype=torch.long))
+    return Partition(shared=shared, experts=CONSTRUCTIONS[method](stats, members, spec.experts, seed))

@@ -1,0 +1,206 @@
+"""Quality of a converted model: perplexity, agreement with the dense model, and how well it routes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from moefy.moe import MoEFFN, moe_layers
+from moefy.routers.oracle import OracleRouter
+from moefy.types import MoefyError
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """exp(mean negative log-likelihood) over `tokens` predicted tokens, and the protocol behind it.
+
+    Consecutive windows of `window` tokens, `stride` apart (equal: no overlap), each scored on its own;
+    the first token of a window has no context and is not counted. `prefix` special tokens open each window.
+    """
+
+    perplexity: float
+    tokens: int
+    windows: int
+    window: int
+    stride: int
+    prefix: int
+
+    def protocol(self) -> str:
+        return (
+            f"{self.windows} windows of {self.window} tokens, stride {self.stride}, {self.tokens} tokens predicted, "
+            f"{self.prefix} special tokens before each window"
+        )
+
+
+@torch.no_grad()
+def perplexity(model: nn.Module, windows: Tensor, prefix: int = 0, progress: Progress | None = None) -> Perplexity:
+    """Perplexity of a causal language model over token windows (N, window), see `calibrate.token_windows`.
+
+    `prefix` is the number of special tokens at the start of every window; they are context, not predicted.
+    """
+    model.eval()
+    loss, count = 0.0, 0
+    first = max(prefix, 1)
+    for i, ids in enumerate(windows):
+        logits = _causal_logits(model, ids[None])[0, first - 1 : -1].float()
+        loss += F.cross_entropy(logits, ids[first:].to(logits.device), reduction="sum").item()
+        count += len(ids) - first
+        if progress:
+            progress(i + 1, len(windows))
+    mean = loss / count
+    value = math.exp(mean) if mean < 700 else math.inf
+    return Perplexity(value, count, len(windows), windows.shape[1], windows.shape[1] - prefix, prefix)
+
+
+def _causal_logits(model: nn.Module, ids: Tensor) -> Tensor:
+    if not is_causal_lm(model):
+        raise MoefyError(f"Perplexity needs a causal language model; this is a {type(model).__name__}.")
+    return model(input_ids=ids.to(next(model.parameters()).device), use_cache=False).logits
+
+
+def is_causal_lm(model: Any) -> bool:
+    """Whether the model predicts each next token of its input."""
+    names = {c.__name__.removeprefix("Moefy") for c in type(model).__mro__}
+    ends = ("ForCausalLM", "LMHeadModel")
+    return any(name.endswith(ends) for name in names) and not getattr(model.config, "is_encoder_decoder", False)
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How near a converted model's outputs are to the dense model's, over `rows` output vectors.
+
+    `error` is ‖dense - converted‖² / ‖dense‖² of the outputs; for models with logits `top1` is the share
+    of rows with the same highest logit and `kl` the mean divergence from the dense distribution in nats.
+    """
+
+    rows: int
+    error: float
+    top1: float | None = None
+    kl: float | None = None
+
+
+@torch.no_grad()
+def agreement(model: nn.Module, dense: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Agreement:
+    """Compare two models on model inputs; padding is left out where the output has a row a token."""
+    model.eval(), dense.eval()
+    lost = total = top1 = kl = 0.0
+    rows = 0
+    has_logits = False
+    for batch in batches:
+        (ours, _), (theirs, has_logits) = _output(model, batch), _output(dense, batch)
+        mask = batch.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.shape == ours.shape[:-1]:
+            ours, theirs = ours[mask.bool()], theirs[mask.bool()]
+        ours, theirs = ours.reshape(-1, ours.shape[-1]), theirs.reshape(-1, theirs.shape[-1])
+        lost += (ours - theirs).square().sum().item()
+        total += theirs.square().sum().item()
+        top1 += (ours.argmax(-1) == theirs.argmax(-1)).sum().item()
+        kl += F.kl_div(ours.log_softmax(-1), theirs.log_softmax(-1), log_target=True, reduction="sum").item()
+        rows += len(ours)
+    if rows == 0:
+        raise MoefyError("There is nothing to compare the models on; give some text.")
+    error = lost / total if total else 0.0
+    return Agreement(rows, error, top1 / rows, kl / rows) if has_logits else Agreement(rows, error)
+
+
+def _output(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, bool]:
+    """A model's logits, or its first output if it has none, and whether they are logits."""
+    out = model(**batch)
+    return (out["logits"] if "logits" in out else out[0]).float(), "logits" in out
+
+
+@dataclass(frozen=True)
+class Routing:
+    """How one layer routes. `recall`: share of the oracle's K experts that the router picks too.
+
+    `load` (E,) is the share of all choices that went to each expert (uniform: 1/E); `imbalance` is the
+    busiest expert's load over the mean.
+    """
+
+    recall: float
+    load: Tensor
+    tokens: int
+
+    @property
+    def imbalance(self) -> float:
+        return float(self.load.max() * len(self.load)) if len(self.load) else 1.0
+
+
+@torch.no_grad()
+def routing(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> dict[str, Routing]:
+    """Recall against the oracle and expert load of every routed layer, over model inputs."""
+    counts: dict[str, Tensor] = {}
+    hits: dict[str, int] = {}
+    tokens: dict[str, int] = {}
+
+    def watch(name: str, moe: MoEFFN) -> Callable[..., None]:
+        oracle = OracleRouter(moe.spec)
+
+        def hook(module: nn.Module, args: tuple, out: Tensor) -> None:
+            x = args[0].reshape(-1, args[0].shape[-1])
+            chosen = moe.route(x)
+            best = oracle(x, moe.weights()).topk(moe.top_k, dim=1).indices
+            counts[name] = counts.get(name, 0) + torch.bincount(chosen.flatten(), minlength=moe.spec.experts)
+            hits[name] = hits.get(name, 0) + int((chosen[:, :, None] == best[:, None, :]).sum())
+            tokens[name] = tokens.get(name, 0) + len(x)
+
+        return hook
+
+    layers = {n: m for n, m in moe_layers(model).items() if 0 < m.top_k < m.spec.experts}
+    handles = [moe.register_forward_hook(watch(name, moe)) for name, moe in layers.items()]
+    try:
+        for batch in batches:
+            model(**batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {
+        name: Routing(hits[name] / (tokens[name] * layers[name].top_k), load / load.sum(), tokens[name])
+        for name, load in counts.items()
+    }
+
+
+def evaluate_model(
+    model: nn.Module,
+    dense: nn.Module | None,
+    batches: list[dict[str, Tensor]],
+    tokenizer: Any,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Every figure that fits the model, on batches from `text_calibration`, as one flat dictionary."""
+    from moefy.calibrate import special_prefix
+
+    figures: dict[str, Any] = {}
+    if is_causal_lm(model):
+        windows, prefix = torch.cat([b["input_ids"] for b in batches]), len(special_prefix(tokenizer))
+        ours = perplexity(model, windows, prefix, progress)
+        figures.update(perplexity=ours.perplexity, protocol=ours.protocol())
+        if dense is not None:
+            theirs = perplexity(dense, windows, prefix, progress)
+            figures.update(dense_perplexity=theirs.perplexity, ratio=ours.perplexity / theirs.perplexity)
+    elif dense is None and not moe_layers(model):
+        raise MoefyError(f"A {type(model).__name__} has no perplexity; compare it with --against another model.")
+    few = batches[:4]  # a few thousand tokens settle shares to a percent
+    if dense is not None:
+        near = agreement(model, dense, few)
+        figures.update(output_error=near.error)
+        if near.top1 is not None:
+            figures.update(top1_agreement=near.top1, kl_nats=near.kl)
+    layers = moe_layers(model)
+    if layers:
+        neurons = sum(m.spec.neurons for m in layers.values())
+        figures["active_fraction"] = sum(m.active_fraction() * m.spec.neurons for m in layers.values()) / neurons
+    routed = routing(model, few)
+    if routed:
+        figures["router_recall"] = sum(r.recall for r in routed.values()) / len(routed)
+        figures["expert_imbalance"] = sum(r.imbalance for r in routed.values()) / len(routed)
+        figures["layers"] = {n: {"recall": r.recall, "load": r.load.tolist()} for n, r in routed.items()}
+    return figures

@@ -1,0 +1,73 @@
+"""The README.md of a converted checkpoint: what it was made from, how, what it costs, how to load it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from moefy.recipe import Recipe
+
+_AUTO = {
+    "ForCausalLM": "AutoModelForCausalLM",
+    "LMHeadModel": "AutoModelForCausalLM",
+    "ForConditionalGeneration": "AutoModelForSeq2SeqLM",
+    "ForSequenceClassification": "AutoModelForSequenceClassification",
+    "ForMaskedLM": "AutoModelForMaskedLM",
+    "ForImageClassification": "AutoModelForImageClassification",
+}
+
+
+def model_card(model: Any, source: str | None, figures: dict[str, float]) -> str:
+    """Markdown with the hub's metadata block."""
+    record, config = model.config.moefy, model.config
+    recipe = Recipe.of(record["recipe"])
+    base = _base_name(source)
+    architecture = config.architectures[0].removeprefix("Moefy")
+    auto = next((a for end, a in _AUTO.items() if architecture.endswith(end)), "AutoModel")
+    rows = [
+        ("Share of the FFN multiply-adds active (router included)", f"{record['active_fraction']:.1%}"),
+        ("Calibration tokens", f"{record['calibration']['tokens']:,}"),
+        ("Calibration fingerprint", record["calibration"]["fingerprint"]),
+        *((name, f"{value:.4g}") for name, value in figures.items()),
+    ]
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
+    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    metadata = "\n".join([*([f"base_model: {base}"] if base and "/" in base else []), "library_name: moefy"])
+    return f"""---
+{metadata}
+tags:
+- mixture-of-experts
+- moefy
+---
+
+# {base or architecture} as a mixture of experts
+
+{architecture} whose feed-forward networks were converted to mixtures of experts after training, with their
+own weights, by moefy ({versions}). Base model: {base or "not recorded"}.
+
+| | |
+|---|---|
+{table}
+
+## Recipe
+
+```yaml
+{recipe.to_yaml().rstrip()}
+```
+
+## Use
+
+```python
+import moefy  # makes transformers able to load this directory
+from transformers import {auto}
+
+model = {auto}.from_pretrained("path/to/this/directory")
+```
+"""
+
+
+def _base_name(source: str | None) -> str | None:
+    """The source's name without the path of the machine it was converted on."""
+    if not source:
+        return None
+    return Path(source).name if Path(source).expanduser().exists() else source

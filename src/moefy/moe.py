@@ -1,0 +1,131 @@
+"""MoEFFN: the module that takes a dense FFN's place. Route, run the experts, combine."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import torch
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+
+from moefy import kernels
+from moefy.routers import ROUTERS, Router
+from moefy.types import FFNWeights, LayerSpec, MoEWeights, Partition
+
+_PARTS = ("gate", "up", "down", "gate_bias", "up_bias")
+
+
+class MoEFFN(nn.Module):
+    """A conditional FFN: shared neurons that every token runs and K of E routed experts.
+
+    Parameters: shared_{gate,up,down} (S, D) with biases (S,); experts_{gate,up,down} (E, M, D) with
+    biases (E, M); down_bias (D,). `neurons` (S + E·M,) holds each row's index in the dense FFN.
+    """
+
+    def __init__(self, spec: LayerSpec, dtype: torch.dtype | None = None):
+        super().__init__()
+        self.spec = spec
+        self.top_k = spec.top_k
+        present = {
+            "gate": spec.gated,
+            "up": True,
+            "down": True,
+            "gate_bias": spec.gate_bias,
+            "up_bias": spec.up_bias,
+        }
+        for part in _PARTS:
+            tail = () if part.endswith("bias") else (spec.width,)
+            for group, size in (("shared", (spec.shared,)), ("experts", (spec.experts, spec.expert_size))):
+                value = nn.Parameter(torch.empty(*size, *tail, dtype=dtype)) if present[part] else None
+                self.register_parameter(f"{group}_{part}", value)
+        self.down_bias = nn.Parameter(torch.empty(spec.width, dtype=dtype)) if spec.down_bias else None
+        self.register_buffer("neurons", torch.empty(spec.neurons, dtype=torch.int32))
+        self.act: nn.Module = ACT2FN[spec.activation]
+        self.router: Router | None = ROUTERS[spec.router](spec) if spec.router else None
+
+    @classmethod
+    @torch.no_grad()
+    def from_dense(cls, ffn: FFNWeights, partition: Partition, spec: LayerSpec, router: Router | None) -> MoEFFN:
+        """The FFN's own weights, regrouped; with every expert active it computes what the dense FFN did."""
+        moe = cls(spec, dtype=ffn.up.dtype)
+        rows = {"shared": partition.shared, "experts": partition.experts}
+        for part in _PARTS:
+            dense = getattr(ffn, part)
+            if dense is not None:
+                for group, index in rows.items():
+                    getattr(moe, f"{group}_{part}").copy_(dense[index])
+        if moe.down_bias is not None:
+            moe.down_bias.copy_(ffn.down_bias)  # type: ignore[arg-type]
+        moe.neurons.copy_(torch.cat([partition.shared, partition.experts.flatten()]))  # type: ignore[operator]
+        if ffn.activation_state:
+            moe.act.load_state_dict(dict(ffn.activation_state))
+        moe.router = router
+        return moe
+
+    @torch.no_grad()
+    def to_dense(self) -> FFNWeights:
+        """The dense FFN this was made from, in its own order of neurons (the inverse of `from_dense`)."""
+        weights = self.weights()
+        dense: dict[str, Tensor | None] = {}
+        for part in _PARTS:
+            shared, routed = getattr(weights.shared, part), getattr(weights.routed, part)
+            if shared is None:
+                dense[part] = None
+                continue
+            rows = torch.cat([shared, routed])
+            dense[part] = torch.empty_like(rows).index_copy_(0, self.neurons.long(), rows)  # type: ignore[operator]
+        return FFNWeights(
+            **dense,  # type: ignore[arg-type]
+            down_bias=self.down_bias,
+            activation=self.spec.activation,
+            activate_up=self.spec.activate_up,
+            activation_state=weights.shared.activation_state,
+        )
+
+    def weights(self) -> MoEWeights:
+        """The parameters as the kernels take them: views, no copies."""
+        spec, state = self.spec, self.act.state_dict() or None
+
+        def part(group: str) -> FFNWeights:
+            tensors = {p: getattr(self, f"{group}_{p}") for p in _PARTS}
+            flat = {
+                p: t.reshape(-1, spec.width) if t.ndim == 3 else t.flatten() if group == "experts" else t
+                for p, t in tensors.items()
+                if t is not None
+            }
+            return FFNWeights(**flat, activation=spec.activation, activate_up=spec.activate_up, activation_state=state)
+
+        return MoEWeights(part("shared"), part("experts"), spec.experts, self.down_bias)
+
+    def route(self, x: Tensor) -> Tensor:
+        """The experts (T, K) int64 that tokens (T, D) take."""
+        if self.top_k >= self.spec.experts:
+            return torch.arange(self.spec.experts, device=x.device).expand(len(x), -1)
+        if self.top_k == 0 or self.router is None:
+            return torch.empty(len(x), 0, dtype=torch.long, device=x.device)
+        with torch.no_grad():
+            return self.router(x, self.weights()).topk(self.top_k, dim=1, sorted=False).indices
+
+    @torch.compiler.disable  # routing is data-dependent: a graph break here, the rest of the model compiles
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """(..., D) to (..., D)."""
+        x = hidden_states.reshape(-1, hidden_states.shape[-1])
+        weights = self.weights()
+        y = kernels.pick(x, weights)(x, weights, self.route(x), None)
+        return y.view(hidden_states.shape)
+
+    def active_fraction(self) -> float:
+        """Multiply-adds a token over the dense FFN's, the router's included."""
+        spec = self.spec
+        per_neuron = spec.width * (3 if spec.gated else 2)
+        active = (spec.shared + min(self.top_k, spec.experts) * spec.expert_size) * per_neuron
+        routing = self.router.multiply_adds() if self.router is not None and 0 < self.top_k < spec.experts else 0
+        return (active + routing) / (spec.neurons * per_neuron)
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{k}={v}" for k, v in asdict(self.spec).items() if v is not None and v is not False)
+
+
+def moe_layers(model: nn.Module) -> dict[str, MoEFFN]:
+    """The converted FFNs of a model by dotted name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, MoEFFN)}

@@ -1,0 +1,152 @@
+"""One validated object says how a model is converted. YAML in and out; stored with every checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from moefy.construct import CONSTRUCTIONS
+from moefy.routers import ROUTERS
+from moefy.types import FFNWeights, LayerSpec, MoefyError
+
+
+class Recipe(BaseModel):
+    """How every FFN of a model is cut and routed.
+
+    An FFN of F neurons is cut into `experts` experts of F / experts neurons, `shared` of which always
+    run and `active` of the others run for each token (CMoE's S{shared}A{active}E{experts}).
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str = "custom"
+    construction: str = "activation"
+    router: str = "representative"
+    experts: int = Field(8, ge=1)
+    shared: int = Field(3, ge=0)
+    active: int = Field(3, ge=0)
+    top_activated: int = Field(10, ge=1, description="CMoE's K_a: neurons marked per token")
+    seed: int = Field(0, ge=0)
+    chunk_tokens: int = Field(1024, ge=1, description="tokens worked on at a time")
+
+    @field_validator("construction")
+    @classmethod
+    def _known_construction(cls, value: str) -> str:
+        return _one_of("construction", value, CONSTRUCTIONS)
+
+    @field_validator("router")
+    @classmethod
+    def _known_router(cls, value: str) -> str:
+        return _one_of("router", value, ROUTERS)
+
+    @model_validator(mode="after")
+    def _counts_fit(self) -> Recipe:
+        if self.shared > self.experts:
+            raise ValueError(f"{self.shared} shared experts of {self.experts} in all; share fewer")
+        if self.active > self.experts - self.shared:
+            raise ValueError(
+                f"{self.active} active experts, but {self.experts} experts less {self.shared} shared leave "
+                f"{self.experts - self.shared} to route; use fewer active or more experts"
+            )
+        return self
+
+    def layer_spec(self, ffn: FFNWeights, site: str) -> LayerSpec:
+        """The shape that this recipe gives one FFN; MoefyError if the experts do not divide its neurons."""
+        if ffn.neurons % self.experts:
+            raise MoefyError(
+                f"{self.experts} experts do not divide the {ffn.neurons} neurons of {site}; "
+                f"the nearest counts that do are {_nearest_divisors(ffn.neurons, self.experts)}."
+            )
+        size = ffn.neurons // self.experts
+        routed = self.construction != "shared_only"
+        shared = self.shared if routed else self.shared + self.active
+        experts = self.experts - shared
+        return LayerSpec(
+            width=ffn.width,
+            shared=shared * size,
+            experts=experts,
+            expert_size=size if experts else 0,
+            top_k=self.active if routed else 0,
+            router=self.router if routed and experts else None,
+            activation=ffn.activation,
+            gated=ffn.gate is not None,
+            up_bias=ffn.up_bias is not None,
+            gate_bias=ffn.gate_bias is not None,
+            down_bias=ffn.down_bias is not None,
+            activate_up=ffn.activate_up,
+        )
+
+    def control(self) -> Recipe:
+        """The control at the same active fraction: as many neurons, always the same ones, no router."""
+        return self.model_copy(update={"construction": "shared_only", "name": f"{self.name}-shared-only"})
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(), sort_keys=False)
+
+    @classmethod
+    def from_yaml(cls, text: str) -> Recipe:
+        try:
+            data = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise MoefyError(f"The recipe is not YAML: {str(error).splitlines()[0]}.") from None
+        if not isinstance(data, dict):
+            raise MoefyError("The recipe must be a YAML mapping, such as `construction: activation`.")
+        return cls.of(data)
+
+    @classmethod
+    def of(cls, recipe: Recipe | str | Path | dict[str, Any], **changes: Any) -> Recipe:
+        """A recipe from a name in RECIPES, a YAML file, a mapping or a recipe, with `changes` applied."""
+        if isinstance(recipe, (str, Path)):
+            recipe = cls._named_or_file(recipe)
+        fields = recipe.model_dump() if isinstance(recipe, Recipe) else dict(recipe)
+        try:
+            return cls(**{**fields, **changes})
+        except ValidationError as error:
+            raise MoefyError(f"The recipe is not valid: {_sentence(error)}.") from None
+
+    @classmethod
+    def _named_or_file(cls, recipe: str | Path) -> Recipe:
+        if str(recipe) in RECIPES:
+            return RECIPES[str(recipe)]
+        path = Path(recipe)
+        if not path.is_file():
+            raise MoefyError(f"There is no recipe {str(recipe)!r}; use a YAML file or one of {', '.join(RECIPES)}.")
+        try:
+            return cls.from_yaml(path.read_text(encoding="utf-8"))
+        except UnicodeDecodeError:
+            raise MoefyError(f"The recipe {path} is not a text file.") from None
+
+
+def _one_of(what: str, value: str, known: dict[str, Any]) -> str:
+    if value not in known:
+        raise ValueError(f"there is no {what} {value!r}, choose one of {', '.join(known)}")
+    return value
+
+
+def _nearest_divisors(neurons: int, wanted: int) -> str:
+    divisors = [n for n in range(1, neurons + 1) if neurons % n == 0]
+    below, above = [n for n in divisors if n < wanted][-2:], [n for n in divisors if n > wanted][:2]
+    return ", ".join(map(str, below + above))
+
+
+def _sentence(error: ValidationError) -> str:
+    parts = []
+    for e in error.errors():
+        where = ".".join(map(str, e["loc"]))
+        message = e["msg"].removeprefix("Value error, ")
+        parts.append(f"{where}: {message}" if where else message)
+    return "; ".join(parts)
+
+
+RECIPES: dict[str, Recipe] = {
+    # arXiv 2502.04416, its S3A3E8: 75 % of the neurons run.
+    "cmoe": Recipe(name="cmoe", construction="activation", router="representative"),
+    # arXiv 2110.01786 with the selection that needs no training, at 20 % of the neurons; for ReLU models.
+    "moefication": Recipe(
+        name="moefication", construction="weights", router="similarity", experts=96, shared=0, active=19
+    ),
+    "shared-only": Recipe(name="shared-only", construction="shared_only"),
+}

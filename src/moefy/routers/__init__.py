@@ -1,0 +1,20 @@
+"""Routers by name. A router is a class in a file of its own and one line here."""
+
+from __future__ import annotations
+
+from moefy.routers.base import Router
+from moefy.routers.linear import LinearRouter
+from moefy.routers.oracle import OracleRouter
+from moefy.routers.random import RandomRouter
+from moefy.routers.representative import RepresentativeRouter
+from moefy.routers.similarity import SimilarityRouter
+
+__all__ = ["ROUTERS", "Router"]
+
+ROUTERS: dict[str, type[Router]] = {
+    "representative": RepresentativeRouter,
+    "oracle": OracleRouter,
+    "random": RandomRouter,
+    "similarity": SimilarityRouter,
+    "linear": LinearRouter,
+}

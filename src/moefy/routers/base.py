@@ -1,0 +1,42 @@
+"""What a router is: a small module that scores the experts of each token."""
+
+from __future__ import annotations
+
+import abc
+
+import torch
+from torch import Tensor, nn
+
+from moefy.stats import NeuronStats
+from moefy.types import LayerSpec, MoEWeights, Partition
+
+
+class Router(nn.Module, abc.ABC):
+    """Scores (T, E) in float32 for inputs (T, D); the experts with the highest scores run.
+
+    `__init__(spec)` makes the router empty, ready to be loaded; `build` fills it from the calibration.
+    """
+
+    #: False for a router that looks at the experts' outputs: an upper bound, with nothing saved.
+    ships = True
+
+    def __init__(self, spec: LayerSpec):
+        super().__init__()
+        self.spec = spec
+
+    @classmethod
+    @abc.abstractmethod
+    def build(cls, spec: LayerSpec, partition: Partition, stats: NeuronStats, seed: int) -> Router:
+        """A router for `partition`, made from the calibration."""
+
+    @abc.abstractmethod
+    def forward(self, x: Tensor, weights: MoEWeights) -> Tensor:
+        """Scores (T, E), float32."""
+
+    def multiply_adds(self) -> int:
+        """Multiply-adds a token: what the router costs."""
+        return sum(p.numel() for p in self.parameters())
+
+    def _weight(self, *shape: int) -> nn.Parameter:
+        # Always float32: half precision flips near ties between experts.
+        return nn.Parameter(torch.empty(*shape, dtype=torch.float32), requires_grad=False)

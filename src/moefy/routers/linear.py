@@ -1,0 +1,57 @@
+"""A linear router: ridge regression from the input to the log of each expert's contribution.
+
+The one kind of router that stock engines can run. The log makes the fit about ratios, which is what
+ranking is about; a contribution is the squared norm of an expert's output.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from moefy.routers.base import Router
+from moefy.stats import NeuronStats, contributions
+from moefy.types import LayerSpec, MoEWeights, Partition
+
+# Relative to the mean variance of the inputs; 1e-3 to 1e-1 give the same recall on SmolLM2 within 0.2 points.
+RIDGE = 1e-2
+# Experts of ReLU neurons contribute exactly 0 to many tokens: the log starts at this share of the mean.
+FLOOR = 1e-3
+
+
+class LinearRouter(Router):
+    def __init__(self, spec: LayerSpec):
+        super().__init__(spec)
+        self.weight = self._weight(spec.experts, spec.width)
+        self.bias = self._weight(spec.experts)
+
+    @classmethod
+    def build(cls, spec: LayerSpec, partition: Partition, stats: NeuronStats, seed: int) -> LinearRouter:
+        routed = stats.ffn.take(partition.experts.flatten())
+        total, tokens = 0.0, 0
+        for x in stats.inputs():
+            total, tokens = total + contributions(routed, spec.experts, x).sum().item(), tokens + len(x)
+        floor = FLOOR * total / (tokens * spec.experts) or 1e-30
+
+        xx = torch.zeros(spec.width + 1, spec.width + 1, dtype=torch.float64)
+        xy = torch.zeros(spec.width + 1, spec.experts, dtype=torch.float64)
+        for x in stats.inputs():
+            target = (contributions(routed, spec.experts, x) + floor).log().double()
+            features = F.pad(x.double(), (0, 1), value=1.0)
+            xx += features.t() @ features
+            xy += features.t() @ target
+        # Centring takes the intercept out of the penalty.
+        mean_x, mean_y = xx[-1, :-1] / tokens, xy[-1] / tokens
+        cov = xx[:-1, :-1] - tokens * mean_x[:, None] * mean_x
+        cross = xy[:-1] - tokens * mean_x[:, None] * mean_y
+        cov.diagonal().add_(RIDGE * cov.diagonal().mean() + 1e-12)
+        solution = torch.linalg.solve(cov, cross)
+
+        router = cls(spec)
+        router.weight.copy_(solution.t())
+        router.bias.copy_(mean_y - mean_x @ solution)
+        return router
+
+    def forward(self, x: Tensor, weights: MoEWeights) -> Tensor:
+        return F.linear(x.float(), self.weight.float(), self.bias.float())

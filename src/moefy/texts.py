@@ -1,0 +1,93 @@
+"""Text in: files (plain, .gz, .jsonl), hub data sets, literal text, and the text that ships with Python."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import pydoc_data.topics
+import zlib
+from pathlib import Path
+
+from moefy.types import MoefyError
+
+BUILTIN = "pydoc"
+
+
+def read_text(source: str | os.PathLike[str]) -> str:
+    """The text that `source` names.
+
+    A path of a text file (UTF-8, plain or .gz; of a .jsonl file the "text" fields, one document a line);
+    `hf:NAME[/CONFIG][:SPLIT]`, a hub data set with a "text" column (needs the `datasets` package);
+    `pydoc`, the 465 kB of English documentation in every CPython; or, if it has blanks, the text itself.
+    """
+    name = os.fspath(source)
+    if name == BUILTIN:
+        return builtin_text()
+    if name.startswith("hf:"):
+        return _hub_text(name[3:])
+    path = Path(name)
+    try:
+        exists = path.is_file()
+    except OSError:  # a long literal text is no legal file name
+        exists = False
+    if exists:
+        return _file_text(path)
+    if " " in name.strip() and len(name) > 200:
+        return name
+    raise MoefyError(f"There is no text file {name!r}; name a file, a data set (hf:NAME), or {BUILTIN!r}.")
+
+
+def builtin_text() -> str:
+    """CPython's documentation topics: real English text that needs no download (about 115,000 tokens)."""
+    topics = pydoc_data.topics.topics
+    return "\n\n".join(topics[key] for key in sorted(topics))
+
+
+def halves(text: str) -> tuple[str, str]:
+    """The two halves of a text, cut at a paragraph: one to calibrate on, one to measure on."""
+    cut = text.find("\n\n", len(text) // 2)
+    cut = len(text) // 2 if cut < 0 else cut
+    return text[:cut], text[cut:]
+
+
+def _file_text(path: Path) -> str:
+    try:
+        raw = path.read_bytes()
+        if raw[:2] == b"\x1f\x8b":
+            raw = gzip.decompress(raw)
+    except (OSError, EOFError, zlib.error) as error:
+        raise MoefyError(f"The text file {path} cannot be read ({error}); check that it is whole.") from None
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        text = "\0"
+    if "\0" in text:
+        raise MoefyError(f"{path} is not a text file (it is not valid UTF-8); give plain text, .txt.gz or .jsonl.")
+    if ".jsonl" in path.suffixes:
+        text = _documents(text, path)
+    if not text.strip():
+        raise MoefyError(f"The text file {path} is empty; give one with some text in it.")
+    return text
+
+
+def _documents(lines: str, path: Path) -> str:
+    try:
+        return "\n\n".join(json.loads(line)["text"] for line in lines.splitlines() if line.strip())
+    except (json.JSONDecodeError, KeyError, TypeError):
+        raise MoefyError(f'{path} is not JSON lines with a "text" field in each.') from None
+
+
+def _hub_text(name: str) -> str:
+    try:
+        import datasets
+    except ImportError:
+        raise MoefyError("Reading a hub data set needs the datasets package: pip install datasets.") from None
+    path, _, split = name.partition(":")
+    owner_and_name, config = (path, None) if path.count("/") < 2 else path.rsplit("/", 1)
+    try:
+        rows = datasets.load_dataset(owner_and_name, config, split=split or "train")
+        return "\n\n".join(row["text"] for row in rows if row["text"].strip())
+    except Exception as error:
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise MoefyError(f"The data set {name!r} cannot be read: {first}.") from None
