@@ -153,18 +153,25 @@ class OnePass:
 
     def _inputs(self, batches: list[_Batch], name: str) -> Iterator[Tensor]:
         for batch in batches:
-            assert batch.inputs is not None
-            was_spilled = bool(batch.spilled)
-            if was_spilled:
-                self._restore(batch)
-            rows = batch.inputs.reshape(-1, batch.inputs.shape[-1])
+            inputs = self._parked_inputs(batch)
+            rows = inputs.reshape(-1, inputs.shape[-1])
             keep = self.keep(name, self.batches[batch.number])
             if keep is not None and keep.numel() == len(rows):
                 rows = rows[keep.reshape(-1).to(rows.device).bool()]
             yield rows
-            if was_spilled:
-                del rows
-                self._spill_one(batch)
+
+    def _parked_inputs(self, batch: _Batch) -> Tensor:
+        """The inputs that a parked batch waits with; a copy read from disk if they are there."""
+        inputs = batch.inputs
+        assert inputs is not None
+        storage = inputs.untyped_storage()
+        for spilled, path, size in batch.spilled:
+            if spilled._cdata == storage._cdata:
+                copy = torch.UntypedStorage(size)
+                _read(path, copy)
+                view = (inputs.storage_offset(), inputs.shape, inputs.stride())
+                return torch.empty(0, dtype=inputs.dtype).set_(copy, *view)
+        return inputs
 
     def _spill(self, batches: list[_Batch]) -> None:
         """Move the activations of parked batches to disk, the longest parked first, until the rest fits."""
@@ -194,10 +201,14 @@ class OnePass:
     def _restore(self, batch: _Batch) -> None:
         for storage, path, size in batch.spilled:
             storage.resize_(size)
-            with path.open("rb") as file:
-                file.readinto(_bytes_of(storage))
+            _read(path, storage)
             path.unlink()
         batch.spilled.clear()
+
+
+def _read(path: Path, storage: torch.UntypedStorage) -> None:
+    with path.open("rb") as file:
+        file.readinto(_bytes_of(storage))
 
 
 def _bytes_of(storage: torch.UntypedStorage) -> memoryview:

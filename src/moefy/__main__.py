@@ -1,0 +1,5 @@
+"""`python -m moefy`."""
+
+from moefy.cli import main
+
+main()

@@ -1,0 +1,208 @@
+"""Checkpoints: whole or nothing, the same bytes for the same recipe, loaded by the Auto classes, refused elsewhere."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoModelForSpeechSeq2Seq,
+)
+
+import moefy
+import tiny
+
+RECIPE = moefy.Recipe(experts=6, shared=1, active=2, top_activated=4)
+
+
+def converted(family="llama", recipe=RECIPE):
+    model = tiny.tiny(family)
+    moefy.convert(model, recipe, [tiny.inputs(family)])
+    return model
+
+
+def test_the_directory_holds_what_it_should(tmp_path):
+    model = converted()
+    moefy.save(model, tmp_path / "out", source="acme/tiny-llama", figures={"perplexity": 12.5})
+    out = tmp_path / "out"
+    names = {path.name for path in out.iterdir()}
+    assert {"config.json", "model.safetensors", "recipe.yaml", "report.json", "README.md"} <= names
+    assert moefy.Recipe.from_yaml((out / "recipe.yaml").read_text()) == RECIPE
+    report = json.loads((out / "report.json").read_text())
+    assert report["recipe"] == RECIPE.model_dump()
+    assert set(report["versions"]) == {"moefy", "torch", "transformers"}
+    assert report["calibration"]["tokens"] == 21
+    assert len(report["calibration"]["fingerprint"]) == 16
+    card = (out / "README.md").read_text()
+    for part in (
+        "base_model: acme/tiny-llama",
+        "AutoModelForCausalLM",
+        "perplexity | 12.5",
+        "construction: activation",
+    ):
+        assert part in card
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_same_recipe_and_source_give_the_same_bytes(tmp_path):
+    for name in ("a", "b"):
+        moefy.save(converted(recipe=moefy.Recipe(**{**RECIPE.model_dump(), "router": "linear"})), tmp_path / name)
+    files = sorted(path.name for path in (tmp_path / "a").iterdir())
+    for name in files:
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
+
+
+@pytest.mark.parametrize(
+    ("family", "auto"),
+    [
+        ("llama", AutoModelForCausalLM),
+        ("bamboo", AutoModelForCausalLM),
+        ("t5-v1.1", AutoModelForSeq2SeqLM),
+        ("bert", AutoModelForSequenceClassification),
+        ("bert-mlm", AutoModelForMaskedLM),
+        ("vit", AutoModelForImageClassification),
+        ("whisper", AutoModelForSpeechSeq2Seq),
+    ],
+)
+def test_auto_classes_load_it(family, auto, tmp_path):
+    model, feed = converted(family), tiny.inputs(family)
+    moefy.save(model, tmp_path / "out")
+    again = auto.from_pretrained(tmp_path / "out")
+    assert torch.equal(tiny.output(again, feed), tiny.output(model, feed))
+
+
+def test_a_bare_model_finds_its_layers_too(tmp_path):
+    from transformers import AutoModel
+
+    model, feed = converted("llama"), tiny.inputs("llama")
+    moefy.save(model, tmp_path / "out")
+    bare = AutoModel.from_pretrained(tmp_path / "out")
+    with torch.no_grad():
+        expected = model.model(**feed).last_hidden_state
+        assert torch.equal(bare(**feed).last_hidden_state, expected)
+
+
+def test_loads_in_a_new_process_to_the_same_bits(tmp_path):
+    model, feed = converted(), tiny.inputs("llama")
+    moefy.save(model, tmp_path / "out")
+    torch.save(feed, tmp_path / "feed.pt")
+    program = (
+        "import sys, torch, moefy; feed = torch.load(sys.argv[2]);"
+        "m = moefy.load(sys.argv[1]); torch.save(m(**feed).logits.detach(), sys.argv[3])"
+    )
+    paths = [str(tmp_path / name) for name in ("out", "feed.pt", "logits.pt")]
+    subprocess.run([sys.executable, "-c", program, *paths], check=True)
+    with torch.no_grad():
+        assert torch.equal(torch.load(tmp_path / "logits.pt"), model(**feed).logits)
+
+
+def test_transformers_without_moefy_refuses_it(tmp_path):
+    moefy.save(converted(), tmp_path / "out")
+    program = "import sys; from transformers import AutoModelForCausalLM as A; A.from_pretrained(sys.argv[1])"
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path / "out")], capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "`moefy`" in done.stderr
+    assert "does not recognize this architecture" in done.stderr
+
+
+def test_other_dtype_keeps_the_router_in_float32(tmp_path):
+    model = converted()
+    moefy.save(model, tmp_path / "out")
+    again = moefy.load(tmp_path / "out", dtype=torch.bfloat16)
+    layer = again.model.layers[0].mlp
+    assert layer.experts_up.dtype == torch.bfloat16
+    assert layer.router.up.dtype == torch.float32
+    assert torch.equal(layer.router.up, model.model.layers[0].mlp.router.up)
+
+
+def test_existing_output_needs_overwrite(tmp_path):
+    model = converted()
+    moefy.save(model, tmp_path / "out")
+    before = (tmp_path / "out" / "model.safetensors").stat().st_mtime_ns
+    with pytest.raises(moefy.MoefyError, match="exists already"):
+        moefy.save(model, tmp_path / "out")
+    assert (tmp_path / "out" / "model.safetensors").stat().st_mtime_ns == before
+    moefy.save(model, tmp_path / "out", overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "diary.txt").write_text("not a model")
+    with pytest.raises(moefy.MoefyError, match="not a model directory"):
+        moefy.save(model, tmp_path / "other", overwrite=True)
+    assert (tmp_path / "other" / "diary.txt").exists()
+
+
+def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
+    model = converted()
+    moefy.save(model, tmp_path / "out")
+    kept = (tmp_path / "out" / "config.json").read_bytes()
+
+    def full(folder, *args, **kwargs):
+        (folder / "half.safetensors").write_bytes(b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(type(model), "save_pretrained", lambda self, folder: full(folder))
+    for name in ("out", "new"):
+        with pytest.raises(moefy.MoefyError, match="disk is full"):
+            moefy.save(model, tmp_path / name, overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (tmp_path / "out" / "config.json").read_bytes() == kept
+
+
+@pytest.mark.parametrize("step", ["_sync", "_rename"])
+def test_killed_while_saving_leaves_nothing_or_the_old(tmp_path, step):
+    """SIGKILL just before a step: the output is absent or the old one, and the next save cleans up."""
+    program = f"""
+import os, signal, sys
+sys.path.insert(0, {os.path.dirname(__file__)!r})
+import moefy, moefy.checkpoint, test_checkpoint
+moefy.checkpoint.{step} = lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL)
+moefy.save(test_checkpoint.converted(), sys.argv[1], overwrite=True)
+"""
+    for existing in (False, True):
+        out = tmp_path / f"out-{existing}"
+        if existing:
+            moefy.save(converted(), out)
+        done = subprocess.run([sys.executable, "-c", program, str(out)])
+        assert done.returncode == -signal.SIGKILL
+        assert out.exists() == existing
+        if existing:
+            moefy.load(out)
+        moefy.save(converted(), out, overwrite=True)
+        assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(f".{out.name}.")]
+
+
+def test_killed_between_the_two_renames_of_an_overwrite_keeps_the_old(tmp_path):
+    moefy.save(converted(), tmp_path / "out")
+    (tmp_path / "out").rename(tmp_path / ".out.old")
+    (tmp_path / ".out.partial-1").mkdir()
+    moefy.load(tmp_path / "out")
+    moefy.save(converted(), tmp_path / "out", overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_only_converted_models_are_saved_and_loaded(tmp_path):
+    with pytest.raises(moefy.MoefyError, match="not converted"):
+        moefy.save(tiny.tiny("llama"), tmp_path / "out")
+    tiny.tiny("llama").save_pretrained(tmp_path / "dense")
+    with pytest.raises(moefy.MoefyError, match="model type is llama"):
+        moefy.load(tmp_path / "dense")
+    with pytest.raises(moefy.MoefyError, match="no model directory"):
+        moefy.load(tmp_path / "nowhere")
+
+
+def test_save_pretrained_alone_is_safe_too(tmp_path):
+    model = converted()
+    model.save_pretrained(tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "moefy"
+    assert torch.equal(
+        tiny.output(moefy.load(tmp_path / "out"), tiny.inputs("llama")), tiny.output(model, tiny.inputs("llama"))
+    )

@@ -1,0 +1,66 @@
+"""The folders are the pipeline: imports point one way."""
+
+import ast
+from pathlib import Path
+
+import moefy
+
+ROOT = Path(moefy.__file__).parent
+# A module may import those before it, and its own folder.
+ORDER = [
+    "version",
+    "types",
+    "texts",
+    "sites",
+    "stats",
+    "calibrate",
+    "construct",
+    "routers",
+    "kernels",
+    "moe",
+    "hf",
+    "recipe",
+    "one_pass",
+    "convert",
+    "sources",
+    "model_card",
+    "checkpoint",
+    "evaluate",
+    "console",
+    "demo",
+    "cli",
+]
+TOP = {"__init__", "__main__"}
+
+
+def part_of(path: Path) -> str:
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def imported_parts(path: Path) -> set[str]:
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "moefy":
+            names = node.module.split(".")[1:2] or [alias.name for alias in node.names]
+            found |= set(names)
+    return found
+
+
+def test_imports_point_one_way():
+    wrong = []
+    for path in sorted(ROOT.rglob("*.py")):
+        here = part_of(path)
+        if here in TOP:
+            continue
+        allowed = {*ORDER[: ORDER.index(here)], here}
+        wrong += [f"{path.name} imports {name}" for name in imported_parts(path) - allowed]
+    assert not wrong
+
+
+def test_every_module_is_in_the_order():
+    assert {part_of(path) for path in ROOT.rglob("*.py")} - TOP == set(ORDER)
+
+
+def test_files_stay_short():
+    long = {path.name: n for path in ROOT.rglob("*.py") if (n := len(path.read_text().splitlines())) > 400}
+    assert not long

@@ -1,0 +1,106 @@
+"""A converted model in use: generation with a cache, padding, compile, gradients, peft-style training mode."""
+
+import torch
+
+import moefy
+import tiny
+from moefy.evaluate import agreement, evaluate_model, perplexity, routing
+from moefy.moe import moe_layers
+
+RECIPE = moefy.Recipe(experts=6, shared=1, active=2, top_activated=4, router="linear")
+
+
+def converted(family="llama", **changes):
+    model = tiny.tiny(family)
+    recipe = moefy.Recipe(**{**RECIPE.model_dump(), **changes})
+    moefy.convert(model, recipe, [tiny.inputs(family, seed=s) for s in range(4)])
+    return model
+
+
+def test_generation_with_and_without_cache_is_the_same():
+    model = converted()
+    ids = tiny.inputs("llama", batch=1)["input_ids"]
+    options = {"max_new_tokens": 10, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(model.generate(ids, use_cache=True, **options), model.generate(ids, use_cache=False, **options))
+
+
+def test_padding_does_not_change_real_tokens():
+    model = converted()
+    ids = tiny.inputs("llama", batch=1, length=9)["input_ids"]
+    padded = torch.cat([torch.zeros(1, 4, dtype=torch.long), ids], dim=1)
+    mask = torch.cat([torch.zeros(1, 4, dtype=torch.long), torch.ones_like(ids)], dim=1)
+    with torch.no_grad():
+        alone = model(input_ids=ids).logits
+        with_padding = model(input_ids=padded, attention_mask=mask).logits[:, 4:]
+    torch.testing.assert_close(with_padding, alone, rtol=1e-4, atol=1e-4)
+
+
+def test_encoder_decoder_generates():
+    model = converted("t5-v1.1")
+    out = model.generate(tiny.inputs("t5-v1.1")["input_ids"], max_new_tokens=5, do_sample=False)
+    assert out.shape[0] == 2
+
+
+def test_compiles_with_a_graph_break():
+    model, feed = converted(), tiny.inputs("llama")
+    compiled = torch.compile(model, backend="eager")
+    torch.testing.assert_close(tiny.output(compiled, feed), tiny.output(model, feed))
+
+
+def test_gradients_reach_every_expert_that_ran():
+    model = converted().train()
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    model(**tiny.inputs("llama"), labels=tiny.inputs("llama")["input_ids"]).loss.backward()
+    for layer in moe_layers(model).values():
+        assert layer.shared_up.grad.abs().sum() > 0
+        assert layer.experts_down.grad.abs().sum() > 0
+
+
+def test_perplexity_counts_and_matches_the_definition():
+    model = tiny.tiny("llama")
+    windows = torch.randint(3, tiny.VOCAB, (3, 16))
+    result = perplexity(model, windows, prefix=1)
+    with torch.no_grad():
+        logp = model(windows).logits.double().log_softmax(-1)
+    nll = -logp[:, :-1].gather(2, windows[:, 1:, None])
+    assert result.tokens == 3 * 15
+    assert abs(result.perplexity - nll.mean().exp().item()) < 1e-3 * result.perplexity
+    assert "3 windows of 16 tokens" in result.protocol()
+
+
+def test_agreement_of_a_model_with_itself_and_another():
+    model, feed = tiny.tiny("llama"), tiny.inputs("llama")
+    same = agreement(model, tiny.tiny("llama"), [feed])
+    assert (same.error, same.top1) == (0.0, 1.0)
+    assert same.rows == 21  # padding left out
+    other = agreement(converted(), model, [feed])
+    assert other.error > 0
+    assert other.kl > 0
+
+
+def test_routing_reports_recall_and_load():
+    oracle = routing(converted(router="oracle"), [tiny.inputs("llama")])
+    assert all(r.recall == 1.0 for r in oracle.values())
+    linear = routing(converted(), [tiny.inputs("llama")])
+    for r in linear.values():
+        assert 0 < r.recall < 1
+        assert abs(r.load.sum().item() - 1) < 1e-6
+        assert 1 <= r.imbalance <= 5
+
+
+def test_evaluation_of_models_without_perplexity():
+    model, dense = converted("bert"), tiny.tiny("bert")
+    figures = evaluate_model(model, dense, [tiny.inputs("bert")], None)
+    assert {"output_error", "top1_agreement", "active_fraction", "router_recall"} <= set(figures)
+    assert "perplexity" not in figures
+
+
+def test_report_is_of_the_run():
+    model = tiny.tiny("llama")
+    report = moefy.convert(model, RECIPE, [tiny.inputs("llama")])
+    assert report.seconds > 0
+    assert report.peak_bytes > 1 << 20
+    size = tiny.NEURONS // 6
+    expected = (3 * size * 3 * tiny.WIDTH + 5 * (tiny.WIDTH + 1)) / (tiny.NEURONS * 3 * tiny.WIDTH)
+    assert abs(report.active_fraction - expected) < 1e-9

@@ -1,0 +1,135 @@
+"""One pass: the inputs a site is given are those it sees in the converted model, held or spilled."""
+
+import sys
+
+import pytest
+import torch
+
+import moefy
+import tiny
+from moefy.calibrate import real_tokens
+from moefy.moe import moe_layers
+from moefy.one_pass import OnePass
+from moefy.sites import find_sites
+
+RECIPE = moefy.Recipe(experts=6, shared=1, active=2, top_activated=4)
+
+
+def seen_inputs(model, names, batches):
+    """What each module receives in a plain forward pass, real tokens only."""
+    seen = {name: [] for name in names}
+
+    def watch(name):
+        def hook(module, args):
+            rows = args[0].reshape(-1, args[0].shape[-1])
+            keep = real_tokens(name, batch)
+            seen[name].append(rows if keep is None or keep.numel() != len(rows) else rows[keep.flatten().bool()])
+
+        return hook
+
+    handles = [model.get_submodule(name).register_forward_pre_hook(watch(name)) for name in names]
+    with torch.no_grad():
+        for batch in batches:
+            model(**batch)
+    for handle in handles:
+        handle.remove()
+    return {name: torch.cat(rows) for name, rows in seen.items()}
+
+
+@pytest.mark.parametrize("family", ["llama", "bert", "opt", "t5-v1.1", "whisper", "gpt2"])
+@pytest.mark.parametrize("hold_bytes", [1 << 30, 0])
+def test_layers_are_converted_on_what_they_see_in_the_converted_model(family, hold_bytes, monkeypatch):
+    monkeypatch.setattr("moefy.one_pass.SMALLEST_SPILLED", 64)
+    given = {}
+
+    def record(site, spec, recipe, inputs, seed):
+        given[site.entry_name] = torch.cat([rows.clone() for rows in inputs()])
+        assert torch.equal(given[site.entry_name], torch.cat(list(inputs())))
+        return convert_site(site, spec, recipe, inputs, seed)
+
+    module = sys.modules["moefy.convert"]  # the name moefy.convert is the function's
+    convert_site = module._convert_site
+    monkeypatch.setattr(module, "_convert_site", record)
+    model = tiny.tiny(family)
+    batches = [tiny.inputs(family, seed=s, length=8 + s) for s in range(3)]
+    moefy.convert(model, RECIPE, batches, hold_bytes=hold_bytes)
+    seen = seen_inputs(model, list(moe_layers(model)), batches)
+    assert list(given) == list(seen)
+    for name, rows in seen.items():
+        torch.testing.assert_close(given[name], rows)
+
+
+def test_spilling_changes_nothing(monkeypatch):
+    monkeypatch.setattr("moefy.one_pass.SMALLEST_SPILLED", 64)
+    states = []
+    for hold_bytes in (1 << 30, 4096, 0):
+        model = tiny.tiny("llama")
+        moefy.convert(model, RECIPE, [tiny.inputs("llama", seed=s) for s in range(4)], hold_bytes=hold_bytes)
+        states.append(model.state_dict())
+    for state in states[1:]:
+        assert all(torch.equal(state[k], v) for k, v in states[0].items())
+
+
+def test_padding_does_not_count():
+    model, padded = tiny.tiny("llama"), tiny.inputs("llama", batch=2, length=12)
+    longer = {
+        "input_ids": torch.cat([padded["input_ids"], torch.full((2, 6), 5)], 1),
+        "attention_mask": torch.cat([padded["attention_mask"], torch.zeros(2, 6, dtype=torch.long)], 1),
+    }
+    other = tiny.tiny("llama")
+    moefy.convert(model, RECIPE, [padded])
+    moefy.convert(other, RECIPE, [longer])
+    for a, b in zip(moe_layers(model).values(), moe_layers(other).values(), strict=True):
+        assert torch.equal(a.neurons, b.neurons)
+
+
+def test_model_is_itself_again_after_an_abandoned_pass():
+    model, feed = tiny.tiny("llama"), tiny.inputs("llama")
+    before = tiny.output(model, feed)
+    entries = {site.entry_name: site.entry for site in find_sites(model)}
+    for _ in OnePass(model, entries, [feed, feed], real_tokens):
+        break
+    assert torch.equal(tiny.output(model, feed), before)
+    assert all("forward" not in vars(entry) for entry in entries.values())
+
+
+def test_sites_that_calibration_never_reaches_are_named():
+    model = tiny.tiny("t5-v1.0")
+    feed = {k: v for k, v in tiny.inputs("t5-v1.0").items() if k != "decoder_input_ids"}
+    with pytest.raises(moefy.MoefyError, match="decoder_input_ids"):
+        moefy.convert(_EncoderOnly(model), RECIPE, [feed])
+
+
+class _EncoderOnly(torch.nn.Module):
+    """A model whose forward leaves half of its FFNs out."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.inner, self.config = model, model.config
+
+    def forward(self, **feed):
+        return self.inner.get_encoder()(**feed)
+
+
+@pytest.mark.parametrize(
+    ("batches", "message"),
+    [
+        ([], "calibration is empty"),
+        ([[1, 2]], "must be a dict of model inputs"),
+        ([{"inputs_embeds": torch.full((1, 4, 32), float("nan"))}], "NaN or infinite"),
+    ],
+)
+def test_wrong_calibration_is_a_sentence(batches, message):
+    with pytest.raises(moefy.MoefyError, match=message):
+        moefy.convert(tiny.tiny("llama"), RECIPE, batches)
+
+
+def test_nan_weights_and_second_conversions_are_refused():
+    model = tiny.tiny("llama")
+    model.model.layers[1].mlp.down_proj.weight.data[0, 0] = float("inf")
+    with pytest.raises(moefy.MoefyError, match=r"layers\.1\.mlp"):
+        moefy.convert(model, RECIPE, [tiny.inputs("llama")])
+    model = tiny.tiny("llama")
+    moefy.convert(model, RECIPE, [tiny.inputs("llama")])
+    with pytest.raises(moefy.MoefyError, match="converted already"):
+        moefy.convert(model, RECIPE, [tiny.inputs("llama")])
