@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub import HfApi, try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
@@ -40,6 +41,7 @@ def load_source(source: str | os.PathLike[str], *, dtype: str = "auto", remote_c
         elif name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith(".gguf"):
             raise MoefyError(f"There is no model at {name}; give a directory, a .gguf file or a hub name.")
         else:
+            _check_hub(name)
             model, tokenizer = _load_pretrained(name, dtype, remote_code)
     check_weights(model)
     return model.eval(), tokenizer
@@ -83,6 +85,19 @@ def check_weights(model: nn.Module) -> None:
         # The sum is NaN or infinite if any element is, and reads the memory once.
         if weight.is_floating_point() and not weight.sum(dtype=torch.float64).isfinite():
             raise MoefyError(f"The weight {name} holds NaN or infinite values; the checkpoint is broken.")
+
+
+def _check_hub(name: str) -> None:
+    """Ask once whether the hub has the model, so that a mistyped path is told at once and not after retries."""
+    if isinstance(try_to_load_from_cache(name, "config.json"), str):
+        return
+    try:
+        HfApi().model_info(name, timeout=20)
+    except Exception as error:  # whatever the HTTP client raises: unreachable, unknown, gated, no such name
+        raise MoefyError(
+            f"There is no directory or file {name!r} here, and the hub does not give a model of that name "
+            f"({_first_line(error).rstrip('.')})."
+        ) from None
 
 
 def _load_pretrained(name: str, dtype: str, remote_code: bool) -> tuple[Any, Any]:
@@ -140,8 +155,8 @@ def _check_gguf(path: Path) -> None:
     try:
         reader = GGUFReader(path)
         end = max((int(t.data_offset) + int(t.n_bytes) for t in reader.tensors), default=0)
-    except Exception as error:  # a cut file fails wherever the reader happens to be
-        raise MoefyError(f"The GGUF file {path} is cut short or corrupt ({_first_line(error)})") from None
+    except Exception:  # a cut file fails wherever the reader happens to be
+        raise MoefyError(f"The GGUF file {path} is cut short or corrupt; copy or download it again.") from None
     if end == 0 or end > path.stat().st_size:
         raise MoefyError(f"The GGUF file {path} is cut short; copy or download it again.")
 

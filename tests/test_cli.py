@@ -1,0 +1,171 @@
+"""The command line as a user meets it: the job on a small model with a tokenizer, and every mistake as a sentence."""
+
+import gzip
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+import tiny
+from moefy.cli import main
+from moefy.texts import builtin_text
+
+
+def moefy(*args, cwd=None, text=True):
+    return subprocess.run(
+        [sys.executable, "-m", "moefy", *map(str, args)], capture_output=True, text=text, cwd=cwd, timeout=300
+    )
+
+
+def tokenizer():
+    words = [word for word, _ in Counter(builtin_text().split()).most_common(tiny.VOCAB - 3)]
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "<s>", "<unk>", *words])}
+    made = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", bos_token="<s>", unk_token="<unk>")
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("source") / "dense"
+    tiny.tiny("llama").save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def converted(dense, tmp_path_factory):
+    out = tmp_path_factory.mktemp("converted") / "out"
+    done = moefy("convert", dense, out, "--experts", 6, "--shared", 2, "--active", 2, "--window", 32, "--windows", 4)
+    assert done.returncode == 0, done.stderr
+    assert "calibration tokens" in done.stdout
+    assert "128" in done.stdout
+    assert "Converting layers" in done.stderr
+    return out
+
+
+def test_eval_prints_every_figure(dense, converted):
+    done = moefy("eval", converted, "--against", dense, "--window", 32, "--windows", 3, "--json")
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout)
+    assert {"perplexity", "dense_perplexity", "ratio", "top1_agreement", "router_recall", "active_fraction"} <= set(
+        figures
+    )
+    assert "3 windows of 32 tokens" in figures["protocol"]
+    table = moefy("eval", converted, "--window", 32, "--windows", 3).stdout
+    assert "perplexity" in table
+    assert "3 windows of 32 tokens" in table
+
+
+def test_generate_continues_the_prompt(converted):
+    done = moefy("generate", converted, "the value of", "--tokens", 5)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+
+
+def test_recipe_files_and_gzip_text(dense, tmp_path):
+    (tmp_path / "r.yaml").write_text("construction: weights\nrouter: similarity\nexperts: 6\nshared: 0\nactive: 3\n")
+    with gzip.open(tmp_path / "text.txt.gz", "wt") as file:
+        file.write(builtin_text()[:5000])
+    done = moefy(
+        "convert", dense, tmp_path / "out", "--recipe", tmp_path / "r.yaml", "--calibration", tmp_path / "text.txt.gz",
+        "--window", 16, "--windows", 3,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "router: similarity" in (tmp_path / "out" / "recipe.yaml").read_text()
+
+
+def _truncate(path, share=0.5):
+    os.truncate(path, int(path.stat().st_size * share))
+
+
+@pytest.fixture
+def sources(dense, tmp_path):
+    """Broken sources and texts beside a good one."""
+    shutil.copytree(dense, tmp_path / "good")
+    shutil.copytree(dense, tmp_path / "cut")
+    _truncate(tmp_path / "cut" / "model.safetensors")
+    shutil.copytree(dense, tmp_path / "noweights")
+    (tmp_path / "noweights" / "model.safetensors").unlink()
+    shutil.copytree(tmp_path / "noweights", tmp_path / "pickle")
+    torch.save({}, tmp_path / "pickle" / "pytorch_model.bin")
+    broken = tiny.tiny("llama")
+    broken.model.layers[0].mlp.up_proj.weight.data[1, 1] = float("nan")
+    broken.save_pretrained(tmp_path / "nan")
+    tokenizer().save_pretrained(tmp_path / "nan")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "cut.gguf").write_bytes(b"GGUF" + bytes(200))
+    (tmp_path / "plain.gguf").write_text("not a gguf")
+    (tmp_path / "binary.txt").write_bytes(random.Random(0).randbytes(4096))
+    (tmp_path / "empty.txt").write_text("  \n")
+    (tmp_path / "short.txt").write_text("too short")
+    (tmp_path / "bad.yaml").write_text("experts: many\nflavour: sweet\n")
+    (tmp_path / "cut.txt.gz").write_bytes(gzip.compress(builtin_text().encode())[:1000])
+    (tmp_path / "exists").mkdir()
+    (tmp_path / "exists" / "config.json").write_text("{}")
+    return tmp_path
+
+
+MISTAKES = {
+    "missing path": (["convert", "no/such/model", "out"], "no model at no/such/model"),
+    "mistyped name": (["convert", "no-such-model", "out"], "no directory or file 'no-such-model'"),
+    "no config": (["convert", "empty", "out"], "no config.json"),
+    "no weights": (["convert", "noweights", "out"], "no weights"),
+    "truncated safetensors": (["convert", "cut", "out"], "truncated or corrupt"),
+    "pickle": (["convert", "pickle", "out"], "can run code"),
+    "cut gguf": (["convert", "cut.gguf", "out"], "cut short or corrupt"),
+    "not a gguf": (["convert", "plain.gguf", "out"], "neither a model directory nor a GGUF"),
+    "nan weights": (["convert", "nan", "out"], "NaN or infinite"),
+    "binary text": (["convert", "good", "out", "--calibration", "binary.txt"], "not a text file"),
+    "empty text": (["convert", "good", "out", "--calibration", "empty.txt"], "is empty"),
+    "cut gzip": (["convert", "good", "out", "--calibration", "cut.txt.gz"], "cannot be read"),
+    "short text": (["convert", "good", "out", "--calibration", "short.txt"], "shorter than a window"),
+    "missing text": (["convert", "good", "out", "--calibration", "nowhere.txt"], "no text file 'nowhere.txt'"),
+    "active too large": (["convert", "good", "out", "--active", "9"], "9 active experts"),
+    "indivisible": (["convert", "good", "out", "--experts", "7", "--window", "32"], "7 experts do not divide"),
+    "no such recipe": (["convert", "good", "out", "--recipe", "dish"], "no recipe 'dish'"),
+    "bad recipe": (["convert", "good", "out", "--recipe", "bad.yaml"], "flavour"),
+    "no such router": (["convert", "good", "out", "--router", "dice"], "no router 'dice'"),
+    "no such dtype": (["convert", "good", "out", "--dtype", "float7"], "no dtype 'float7'"),
+    "output exists": (["convert", "good", "exists"], "exists already"),
+    "zero window": (["convert", "good", "out", "--window", "0"], "window"),
+    "unknown option": (["convert", "good", "out", "--banana"], "No such option"),
+    "eval of nothing": (["eval", "no/such/model"], "no model at"),
+    "generate of nothing": (["generate", "no/such/model", "hello"], "no model at"),
+    "empty prompt": (["generate", "good", ""], "prompt is empty"),
+}
+
+
+def _tree(folder: Path):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_are_a_sentence_and_leave_nothing(mistake, sources, monkeypatch, capsys):
+    args, message = MISTAKES[mistake]
+    before = _tree(sources)
+    monkeypatch.chdir(sources)
+    monkeypatch.setattr(sys, "argv", ["moefy", *args])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 2
+    shown = capsys.readouterr().err
+    assert message in shown
+    assert "Traceback" not in shown
+    assert _tree(sources) == before
+
+
+def test_a_mistake_in_a_process_of_its_own(tmp_path):
+    done = moefy("convert", "no/such/model", "out", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr == "moefy: There is no model at no/such/model; give a directory, a .gguf file or a hub name.\n"
+    assert not _tree(tmp_path)
