@@ -1,15 +1,16 @@
-"""The native CPU kernel: packed FFNs and routers, one call per FFN. What it does and why is in docs/kernels.md.
+"""The native CPU kernel: packed FFNs and routers, one call per FFN. docs/kernels.md tells what it does and why.
 
-T tokens, D model width, E routed experts, M neurons per expert, K experts chosen, S shared neurons; weights are
-neuron-major as everywhere: one row per neuron, `down` too.
+T tokens, D model width, E routed experts, M neurons per expert, K experts chosen, S shared neurons;
+weights are neuron-major as everywhere: one row per neuron, `down` too.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
 from typing import Any
 
-import torch  # before the extension: libgomp must be the one that torch's wheel brings, so that both share a pool
+import torch  # before the extension: torch's wheel brings the libgomp whose thread pool both must share
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -19,7 +20,7 @@ if os.environ.get("MOEFY_NATIVE", "1") == "0":
     _why_not = "it is turned off with MOEFY_NATIVE=0"
 else:
     try:
-        from moefy.kernels import _native  # type: ignore[no-redef]
+        _native = importlib.import_module("moefy.kernels._native")
     except ImportError as error:
         _why_not = f"the extension was not built or cannot be loaded ({error})"
 
@@ -79,6 +80,10 @@ def _address(tensor: Tensor | None) -> int:
 
 def _plain(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if tensor is None else tensor.detach().to("cpu", dtype).contiguous()
+
+
+def _one(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor[None]
 
 
 class _Bank:
@@ -150,7 +155,7 @@ class PackedRouter:
 
     @classmethod
     def representative(cls, up: Tensor, gate: Tensor | None = None, *, activation: str) -> PackedRouter:
-        """CMoE: |act(x·gateᵀ) * (x·upᵀ)|, without a gate |act(x·upᵀ)|; rows (E, D) of one neuron per expert."""
+        """CMoE: |act(x·gateᵀ) * (x·upᵀ)|, ungated |act(x·upᵀ)|; rows (E, D) of one neuron per expert."""
         gates = None if gate is None else gate[None].float()
         return cls(_Bank(gates, up[None].float(), None, None, None, activation, False, "fp32", absolute=True))
 
@@ -196,13 +201,24 @@ class PackedFFN:
         self._routed = self._shared = None
         if self.experts and experts_up.shape[1]:
             self._routed = _Bank(
-                experts_gate, experts_up, experts_down, experts_gate_bias, experts_up_bias, activation, activate_up, precision
+                experts_gate,
+                experts_up,
+                experts_down,
+                experts_gate_bias,
+                experts_up_bias,
+                *(activation, activate_up, precision),
             )
         if shared_up is not None and len(shared_up):
-            one = (t if t is None else t[None] for t in (shared_gate, shared_up, shared_down, shared_gate_bias, shared_up_bias))
-            self._shared = _Bank(*one, activation, activate_up, precision)  # type: ignore[arg-type]
+            self._shared = _Bank(
+                _one(shared_gate),
+                shared_up[None],
+                _one(shared_down),
+                _one(shared_gate_bias),
+                _one(shared_up_bias),
+                *(activation, activate_up, precision),
+            )
             if self._shared.shape[2] != self.width:
-                raise ValueError(f"shared neurons have width {self._shared.shape[2]}, the experts {self.width}")
+                raise ValueError(f"shared width {self._shared.shape[2]} is not the experts' {self.width}")
         if down_bias is not None and down_bias.shape != (self.width,):
             raise ValueError(f"down_bias must be ({self.width},): {tuple(down_bias.shape)}")
         bias = _plain(down_bias, torch.float32)
@@ -231,14 +247,16 @@ class PackedFFN:
         Experts come from one of
         - `chosen` (T, K), entries below 0 are no expert; `gate_weights` (T, K) weights them;
         - `scores` (T, E) or `router`, and then `top_k`, or `threshold` with `least` and `most`.
-        `expert_scale` (E,) weights an expert with 1 + softmax(scores) * scale, as CMoE does; it needs scores or a
-        router. `counts` (E,) int64 has the tokens of each expert added to it.
+        `expert_scale` (E,) weights an expert with 1 + softmax(scores) * scale, as CMoE does; it needs scores
+        or a router. `counts` (E,) int64 has the tokens of each expert added to it.
         """
         chosen: list[Tensor] = []
         y = self._run(x, chosen, **routing)
         return y, chosen[0]
 
-    def _capacity(self, chosen: Tensor | None, top_k: int | None, threshold: float | None, most: int | None) -> int:
+    def _capacity(
+        self, chosen: Tensor | None, top_k: int | None, threshold: float | None, most: int | None
+    ) -> int:
         if chosen is not None:
             return chosen.shape[1]
         if threshold is not None:
@@ -265,12 +283,9 @@ class PackedFFN:
             raise ValueError(f"x must be (T, {self.width}): {tuple(x.shape)}")
         if x.requires_grad and torch.is_grad_enabled():
             raise RuntimeError("the native kernel has no gradients; use torch.no_grad() or the torch kernel")
-        if x.dtype not in (torch.float32, torch.bfloat16):
-            y = self._run(
-                x.float(), chosen_out, router=router, scores=scores, chosen=chosen, top_k=top_k, threshold=threshold,
-                least=least, most=most, gate_weights=gate_weights, expert_scale=expert_scale, counts=counts,
-            )  # fmt: skip
-            return y.to(x.dtype)
+        dtype = x.dtype
+        if dtype not in (torch.float32, torch.bfloat16):
+            x = x.float()
         tokens = x.shape[0]
         capacity = self._capacity(chosen, top_k, threshold, most)
         routed = self._routed if capacity else None
@@ -278,7 +293,8 @@ class PackedFFN:
             self._check_routing(tokens, router, scores, chosen, gate_weights, expert_scale)
         chosen, scores = _plain(chosen, torch.int32), _plain(scores, torch.float32)
         gate_weights, expert_scale = _plain(gate_weights, torch.float32), _plain(expert_scale, torch.float32)
-        if counts is not None and (counts.dtype != torch.int64 or counts.shape != (self.experts,) or not counts.is_contiguous()):
+        good = counts is None or (counts.dtype == torch.int64 and counts.is_contiguous())
+        if not good or (counts is not None and counts.shape != (self.experts,)):
             raise ValueError(f"counts must be ({self.experts},) int64")
         y = torch.empty((tokens, self.width), dtype=x.dtype)
         if chosen_out is not None:
@@ -310,7 +326,7 @@ class PackedFFN:
         )
         if not valid:
             raise ValueError(f"chosen names an expert that does not exist (there are {self.experts})")
-        return y
+        return y.to(dtype)
 
     def _check_routing(
         self,
@@ -323,13 +339,16 @@ class PackedFFN:
     ) -> None:
         if chosen is None and scores is None and router is None:
             raise ValueError("experts come from `chosen`, `scores` or `router`: none was given")
-        if router is not None and (router.experts, router._bank.shape[2]) != (self.experts, self.width):
+        shape = (tokens, self.experts)
+        if router is not None and router._bank.shape[1:] != (self.experts, self.width):
             raise ValueError(f"the router must be ({self.experts}, {self.width}): {router._bank.shape[1:]}")
-        if scores is not None and (router is not None or scores.shape != (tokens, self.experts)):
-            raise ValueError(f"scores, instead of a router, must be ({tokens}, {self.experts}): {tuple(scores.shape)}")
+        if scores is not None and (router is not None or scores.shape != shape):
+            raise ValueError(f"scores, instead of a router, must be {shape}: {tuple(scores.shape)}")
         if chosen is not None and (chosen.ndim != 2 or len(chosen) != tokens):
             raise ValueError(f"chosen must be ({tokens}, K): {tuple(chosen.shape)}")
-        if gate_weights is not None and (chosen is None or gate_weights.shape != chosen.shape or expert_scale is not None):
-            raise ValueError("gate_weights needs `chosen`, of the same shape, and excludes expert_scale")
-        if expert_scale is not None and (router is None and scores is None or expert_scale.shape != (self.experts,)):
-            raise ValueError(f"expert_scale must be ({self.experts},) and needs scores or a router")
+        if gate_weights is not None:
+            if chosen is None or gate_weights.shape != chosen.shape or expert_scale is not None:
+                raise ValueError("gate_weights needs `chosen`, of the same shape, and excludes expert_scale")
+        elif expert_scale is not None:
+            if (router is None and scores is None) or expert_scale.shape != (self.experts,):
+                raise ValueError(f"expert_scale must be ({self.experts},) and needs scores or a router")
