@@ -59,12 +59,21 @@ struct Piece {
   int expert, row, rows, unit0, unit1;  // row: of the pairs sorted by expert, or of the tokens for the shared expert
 };
 
+// A step of a call: `total` jobs that any thread takes; the thread that ends the last one opens the next step.
+struct Step {
+  std::atomic<int> next{0}, done{0};
+  std::atomic<bool> open{false};
+  int total = 0;
+};
+
 // Scratch of one call, bounded by the token tile (run.cpp). Calls take one and give it back, so all layers share it.
 struct Workspace {
   Memory x32, x16, scores, chosen, chosen_count, weight, counts, offsets, pair_token, pair_weight;
   Memory hidden, shared_hidden;
   Memory threads;  // a slice for every thread: sums of the up phase, keys of the selection, y of the down phase
   std::vector<Piece> pieces;
+  std::unique_ptr<Step[]> steps;
+  int64_t step_count = 0;
 };
 
 // A few slots that change hands by atomic exchange: no lock that a fork could leave taken.
