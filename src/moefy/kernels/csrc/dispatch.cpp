@@ -1,0 +1,69 @@
+// Which instruction sets this build has and this machine can run; fork detection.
+#include <pthread.h>
+
+#include <atomic>
+#include <cstring>
+
+#include "ffn.h"
+#include "team.h"
+
+namespace moefy {
+
+extern const Kernels k_generic;
+#ifdef MOEFY_X86
+extern const Kernels k_avx2, k_avx512, k_avx512bf16;
+#endif
+#ifdef MOEFY_NEON
+extern const Kernels k_neon;
+#endif
+
+namespace {
+
+struct Entry {
+  const Kernels* kernels;
+  bool (*runs_here)();
+};
+
+#ifdef MOEFY_X86
+bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+bool has_avx512bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+#endif
+bool always() { return true; }
+
+const Entry kEntries[] = {
+    {&k_generic, always},
+#ifdef MOEFY_X86
+    {&k_avx2, has_avx2},
+    {&k_avx512, has_avx512},
+    {&k_avx512bf16, has_avx512bf16},
+#endif
+#ifdef MOEFY_NEON
+    {&k_neon, always},
+#endif
+};
+
+std::atomic<bool> forked{false};
+const int registered = pthread_atfork(nullptr, nullptr, [] { forked = true; });
+
+}  // namespace
+
+bool in_forked_child() { return forked.load(std::memory_order_relaxed) || registered != 0; }
+
+int instruction_sets(const char** names, int capacity) {
+  int count = 0;
+  for (const Entry& entry : kEntries)
+    if (entry.runs_here() && count < capacity) names[count++] = entry.kernels->name;
+  return count;
+}
+
+const Kernels* kernels(const char* name) {
+  for (const Entry& entry : kEntries)
+    if (std::strcmp(entry.kernels->name, name) == 0 && entry.runs_here()) return entry.kernels;
+  return nullptr;
+}
+
+}  // namespace moefy

@@ -1,0 +1,216 @@
+// The function table of one instruction set, written once on Lanes. Included by each isa_*.cpp after its lanes_*.h.
+//
+// These units are compiled with flags that other machines cannot run. Everything is in an anonymous namespace and
+// nothing of the standard library is used: a shared inline function compiled here could be the copy the linker keeps.
+#pragma once
+#include "activations.h"
+#include "tiles.h"
+
+namespace {
+
+using namespace moefy;
+
+// 128 blocks x 4 panels = 32 KB of weights: they stay in L1 while all row tiles of a task pass over them.
+constexpr int kChunk = 128;
+
+template <class Format>
+void multiply_in_chunks(Product job) {
+  const int steps = job.steps;
+  const int chunks = job.rows <= max_rows() ? 1 : int(ceil_div(steps, kChunk));
+  const char* weights = job.weights;
+  const char* in[kRows];
+  const char* const* rows = job.in;
+  job.in = in;
+  for (int c = 0; c < chunks; ++c) {
+    const int k = int(int64_t(steps) * c / chunks), end = int(int64_t(steps) * (c + 1) / chunks);
+    job.steps = end - k;
+    job.weights = weights + size_t(k) * Format::kBytes;
+    for (int r = 0; r < job.rows; ++r) in[r] = rows[r] + size_t(k) * Format::kInputBytes;
+    multiply<Format>(job);
+    job.add = true;
+  }
+}
+
+// ---- up: sums -> bias, scale, activation, gate -> hidden
+
+template <class L>  // a template, since only lanes with dot have it
+void store_bf16(L h, char* out) {
+  h.store_bf16(out);
+}
+
+template <Activation A, bool Gated>
+void finish_row(const UpTask& task, const float* sums, float weight, char* out) {
+  const Bank& bank = *task.bank;
+  const size_t base = size_t(task.expert) * bank.hidden_stride();
+  const int panels = bank.unit_panels(), all = bank.up_panels();
+  const Lanes w = Lanes::set(weight);
+  for (int unit = task.unit0; unit < task.unit1; ++unit, sums += panels * kLanes) {
+    const size_t n = base + size_t(unit) * kLanes;
+    // Only the first half of the last unit exists when the neurons end there.
+    const bool half = (unit + 1) * panels > all;
+    const auto sum = [&](int first) {
+      return Lanes::pair_sum(Lanes::load(sums + first * kLanes),
+                             half ? Lanes::zero() : Lanes::load(sums + (first + panels / 2) * kLanes));
+    };
+    const auto affine = [&](Lanes x, const float* scale, const float* bias) {
+      if (scale) x = x * Lanes::load(scale + n);
+      if (bias) x = x + Lanes::load(bias + n);
+      return x;
+    };
+    Lanes h;
+    if constexpr (Gated) {
+      const Lanes up = affine(sum(1), bank.up_scale, bank.up_bias);
+      h = activate<A>(affine(sum(0), bank.gate_scale, bank.gate_bias)) * (bank.activate_up ? activate<A>(up) : up);
+    } else {
+      h = activate<A>(affine(sum(0), bank.up_scale, bank.up_bias));
+    }
+    if (bank.absolute) h = Lanes::abs(h);
+    if (task.weight) h = h * w;
+    if (bank.down_scale) h = h * Lanes::load(bank.down_scale + n);
+    const size_t column = size_t(unit - task.unit0) * kLanes;
+    if constexpr (Lanes::kHasDot) {
+      if (task.dot) {
+        store_bf16(h, out + 2 * column);
+        continue;
+      }
+    }
+    h.store(reinterpret_cast<float*>(out) + column);
+  }
+}
+
+using FinishRow = void (*)(const UpTask&, const float*, float, char*);
+
+template <Activation A>
+constexpr FinishRow kFinish[2] = {finish_row<A, false>, finish_row<A, true>};
+
+FinishRow finish_of(const Bank& bank) {
+  switch (bank.act) {
+    case Activation::relu: return kFinish<Activation::relu>[bank.gated];
+    case Activation::relu2: return kFinish<Activation::relu2>[bank.gated];
+    case Activation::gelu: return kFinish<Activation::gelu>[bank.gated];
+    case Activation::gelu_tanh: return kFinish<Activation::gelu_tanh>[bank.gated];
+    case Activation::silu: return kFinish<Activation::silu>[bank.gated];
+    case Activation::quick_gelu: return kFinish<Activation::quick_gelu>[bank.gated];
+    case Activation::sigmoid: return kFinish<Activation::sigmoid>[bank.gated];
+    case Activation::tanh: return kFinish<Activation::tanh>[bank.gated];
+    case Activation::identity: break;
+  }
+  return kFinish<Activation::identity>[bank.gated];
+}
+
+void up(const UpTask& task) {
+  const Bank& bank = *task.bank;
+  const int panel0 = task.unit0 * bank.unit_panels();
+  const int end = task.unit1 * bank.unit_panels();
+  const int panels = (end < bank.up_panels() ? end : bank.up_panels()) - panel0;
+  float* sums[kRows];
+  for (int r = 0; r < task.rows; ++r) sums[r] = task.scratch + size_t(r) * panels * kLanes;
+  const size_t bytes = bank.up_panel_bytes();
+  const Product job{task.rows, panels, bank.up_steps(), task.x,
+                    bank.up + (size_t(task.expert) * bank.up_panels() + panel0) * bytes, bytes, sums, false};
+  if constexpr (Lanes::kHasDot) {
+    if (task.dot) multiply_in_chunks<UpDot<Lanes>>(job);
+  }
+  if (!task.dot) {
+    switch (bank.type) {
+      case Weights::f32: multiply_in_chunks<UpF32>(job); break;
+      case Weights::bf16: multiply_in_chunks<UpBf16>(job); break;
+      case Weights::i8: multiply_in_chunks<UpI8>(job); break;
+    }
+  }
+  const FinishRow finish = finish_of(bank);
+  for (int r = 0; r < task.rows; ++r) finish(task, sums[r], task.weight ? task.weight[r] : 1.f, task.out[r]);
+}
+
+void down(const DownTask& task) {
+  const Bank& bank = *task.bank;
+  const size_t bytes = bank.down_panel_bytes();
+  const Product job{task.rows, task.panel1 - task.panel0, bank.down_steps(), task.hidden,
+                    bank.down + (size_t(task.expert) * bank.down_panels() + task.panel0) * bytes, bytes, task.y, true};
+  if constexpr (Lanes::kHasDot) {
+    if (task.dot) return multiply_in_chunks<DownDot<Lanes>>(job);
+  }
+  switch (bank.type) {
+    case Weights::f32: return multiply_in_chunks<DownF32>(job);
+    case Weights::bf16: return multiply_in_chunks<DownBf16>(job);
+    case Weights::i8: return multiply_in_chunks<DownI8>(job);
+  }
+}
+
+// ---- routing
+
+// The order of the floats as the order of integers; NaN is lower than everything.
+int32_t key_of(float score) {
+  int32_t bits;
+  __builtin_memcpy(&bits, &score, sizeof bits);
+  if (score != score) return INT32_MIN;
+  return bits ^ ((bits >> 31) & INT32_MAX);
+}
+
+int count_above(const int32_t* keys, int count, int32_t limit) {
+  int above = 0;
+  for (int i = 0; i < count; ++i) above += keys[i] > limit;
+  return above;
+}
+
+// The k highest of `keys`; among equal ones the first. Bisection on the key: each step is one vectorised count and
+// it ends when a limit has exactly k above it, after about 10 counts (0.1 us for 128 experts; nth_element takes 1 us).
+int highest(const int32_t* keys, int count, int k, int32_t* chosen) {
+  int64_t low = INT32_MAX, high = INT32_MIN;
+  for (int i = 0; i < count; ++i) {
+    low = keys[i] < low ? keys[i] : low;
+    high = keys[i] > high ? keys[i] : high;
+  }
+  low -= 1;  // at least k keys are above low, at most k above high
+  int ties = 0;
+  while (high - low > 1) {
+    const int64_t middle = low + (high - low) / 2;
+    const int above = count_above(keys, count, int32_t(middle));
+    if (above == k) {
+      high = middle;
+      break;
+    }
+    (above > k ? low : high) = middle;
+  }
+  ties = k - count_above(keys, count, int32_t(high));
+  int found = 0;
+  for (int i = 0; i < count && found < k; ++i) {
+    const bool tie = keys[i] == high && ties > 0;
+    chosen[found] = i;
+    found += keys[i] > high || tie;
+    ties -= tie;
+  }
+  return found;
+}
+
+int select(const float* scores, int experts, const Selection& rule, int32_t* keys, int32_t* chosen) {
+  for (int i = 0; i < experts; ++i) keys[i] = key_of(scores[i]);
+  int k = rule.top_k;
+  if (rule.by_threshold) {
+    k = 0;
+    for (int i = 0; i < experts; ++i) k += scores[i] > rule.threshold;
+    k = k < rule.least ? rule.least : k;
+    k = k > rule.most ? rule.most : k;
+  }
+  if (k >= experts) {
+    for (int i = 0; i < experts; ++i) chosen[i] = i;
+    return experts;
+  }
+  return k > 0 ? highest(keys, experts, k, chosen) : 0;
+}
+
+void gate(const float* scores, int experts, const float* scale, const int32_t* chosen, int count, float* scratch,
+          float* weight) {
+  float most = -__builtin_inff();
+  for (int i = 0; i < experts; ++i) most = scores[i] > most ? scores[i] : most;
+  const int padded = int(round_up(experts, kLanes));
+  for (int i = 0; i < padded; ++i) scratch[i] = i < experts ? scores[i] - most : -1e30f;
+  float total = 0;
+  for (int i = 0; i < padded; i += kLanes) exp(Lanes::load(scratch + i)).store(scratch + i);
+  for (int i = 0; i < experts; ++i) total += scratch[i];
+  for (int i = 0; i < count; ++i) weight[i] = 1.f + scratch[chosen[i]] / total * scale[chosen[i]];
+}
+
+constexpr Kernels make_table(const char* name) { return {name, Lanes::kHasDot, up, down, select, gate}; }
+
+}  // namespace

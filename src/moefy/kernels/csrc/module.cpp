@@ -1,0 +1,91 @@
+// The Python module: checks nothing that native.py has checked. Tensors come as addresses: an integer per tensor
+// costs 0.1 us, a DLPack capsule 1-2 us, and a whole call at one token is 20-200 us.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include "pack.h"
+#include "run.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+using namespace moefy;
+
+namespace {
+
+template <class T>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+std::vector<std::string> names() {
+  const char* found[8];
+  const int count = instruction_sets(found, 8);
+  return {found, found + count};
+}
+
+bool call(const std::string& isa, const PackedBank* routed, const PackedBank* shared, const PackedBank* router,
+          uintptr_t down_bias, int width, uintptr_t x, int64_t x_row, int64_t x_column, bool bf16, uintptr_t y,
+          int64_t tokens, uintptr_t chosen, uintptr_t scores, int capacity, bool by_threshold, float threshold,
+          int least, uintptr_t gate_weights, uintptr_t expert_scale, uintptr_t chosen_out, uintptr_t counts_out,
+          int threads) {
+  Call c;
+  c.kernels = kernels(isa.c_str());
+  if (!c.kernels) throw nb::value_error("this machine has no such instruction set");
+  c.routed = routed ? &routed->bank() : nullptr;
+  c.shared = shared ? &shared->bank() : nullptr;
+  c.router = router ? &router->bank() : nullptr;
+  c.down_bias = pointer<const float>(down_bias);
+  c.width = width;
+  c.x = pointer<const void>(x), c.x_row = x_row, c.x_column = x_column, c.bf16 = bf16;
+  c.y = pointer<void>(y), c.tokens = tokens;
+  c.chosen = pointer<const int32_t>(chosen);
+  c.scores = pointer<const float>(scores);
+  c.capacity = capacity;
+  c.rule = {capacity, by_threshold, threshold, least, capacity};
+  c.gate_weights = pointer<const float>(gate_weights);
+  c.expert_scale = pointer<const float>(expert_scale);
+  c.chosen_out = pointer<int32_t>(chosen_out);
+  c.counts_out = pointer<int64_t>(counts_out);
+  c.threads = threads;
+  nb::gil_scoped_release release;
+  return forward(c);
+}
+
+}  // namespace
+
+NB_MODULE(_native, m) {
+  m.def("instruction_sets", names);
+  m.def("forward", call, "isa"_a, "routed"_a.none(), "shared"_a.none(), "router"_a.none(), "down_bias"_a, "width"_a,
+        "x"_a, "x_row"_a, "x_column"_a, "bf16"_a, "y"_a, "tokens"_a, "chosen"_a, "scores"_a, "capacity"_a,
+        "by_threshold"_a, "threshold"_a, "least"_a, "gate_weights"_a, "expert_scale"_a, "chosen_out"_a, "counts_out"_a,
+        "threads"_a);
+  nb::class_<PackedBank>(m, "Bank")
+      .def(
+          "__init__",
+          [](PackedBank* self, int experts, int neurons, int width, int activation, bool activate_up, bool absolute,
+             int weights, bool bf16, uintptr_t gate, uintptr_t up, uintptr_t down, uintptr_t gate_bias,
+             uintptr_t up_bias, int threads) {
+            nb::gil_scoped_release release;
+            const Shape shape{experts, neurons, width, Activation(activation), activate_up, absolute, Weights(weights)};
+            new (self) PackedBank(shape, {pointer<void>(gate), bf16}, {pointer<void>(up), bf16},
+                                  {pointer<void>(down), bf16}, pointer<float>(gate_bias), pointer<float>(up_bias),
+                                  threads);
+          },
+          "experts"_a, "neurons"_a, "width"_a, "activation"_a, "activate_up"_a, "absolute"_a, "weights"_a, "bf16"_a,
+          "gate"_a, "up"_a, "down"_a, "gate_bias"_a, "up_bias"_a, "threads"_a)
+      .def_prop_ro("nbytes", &PackedBank::bytes)
+      .def(
+          "unpack",
+          [](const PackedBank& self, int which, uintptr_t out, int threads) {
+            nb::gil_scoped_release release;
+            self.unpack(Matrix(which), pointer<void>(out), threads);
+          },
+          "which"_a, "out"_a, "threads"_a)
+      .def(
+          "unpack_bias",
+          [](const PackedBank& self, int which, uintptr_t out) {
+            return self.unpack_bias(Matrix(which), pointer<float>(out));
+          },
+          "which"_a, "out"_a);
+}

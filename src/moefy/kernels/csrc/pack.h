@@ -1,0 +1,41 @@
+// Weights as PyTorch has them (neuron-major rows) to the panels of ffn.h and back.
+#pragma once
+#include "memory.h"
+
+namespace moefy {
+
+struct Source {  // (experts, neurons, width), contiguous; data may be null
+  const void* data = nullptr;
+  bool bf16 = false;
+};
+
+struct Shape {
+  int experts, neurons, width;
+  Activation act;
+  bool activate_up, absolute;
+  Weights type;
+};
+
+enum class Matrix : int { gate, up, down };
+
+class PackedBank {
+ public:
+  // down may be null (a router). Biases are (experts, neurons) fp32 or null.
+  PackedBank(const Shape& shape, Source gate, Source up, Source down, const float* gate_bias, const float* up_bias,
+             int threads);
+  const Bank& bank() const { return bank_; }
+  size_t bytes() const;
+  // Writes (experts, neurons, width): fp32, or bf16 when the weights are bf16. Exact for both.
+  void unpack(Matrix which, void* out, int threads) const;
+  bool unpack_bias(Matrix which, float* out) const;
+
+ private:
+  float* rows(Memory& memory);
+  void pack_bias(const float* from, float*& to, Memory& memory);
+  void find_scales(Source gate, Source up, Source down);
+
+  Bank bank_;
+  Memory up_, down_, up_bias_, gate_bias_, up_scale_, gate_scale_, down_scale_;
+};
+
+}  // namespace moefy

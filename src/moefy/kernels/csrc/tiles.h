@@ -1,0 +1,140 @@
+// Register tiles: out[row][panel] (+)= sum over k of input[row][k] * weights[panel][k]. Needs Lanes.
+//
+// Every output lane is one chain of fused multiply-adds in the order of k, whatever the tile, the k chunks (whose
+// partial sums go through fp32 memory) or the split over threads. So results do not depend on any of them.
+#pragma once
+#include "ffn.h"
+
+namespace {
+
+using moefy::kLanes;
+
+struct Product {
+  int rows, panels, steps;
+  const char* const* in;
+  const char* weights;
+  size_t panel_bytes;
+  float* const* out;  // 16 floats per panel
+  bool add;           // to what `out` holds
+};
+
+// How a block of weights is read and which inputs belong to its lanes; k counts blocks, a bf16 block has two parts.
+struct UpF32 {
+  static constexpr int kBytes = 64, kParts = 1, kInputBytes = 8;  // of one block
+  static Lanes weights(const char* w, int) { return Lanes::load_f32(w); }
+  static Lanes input(const char* row, int k, int) { return Lanes::pair(reinterpret_cast<const float*>(row) + 2 * k); }
+  static Lanes multiply(Lanes x, Lanes w, Lanes sum) { return Lanes::fma(x, w, sum); }
+};
+struct UpI8 : UpF32 {
+  static constexpr int kBytes = 16;
+  static Lanes weights(const char* w, int) { return Lanes::load_i8(w); }
+};
+struct UpBf16 : UpF32 {
+  static constexpr int kParts = 2, kInputBytes = 16;
+  static Lanes weights(const char* w, int part) { return part ? Lanes::load_bf16_high(w) : Lanes::load_bf16_low(w); }
+  static Lanes input(const char* row, int k, int part) { return UpF32::input(row, 2 * k + part, 0); }
+};
+struct DownF32 : UpF32 {
+  static constexpr int kInputBytes = 4;
+  static Lanes input(const char* row, int k, int) { return Lanes::set(reinterpret_cast<const float*>(row)[k]); }
+};
+struct DownI8 : UpI8 {
+  static constexpr int kInputBytes = 4;
+  static Lanes input(const char* row, int k, int) { return DownF32::input(row, k, 0); }
+};
+struct DownBf16 : UpBf16 {
+  static constexpr int kInputBytes = 8;
+  static Lanes input(const char* row, int k, int part) { return DownF32::input(row, 2 * k + part, 0); }
+};
+template <class L>
+struct UpDot {
+  static constexpr int kBytes = 64, kParts = 1, kInputBytes = 8;
+  static L weights(const char* w, int) { return L::bits(w); }
+  static L input(const char* row, int k, int) { return L::bits64(row + 8 * k); }
+  static L multiply(L x, L w, L sum) { return L::dot(x, w, sum); }
+};
+template <class L>
+struct DownDot : UpDot<L> {
+  static constexpr int kInputBytes = 4;
+  static L input(const char* row, int k, int) { return L::bits32(row + 4 * k); }
+};
+
+template <class Format, int R, int P>
+void tile(const Product& job, int row, int panel) {
+  const char* in[R];
+  float* out[R];
+  Lanes sum[R][P];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+    in[r] = job.in[row + r];
+    out[r] = job.out[row + r] + panel * kLanes;
+#pragma GCC unroll 8
+    for (int p = 0; p < P; ++p) sum[r][p] = job.add ? Lanes::load(out[r] + p * kLanes) : Lanes::zero();
+  }
+  const char* weights = job.weights + panel * job.panel_bytes;
+  const size_t next = job.panel_bytes;
+  for (int k = 0; k < job.steps; ++k, weights += Format::kBytes) {
+#pragma GCC unroll 2
+    for (int part = 0; part < Format::kParts; ++part) {
+      Lanes w[P];
+#pragma GCC unroll 8
+      for (int p = 0; p < P; ++p) w[p] = Format::weights(weights + p * next, part);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        const Lanes x = Format::input(in[r], k, part);
+#pragma GCC unroll 8
+        for (int p = 0; p < P; ++p) sum[r][p] = Format::multiply(x, w[p], sum[r][p]);
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+    for (int p = 0; p < P; ++p) sum[r][p].store(out[r] + p * kLanes);
+  }
+}
+
+constexpr int kMaxRows = 6, kMaxPanels = 4;
+using TileFunction = void (*)(const Product&, int row, int panel);
+
+template <class Format, int R, int P>
+constexpr TileFunction tile_or_none() {
+  if constexpr (R * P <= Lanes::kTile) return tile<Format, R, P>;
+  return nullptr;
+}
+
+template <class Format, int R>
+TileFunction tile_of(int panels) {
+  static constexpr TileFunction table[] = {tile_or_none<Format, R, 1>(), tile_or_none<Format, R, 2>(),
+                                           tile_or_none<Format, R, 3>(), tile_or_none<Format, R, 4>()};
+  return table[panels - 1];
+}
+
+template <class Format>
+TileFunction tile_of(int rows, int panels) {
+  static constexpr TileFunction (*table[])(int) = {tile_of<Format, 1>, tile_of<Format, 2>, tile_of<Format, 3>,
+                                                   tile_of<Format, 4>, tile_of<Format, 5>, tile_of<Format, 6>};
+  return table[rows - 1](panels);
+}
+
+constexpr int max_rows() { return kMaxRows < Lanes::kTile ? kMaxRows : Lanes::kTile; }
+constexpr int max_panels(int rows) { return Lanes::kTile / rows < kMaxPanels ? Lanes::kTile / rows : kMaxPanels; }
+
+// Row tiles and panel groups are cut evenly: 13 rows run as 5 + 4 + 4, not as 6 + 6 + 1.
+// Row tiles run inside a panel group, whose weights stay in L1.
+template <class Format>
+void multiply(const Product& job) {
+  if (job.rows == 0 || job.panels == 0) return;
+  const int row_tiles = int(moefy::ceil_div(job.rows, max_rows()));
+  const int most_rows = int(moefy::ceil_div(job.rows, row_tiles));
+  const int groups = int(moefy::ceil_div(job.panels, max_panels(most_rows)));
+  for (int g = 0; g < groups; ++g) {
+    const int panel = job.panels * g / groups, panels = job.panels * (g + 1) / groups - panel;
+    for (int t = 0; t < row_tiles; ++t) {
+      const int row = job.rows * t / row_tiles, rows = job.rows * (t + 1) / row_tiles - row;
+      tile_of<Format>(rows, panels)(job, row, panel);
+    }
+  }
+}
+
+}  // namespace

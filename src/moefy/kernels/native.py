@@ -1,0 +1,354 @@
+"""The native CPU kernel: packed FFNs and routers, one call per FFN. docs/kernels.md tells what it does and why.
+
+T tokens, D model width, E routed experts, M neurons per expert, K experts chosen, S shared neurons;
+weights are neuron-major as everywhere: one row per neuron, `down` too.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from typing import Any
+
+import torch  # before the extension: torch's wheel brings the libgomp whose thread pool both must share
+from torch import Tensor
+from torch.nn import functional as F
+
+_native: Any = None
+_why_not: str | None = None
+if os.environ.get("MOEFY_NATIVE", "1") == "0":
+    _why_not = "it is turned off with MOEFY_NATIVE=0"
+else:
+    try:
+        _native = importlib.import_module("moefy.kernels._native")
+    except ImportError as error:
+        _why_not = f"the extension was not built or cannot be loaded ({error})"
+
+_ACTIVATIONS = {
+    "linear": 0,
+    "relu": 1,
+    "relu2": 2,
+    "gelu": 3,
+    "gelu_python": 3,
+    "gelu_new": 4,
+    "gelu_fast": 4,
+    "gelu_accurate": 4,
+    "gelu_pytorch_tanh": 4,
+    "gelu_python_tanh": 4,
+    "silu": 5,
+    "swish": 5,
+    "quick_gelu": 6,
+    "sigmoid": 7,
+    "tanh": 8,
+}
+_WEIGHTS = {"fp32": 0, "bf16": 1, "int8": 2}
+_GATE, _UP, _DOWN = 0, 1, 2
+
+
+def available() -> bool:
+    """Whether the extension can be used."""
+    return _native is not None
+
+
+def why_not() -> str | None:
+    """Why it cannot be used, as the end of a sentence; None when it can."""
+    return _why_not
+
+
+def instruction_sets() -> list[str]:
+    """What this machine can run, the fastest last."""
+    return list(_native.instruction_sets()) if available() else []
+
+
+def default_isa() -> str:
+    """The fastest, or the one that the environment variable MOEFY_ISA names."""
+    forced = os.environ.get("MOEFY_ISA")
+    if forced and forced not in instruction_sets():
+        raise ValueError(f"MOEFY_ISA={forced} is none of {', '.join(instruction_sets())}")
+    return forced or instruction_sets()[-1]
+
+
+def supports(activation: str, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> bool:
+    """Whether an FFN with this activation (a name of transformers' ACT2FN) can run on inputs like these."""
+    known = dtype in (torch.float32, torch.bfloat16, torch.float16)
+    return available() and activation in _ACTIVATIONS and known and torch.device(device).type == "cpu"
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _plain(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if tensor is None else tensor.detach().to("cpu", dtype).contiguous()
+
+
+def _one(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor[None]
+
+
+class _Bank:
+    """Experts of one size in packed memory. Matrices (E, M, D), biases (E, M)."""
+
+    def __init__(
+        self,
+        gate: Tensor | None,
+        up: Tensor,
+        down: Tensor | None,
+        gate_bias: Tensor | None,
+        up_bias: Tensor | None,
+        activation: str,
+        activate_up: bool,
+        weights: str,
+        absolute: bool = False,
+    ) -> None:
+        if activation not in _ACTIVATIONS:
+            raise ValueError(f"no native {activation!r}; there are {', '.join(_ACTIVATIONS)}")
+        if weights not in _WEIGHTS:
+            raise ValueError(f"precision is one of {', '.join(_WEIGHTS)}, not {weights!r}")
+        matrices = [m for m in (gate, up, down) if m is not None]
+        if any(m.shape != up.shape for m in matrices):
+            raise ValueError(f"matrices must have one shape: {[tuple(m.shape) for m in matrices]}")
+        if any(b is not None and b.shape != up.shape[:2] for b in (gate_bias, up_bias)):
+            raise ValueError(f"biases must be {tuple(up.shape[:2])}")
+        if gate is None and (gate_bias is not None or activate_up):
+            raise ValueError("gate_bias and activate_up need a gate")
+        self.shape = tuple(up.shape)
+        self.gated, self.weights = gate is not None, weights
+        source = torch.bfloat16 if all(m.dtype == torch.bfloat16 for m in matrices) else torch.float32
+        gate, up, down = (_plain(m, source) for m in (gate, up, down))  # type: ignore[assignment]
+        gate_bias, up_bias = _plain(gate_bias, torch.float32), _plain(up_bias, torch.float32)
+        self.packed = _native.Bank(
+            *self.shape,
+            _ACTIVATIONS[activation],
+            activate_up,
+            absolute,
+            _WEIGHTS[weights],
+            source == torch.bfloat16,
+            *map(_address, (gate, up, down, gate_bias, up_bias)),
+            torch.get_num_threads(),
+        )
+
+    def unpack(self, prefix: str) -> dict[str, Tensor]:
+        dtype = torch.bfloat16 if self.weights == "bf16" else torch.float32
+        found = {}
+        for name, which in (("gate", _GATE), ("up", _UP), ("down", _DOWN)):
+            if which != _GATE or self.gated:
+                found[prefix + name] = torch.empty(self.shape, dtype=dtype)
+                self.packed.unpack(which, found[prefix + name].data_ptr(), torch.get_num_threads())
+            bias = torch.empty(self.shape[:2])
+            if which != _DOWN and self.packed.unpack_bias(which, bias.data_ptr()):
+                found[f"{prefix}{name}_bias"] = bias
+        return found
+
+
+class PackedRouter:
+    """Scores every expert in fp32; made by `linear` or `representative`."""
+
+    def __init__(self, bank: _Bank) -> None:
+        self._bank = bank
+
+    @classmethod
+    def linear(cls, weight: Tensor, bias: Tensor | None = None) -> PackedRouter:
+        """x·weightᵀ + bias: weight (E, D), bias (E,)."""
+        up_bias = None if bias is None else bias[None].float()
+        return cls(_Bank(None, weight[None].float(), None, None, up_bias, "linear", False, "fp32"))
+
+    @classmethod
+    def representative(cls, up: Tensor, gate: Tensor | None = None, *, activation: str) -> PackedRouter:
+        """CMoE: |act(x·gateᵀ) * (x·upᵀ)|, ungated |act(x·upᵀ)|; rows (E, D) of one neuron per expert."""
+        gates = None if gate is None else gate[None].float()
+        return cls(_Bank(gates, up[None].float(), None, None, None, activation, False, "fp32", absolute=True))
+
+    @property
+    def experts(self) -> int:
+        return self._bank.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        return self._bank.packed.nbytes
+
+
+class PackedFFN:
+    """A conditional FFN in packed memory: routed experts, shared neurons, output bias."""
+
+    def __init__(
+        self,
+        *,
+        experts_up: Tensor,
+        experts_down: Tensor,
+        experts_gate: Tensor | None = None,
+        experts_up_bias: Tensor | None = None,
+        experts_gate_bias: Tensor | None = None,
+        shared_up: Tensor | None = None,
+        shared_down: Tensor | None = None,
+        shared_gate: Tensor | None = None,
+        shared_up_bias: Tensor | None = None,
+        shared_gate_bias: Tensor | None = None,
+        down_bias: Tensor | None = None,
+        activation: str,
+        activate_up: bool = False,
+        precision: str = "fp32",
+        isa: str | None = None,
+    ) -> None:
+        if not available():
+            raise RuntimeError(f"there is no native kernel: {_why_not}")
+        if experts_up.ndim != 3:
+            raise ValueError(f"experts_up must be (E, M, D): {tuple(experts_up.shape)}")
+        self.experts, self.width, self.precision = experts_up.shape[0], experts_up.shape[2], precision
+        self.isa = isa or default_isa()
+        if self.isa not in instruction_sets():
+            raise ValueError(f"no instruction set {isa!r} here; there are {', '.join(instruction_sets())}")
+        self._routed = self._shared = None
+        if self.experts and experts_up.shape[1]:
+            self._routed = _Bank(
+                experts_gate,
+                experts_up,
+                experts_down,
+                experts_gate_bias,
+                experts_up_bias,
+                *(activation, activate_up, precision),
+            )
+        if shared_up is not None and len(shared_up):
+            self._shared = _Bank(
+                _one(shared_gate),
+                shared_up[None],
+                _one(shared_down),
+                _one(shared_gate_bias),
+                _one(shared_up_bias),
+                *(activation, activate_up, precision),
+            )
+            if self._shared.shape[2] != self.width:
+                raise ValueError(f"shared width {self._shared.shape[2]} is not the experts' {self.width}")
+        if down_bias is not None and down_bias.shape != (self.width,):
+            raise ValueError(f"down_bias must be ({self.width},): {tuple(down_bias.shape)}")
+        bias = _plain(down_bias, torch.float32)
+        self._bias = None if bias is None else F.pad(bias, (0, -self.width % 16))
+
+    @property
+    def nbytes(self) -> int:
+        return sum(bank.packed.nbytes for bank in (self._routed, self._shared) if bank)
+
+    def unpack(self) -> dict[str, Tensor]:
+        """The tensors it was made of, under the names of the constructor: exact but for int8."""
+        found = self._routed.unpack("experts_") if self._routed else {}
+        if self._shared:
+            found |= {name: tensor[0] for name, tensor in self._shared.unpack("shared_").items()}
+        if self._bias is not None:
+            found["down_bias"] = self._bias[: self.width].clone()
+        return found
+
+    def forward(self, x: Tensor, **routing: Any) -> Tensor:
+        """The FFN of x (T, D), in x's dtype. The arguments are those of `forward_with_chosen`."""
+        return self._run(x, None, **routing)
+
+    def forward_with_chosen(self, x: Tensor, **routing: Any) -> tuple[Tensor, Tensor]:
+        """The FFN of x and the experts it chose: (T, most) int32, -1 where a token has fewer.
+
+        Experts come from one of
+        - `chosen` (T, K), entries below 0 are no expert; `gate_weights` (T, K) weights them;
+        - `scores` (T, E) or `router`, and then `top_k`, or `threshold` with `least` and `most`.
+        `expert_scale` (E,) weights an expert with 1 + softmax(scores) * scale, as CMoE does; it needs scores
+        or a router. `counts` (E,) int64 has the tokens of each expert added to it.
+        """
+        chosen: list[Tensor] = []
+        y = self._run(x, chosen, **routing)
+        return y, chosen[0]
+
+    def _capacity(
+        self, chosen: Tensor | None, top_k: int | None, threshold: float | None, most: int | None
+    ) -> int:
+        if chosen is not None:
+            return chosen.shape[1]
+        if threshold is not None:
+            return self.experts if most is None else max(0, min(most, self.experts))
+        return max(0, min(top_k or 0, self.experts))
+
+    def _run(
+        self,
+        x: Tensor,
+        chosen_out: list[Tensor] | None,
+        *,
+        router: PackedRouter | None = None,
+        scores: Tensor | None = None,
+        chosen: Tensor | None = None,
+        top_k: int | None = None,
+        threshold: float | None = None,
+        least: int = 0,
+        most: int | None = None,
+        gate_weights: Tensor | None = None,
+        expert_scale: Tensor | None = None,
+        counts: Tensor | None = None,
+    ) -> Tensor:
+        if x.ndim != 2 or x.shape[1] != self.width:
+            raise ValueError(f"x must be (T, {self.width}): {tuple(x.shape)}")
+        if x.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError("the native kernel has no gradients; use torch.no_grad() or the torch kernel")
+        dtype = x.dtype
+        if dtype not in (torch.float32, torch.bfloat16):
+            x = x.float()
+        tokens = x.shape[0]
+        capacity = self._capacity(chosen, top_k, threshold, most)
+        routed = self._routed if capacity else None
+        if routed:
+            self._check_routing(tokens, router, scores, chosen, gate_weights, expert_scale)
+        chosen, scores = _plain(chosen, torch.int32), _plain(scores, torch.float32)
+        gate_weights, expert_scale = _plain(gate_weights, torch.float32), _plain(expert_scale, torch.float32)
+        good = counts is None or (counts.dtype == torch.int64 and counts.is_contiguous())
+        if not good or (counts is not None and counts.shape != (self.experts,)):
+            raise ValueError(f"counts must be ({self.experts},) int64")
+        y = torch.empty((tokens, self.width), dtype=x.dtype)
+        if chosen_out is not None:
+            chosen_out.append(torch.full((tokens, capacity), -1, dtype=torch.int32))
+        valid = _native.forward(
+            self.isa,
+            routed.packed if routed else None,
+            self._shared.packed if self._shared else None,
+            router._bank.packed if router and routed else None,
+            _address(self._bias),
+            self.width,
+            x.data_ptr(),
+            x.stride(0),
+            x.stride(1),
+            x.dtype == torch.bfloat16,
+            y.data_ptr(),
+            tokens,
+            _address(chosen),
+            _address(scores),
+            capacity,
+            threshold is not None,
+            threshold or 0.0,
+            least,
+            _address(gate_weights),
+            _address(expert_scale),
+            _address(chosen_out[-1]) if chosen_out else 0,
+            _address(counts),
+            torch.get_num_threads(),
+        )
+        if not valid:
+            raise ValueError(f"chosen names an expert that does not exist (there are {self.experts})")
+        return y.to(dtype)
+
+    def _check_routing(
+        self,
+        tokens: int,
+        router: PackedRouter | None,
+        scores: Tensor | None,
+        chosen: Tensor | None,
+        gate_weights: Tensor | None,
+        expert_scale: Tensor | None,
+    ) -> None:
+        if chosen is None and scores is None and router is None:
+            raise ValueError("experts come from `chosen`, `scores` or `router`: none was given")
+        shape = (tokens, self.experts)
+        if router is not None and router._bank.shape[1:] != (self.experts, self.width):
+            raise ValueError(f"the router must be ({self.experts}, {self.width}): {router._bank.shape[1:]}")
+        if scores is not None and (router is not None or scores.shape != shape):
+            raise ValueError(f"scores, instead of a router, must be {shape}: {tuple(scores.shape)}")
+        if chosen is not None and (chosen.ndim != 2 or len(chosen) != tokens):
+            raise ValueError(f"chosen must be ({tokens}, K): {tuple(chosen.shape)}")
+        if gate_weights is not None:
+            if chosen is None or gate_weights.shape != chosen.shape or expert_scale is not None:
+                raise ValueError("gate_weights needs `chosen`, of the same shape, and excludes expert_scale")
+        elif expert_scale is not None:
+            if (router is None and scores is None) or expert_scale.shape != (self.experts,):
+                raise ValueError(f"expert_scale must be ({self.experts},) and needs scores or a router")
