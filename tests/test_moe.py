@@ -1,5 +1,7 @@
 """MoEFFN and its kernels: the master property, and the loop as the specification of every fast path."""
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -49,7 +51,7 @@ def test_every_router_scores_and_survives_a_round_trip(router, gated):
     assert scores.dtype == torch.float32
     assert scores.isfinite().all()
     assert torch.equal(moe.route(x[:1]), moe.route(x)[:1])
-    empty = MoEFFN(moe.spec)
+    empty = MoEFFN(moe.spec).requires_grad_(False)
     empty.load_state_dict(moe.state_dict())
     assert torch.equal(empty(x), moe(x))
 
@@ -166,6 +168,47 @@ def test_gradients_reach_inputs_and_weights(kernel):
         grads.append([leaf.grad.clone() for leaf in leaves])
     for ours, exact in zip(*grads, strict=True):
         torch.testing.assert_close(ours, exact, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_native_inference_equals_the_reference_and_unpacks_to_the_same_bits(router, dtype):
+    stats, x = make_stats(activation="silu", bias=True)
+    moe, x = build(stats, router=router).to(dtype), x.to(dtype)
+    before = {name: tensor.clone() for name, tensor in moe.state_dict().items()}
+    with kernels.using("reference"):
+        expected = moe(x)
+    out = moe(x)
+    assert (moe._packed is not None) == (router != "oracle")
+    # Sums of up to 24 products whose factors are rounded to the type, relative to the largest output.
+    tolerance = 16 * torch.finfo(dtype).eps * 24**0.5 * expected.abs().max()
+    assert ((out - expected).abs() <= tolerance).all()
+    after = moe.state_dict()
+    assert moe._packed is None
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_packing_releases_the_parameters_until_they_are_needed():
+    stats, x = make_stats()
+    moe = build(stats)
+    expected = moe(x)
+    assert all(p.numel() == 0 for p in moe.parameters(recurse=False))
+    twin = copy.deepcopy(moe)
+    assert torch.equal(twin(x), expected)
+    assert moe.train().experts_up.shape == (4, 8, 16)
+    assert moe.eval()(x).equal(expected)
+    assert moe.double().experts_up.dtype == torch.float64
+    torch.testing.assert_close(moe(x.double()).float(), expected, rtol=1e-4, atol=1e-3)
+
+
+def test_int8_is_near_and_has_no_way_back():
+    stats, x = make_stats()
+    moe = build(stats)
+    expected = moe(x)
+    moe.pack("int8")
+    assert 0 < (moe(x) - expected).norm() < 0.03 * expected.norm()
+    with pytest.raises(moefy.MoefyError, match="int8"):
+        moe.state_dict()
 
 
 def test_one_place_chooses_the_kernel():

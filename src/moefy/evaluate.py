@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from moefy import kernels
 from moefy.moe import MoEFFN, moe_layers
 from moefy.routers.oracle import OracleRouter
 from moefy.types import MoefyError
@@ -157,8 +158,9 @@ def routing(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> dict[str,
     layers = {n: m for n, m in moe_layers(model).items() if 0 < m.top_k < m.spec.experts}
     handles = [moe.register_forward_hook(watch(name, moe)) for name, moe in layers.items()]
     try:
-        for batch in batches:
-            model(**batch)
+        with kernels.using("torch"):  # the oracle looks at the weights, which the native kernel keeps packed
+            for batch in batches:
+                model(**batch)
     finally:
         for handle in handles:
             handle.remove()

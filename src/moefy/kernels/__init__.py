@@ -1,14 +1,20 @@
-"""Conditional FFN kernels, interchangeable: the same call, the same result. Chosen here and nowhere else."""
+"""Conditional FFN kernels, interchangeable: the same call, the same result. Chosen here and nowhere else.
+
+The native kernel is not in KERNELS: it takes packed weights and does its own routing (`native.PackedFFN`).
+MoEFFN uses it for inference on CPU where `native_wanted()` and its own checks agree, and KERNELS for the
+rest: training, CUDA, activations that only torch has.
+"""
 
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from torch import Tensor
 
-from moefy.kernels import grouped, reference
+from moefy.kernels import grouped, native, reference
 from moefy.types import MoefyError, MoEWeights
 
 Kernel = Callable[[Tensor, MoEWeights, Tensor, "Tensor | None"], Tensor]
@@ -18,15 +24,31 @@ KERNELS: dict[str, Kernel] = {
     "grouped": grouped.moe_ffn,
 }
 
+_CHOICES = ("auto", "native", "torch", *KERNELS)
 _choice = os.environ.get("MOEFY_KERNEL", "auto")
+_told = False
 
 
 def use(name: str) -> None:
-    """Run every conditional FFN on the named kernel; "auto" picks the fastest that can."""
+    """Run every conditional FFN on one kernel: "native", "torch" (the best of its two), "reference",
+    "grouped", or "auto": native for inference on CPU, torch otherwise."""
     global _choice
-    if name not in (*KERNELS, "auto"):
-        raise MoefyError(f"There is no kernel {name!r}; choose one of auto, {', '.join(KERNELS)}.")
+    if name not in _CHOICES:
+        raise MoefyError(f"There is no kernel {name!r}; choose one of {', '.join(_CHOICES)}.")
+    if name == "native" and not native.available():
+        raise MoefyError(f"The native kernel cannot be used: {native.why_not()}.")
     _choice = name
+
+
+def native_wanted() -> bool:
+    """Whether inference on CPU should use the native kernel; says once if it would but cannot."""
+    global _told
+    if _choice not in ("auto", "native"):
+        return False
+    if not native.available() and not _told:
+        _told = True
+        warnings.warn(f"moefy runs on torch, slower: {native.why_not()}.", stacklevel=2)
+    return native.available()
 
 
 @contextmanager
@@ -42,6 +64,6 @@ def using(name: str) -> Iterator[None]:
 
 def pick(x: Tensor, weights: MoEWeights) -> Kernel:
     """The kernel for this call."""
-    if _choice != "auto":
+    if _choice in KERNELS:
         return KERNELS[_choice]
     return grouped.moe_ffn if grouped.supports(x, weights) else reference.moe_ffn

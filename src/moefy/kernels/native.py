@@ -41,6 +41,8 @@ _ACTIVATIONS = {
     "sigmoid": 7,
     "tanh": 8,
 }
+#: The precision that keeps weights of a type exactly.
+PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 _WEIGHTS = {"fp32": 0, "bf16": 1, "int8": 2}
 _GATE, _UP, _DOWN = 0, 1, 2
 
@@ -254,9 +256,7 @@ class PackedFFN:
         y = self._run(x, chosen, **routing)
         return y, chosen[0]
 
-    def _capacity(
-        self, chosen: Tensor | None, top_k: int | None, threshold: float | None, most: int | None
-    ) -> int:
+    def _capacity(self, chosen: Tensor | None, top_k: int | None, threshold: float | None, most: int | None) -> int:
         if chosen is not None:
             return chosen.shape[1]
         if threshold is not None:
@@ -349,6 +349,7 @@ class PackedFFN:
         if gate_weights is not None:
             if chosen is None or gate_weights.shape != chosen.shape or expert_scale is not None:
                 raise ValueError("gate_weights needs `chosen`, of the same shape, and excludes expert_scale")
-        elif expert_scale is not None:
-            if (router is None and scores is None) or expert_scale.shape != (self.experts,):
-                raise ValueError(f"expert_scale must be ({self.experts},) and needs scores or a router")
+        elif expert_scale is not None and (
+            (router is None and scores is None) or expert_scale.shape != (self.experts,)
+        ):
+            raise ValueError(f"expert_scale must be ({self.experts},) and needs scores or a router")

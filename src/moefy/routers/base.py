@@ -7,6 +7,7 @@ import abc
 import torch
 from torch import Tensor, nn
 
+from moefy.kernels.native import PackedRouter
 from moefy.stats import NeuronStats
 from moefy.types import LayerSpec, MoEWeights, Partition
 
@@ -30,8 +31,12 @@ class Router(nn.Module, abc.ABC):
         """A router for `partition`, made from the calibration."""
 
     @abc.abstractmethod
-    def forward(self, x: Tensor, weights: MoEWeights) -> Tensor:
-        """Scores (T, E), float32."""
+    def forward(self, x: Tensor, weights: MoEWeights | None) -> Tensor:
+        """Scores (T, E), float32. Routers that ship do not look at `weights`."""
+
+    def packed(self) -> PackedRouter | None:
+        """The router in the native kernel's form; None runs it in torch and hands its scores over."""
+        return None
 
     def multiply_adds(self) -> int:
         """Multiply-adds a token: what the router costs."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from moefy.kernels.native import PackedRouter
 from moefy.routers.base import Router
 from moefy.stats import NeuronStats, contributions
 from moefy.types import LayerSpec, MoEWeights, Partition
@@ -53,5 +54,8 @@ class LinearRouter(Router):
         router.bias.copy_(mean_y - mean_x @ solution)
         return router
 
-    def forward(self, x: Tensor, weights: MoEWeights) -> Tensor:
+    def forward(self, x: Tensor, weights: MoEWeights | None) -> Tensor:
         return F.linear(x.float(), self.weight.float(), self.bias.float())
+
+    def packed(self) -> PackedRouter:
+        return PackedRouter.linear(self.weight, self.bias)

@@ -19,5 +19,6 @@ class OracleRouter(Router):
     def build(cls, spec: LayerSpec, partition: Partition, stats: NeuronStats, seed: int) -> OracleRouter:
         return cls(spec)
 
-    def forward(self, x: Tensor, weights: MoEWeights) -> Tensor:
+    def forward(self, x: Tensor, weights: MoEWeights | None) -> Tensor:
+        assert weights is not None
         return contributions(weights.routed.to(x.dtype), weights.experts, x).float()

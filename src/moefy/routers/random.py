@@ -27,7 +27,7 @@ class RandomRouter(Router):
         router.seed.fill_(seed)  # type: ignore[operator]
         return router
 
-    def forward(self, x: Tensor, weights: MoEWeights) -> Tensor:
+    def forward(self, x: Tensor, weights: MoEWeights | None) -> Tensor:
         token = x.float().contiguous().view(torch.int32).long().sum(dim=1, keepdim=True)
         expert = torch.arange(self.spec.experts, device=x.device)
         state = (token + self.seed * 40503 + (expert + 1) * 2654435761) & _MASK  # type: ignore[operator]

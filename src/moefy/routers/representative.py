@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
+from moefy.kernels.native import PackedRouter, supports
 from moefy.routers.base import Router
 from moefy.stats import NeuronStats, normalised_rows
 from moefy.types import LayerSpec, MoEWeights, Partition
@@ -40,13 +41,19 @@ class RepresentativeRouter(Router):
                 getattr(router, f"{name}_bias").copy_(bias[chosen] / norm[chosen])  # type: ignore[index]
         return router
 
-    def forward(self, x: Tensor, weights: MoEWeights) -> Tensor:
+    def forward(self, x: Tensor, weights: MoEWeights | None) -> Tensor:
         x = x.float()
         up = F.linear(x, self.up.float(), None if self.up_bias is None else self.up_bias.float())
         if self.gate is None:
             return self.act(up).abs()
         gate = F.linear(x, self.gate.float(), None if self.gate_bias is None else self.gate_bias.float())
         return (self.act(gate) * (self.act(up) if self.spec.activate_up else up)).abs()
+
+    def packed(self) -> PackedRouter | None:
+        plain = self.up_bias is None and self.gate_bias is None and not self.spec.activate_up
+        if not plain or not supports(self.spec.activation):
+            return None
+        return PackedRouter.representative(self.up, self.gate, activation=self.spec.activation)
 
 
 def representatives(partition: Partition, stats: NeuronStats) -> Tensor:

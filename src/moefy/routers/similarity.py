@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional as F
 
+from moefy.kernels.native import PackedRouter
 from moefy.routers.base import Router
 from moefy.stats import NeuronStats
 from moefy.types import LayerSpec, MoEWeights, Partition
@@ -23,6 +24,9 @@ class SimilarityRouter(Router):
         router.centroids.copy_(F.normalize(rows[partition.experts].mean(dim=1), dim=1))
         return router
 
-    def forward(self, x: Tensor, weights: MoEWeights) -> Tensor:
+    def forward(self, x: Tensor, weights: MoEWeights | None) -> Tensor:
         # The input's norm is the same for all experts and does not change their order.
         return F.linear(x.float(), self.centroids.float())
+
+    def packed(self) -> PackedRouter:
+        return PackedRouter.linear(self.centroids)
