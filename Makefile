@@ -18,7 +18,8 @@ test: $(VENV)/test-ready
 
 install: $(VENV)/ready
 
-$(VENV)/ready: pyproject.toml
+# The extension is rebuilt when its sources change; Python sources are used where they are.
+$(VENV)/ready: pyproject.toml CMakeLists.txt $(wildcard src/moefy/kernels/csrc/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet "$(TORCH)"

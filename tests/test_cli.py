@@ -72,6 +72,17 @@ def test_generate_continues_the_prompt(converted):
     assert done.stdout.strip()
 
 
+def test_bench_times_both_models_in_every_case(dense, converted):
+    done = moefy("bench", converted, "--against", dense, "--rounds", 1, "--int8", "--json")
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout)
+    assert "decode" in figures["cases"]
+    for case in figures["cases"].values():
+        assert set(case) == {"dense", "model", "model int8"}
+        assert all(result["tokens_per_second"] > 0 for result in case.values())
+    assert figures["machine"]["threads"] >= 1
+
+
 def test_recipe_files_and_gzip_text(dense, tmp_path):
     (tmp_path / "r.yaml").write_text("construction: weights\nrouter: similarity\nexperts: 6\nshared: 0\nactive: 3\n")
     with gzip.open(tmp_path / "text.txt.gz", "wt") as file:

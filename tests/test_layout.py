@@ -26,6 +26,7 @@ ORDER = [
     "model_card",
     "checkpoint",
     "evaluate",
+    "bench",
     "console",
     "demo",
     "cli",

@@ -155,6 +155,45 @@ def generate(
 
 
 @app.command()
+def bench(
+    model: Annotated[str, typer.Argument(help="A converted directory, or any dense model that convert takes.")],
+    against: Annotated[str | None, typer.Option(help="A dense model to time beside it.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Interleaved runs; medians are printed.")] = 5,
+    int8: Annotated[bool, typer.Option(help="Also time the model with int8 expert weights.")] = False,
+    dtype: Dtype = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    trust_remote_code: RemoteCode = False,
+) -> None:
+    """Time a model end to end: decode, prefill, batches, memory."""
+    from moefy import console
+    from moefy.bench import compare
+    from moefy.moe import moe_layers
+
+    models: dict[str, Any] = {}
+    with console.status("Loading"):
+        if against:
+            models["dense"] = load_any(against, dtype, trust_remote_code)[0]
+        models["model"] = load_any(model, dtype, trust_remote_code)[0]
+        if int8:
+            models["model int8"] = load_any(model, dtype, trust_remote_code)[0]
+            for layer in moe_layers(models["model int8"]).values():
+                layer.pack("int8")
+    with console.progress("Timing") as update:
+        figures = compare(models, rounds, update)
+    if as_json:
+        print(json.dumps(figures, indent=2))
+        return
+    rows = [
+        [case, name, f"{result['tokens_per_second']:.1f}", f"{result['speedup']:.2f}x"]
+        for case, by_model in figures["cases"].items()
+        for name, result in by_model.items()
+    ]
+    console.table(f"{model}", ["case", "model", "tokens/s", "speedup"], rows)
+    weights = ", ".join(f"{name} {size / 2**20:.0f} MiB" for name, size in figures["weight_bytes"].items())
+    console.out.print(f"Weights: {weights}. {', '.join(f'{k} {v}' for k, v in figures['machine'].items())}.")
+
+
+@app.command()
 def demo(
     output: Annotated[Path | None, typer.Option(help="Keep the converted model here.")] = None,
     recipe: Annotated[str, typer.Option(help="A recipe's name or a YAML file.")] = "cmoe",

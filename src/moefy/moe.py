@@ -180,6 +180,10 @@ class MoEFFN(nn.Module):
             parameter.data = tensor.to(parameter.dtype)
         self._packed = self._packed_router = None
 
+    def packed_bytes(self) -> int:
+        """Bytes of packed memory, the packed router's copy included; 0 when not packed."""
+        return sum(part.nbytes for part in (self._packed, self._packed_router) if part is not None)
+
     def train(self, mode: bool = True) -> MoEFFN:
         if mode:
             self.unpack()

@@ -1,0 +1,134 @@
+"""End-to-end speed of models, side by side: interleaved runs, medians, JSON with what they were measured on."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from moefy.evaluate import is_causal_lm
+from moefy.kernels import native
+from moefy.moe import MoEFFN
+from moefy.types import MoefyError
+from moefy.version import __version__
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One thing to time; `tokens` are processed in one run of `run(model)`."""
+
+    name: str
+    tokens: int
+    run: Callable[[Any], object]
+
+
+def cases(model: Any, new_tokens: int = 32) -> list[Case]:
+    """Decode and prefill for causal language models, plain forward passes for others."""
+    vocabulary = getattr(model.config.get_text_config(), "vocab_size", None)
+    if vocabulary is None:
+        raise MoefyError(f"bench feeds token ids, and {type(model).__name__} takes none.")
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1024
+    generator = torch.Generator().manual_seed(0)
+
+    def ids(batch: int, length: int) -> torch.Tensor:
+        return torch.randint(10, vocabulary - 1, (batch, length), generator=generator)
+
+    def forward(batch: int, length: int) -> Case:
+        feed: dict[str, Any] = {"input_ids": ids(batch, length)}
+        if model.config.is_encoder_decoder:
+            feed["decoder_input_ids"] = feed["input_ids"]
+        elif is_causal_lm(model):
+            feed |= {"use_cache": True, "logits_to_keep": 1}
+        what = "prefill" if is_causal_lm(model) else "forward"
+        return Case(f"{what} {batch} x {length}", batch * length, lambda m: m(**feed))
+
+    shapes = [(1, 256), (1, 1024), (8, 128)] if is_causal_lm(model) else [(1, 16), (1, 128), (8, 128)]
+    found = [forward(b, n) for b, n in shapes if n <= longest]
+    if is_causal_lm(model):
+        found.insert(0, _decode(ids(1, 32), new_tokens))
+    return found
+
+
+def _decode(prompt: torch.Tensor, new_tokens: int) -> Case:
+    """Tokens one at a time through the KV cache, without `generate`'s own bookkeeping."""
+
+    def run(model: Any) -> None:
+        out = model(input_ids=prompt, use_cache=True)
+        token = out.logits[:, -1:].argmax(-1)
+        for _ in range(new_tokens):
+            out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
+            token = out.logits[:, -1:].argmax(-1)
+
+    return Case("decode", new_tokens, run)
+
+
+@torch.no_grad()
+def compare(models: dict[str, Any], rounds: int = 5, progress: Progress | None = None) -> dict[str, Any]:
+    """Time every case on every model, one after the other in each round; medians in tokens a second.
+
+    The first model is the one that speedups are relative to. Weights are the bytes each model holds.
+    """
+    for model in models.values():
+        model.eval()
+    first = next(iter(models.values()))
+    todo, results = cases(first), {}
+    done = 0
+    for case in todo:
+        seconds: dict[str, list[float]] = {name: [] for name in models}
+        for model in models.values():
+            case.run(model)  # packs, warms caches
+        for _ in range(rounds):
+            for name, model in models.items():
+                start = time.perf_counter()
+                case.run(model)
+                seconds[name].append(time.perf_counter() - start)
+            done += 1
+            if progress:
+                progress(done, rounds * len(todo))
+        medians = {name: statistics.median(s) for name, s in seconds.items()}
+        base = next(iter(medians.values()))
+        results[case.name] = {
+            name: {"tokens_per_second": case.tokens / median, "speedup": base / median}
+            for name, median in medians.items()
+        }
+    return {
+        "cases": results,
+        "weight_bytes": {name: weight_bytes(model) for name, model in models.items()},
+        "machine": machine(),
+        "rounds": rounds,
+    }
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of weights that a model holds, packed ones included, tied ones once."""
+    tensors = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers()) if t.numel()}
+    packed = sum(m.packed_bytes() for m in model.modules() if isinstance(m, MoEFFN))
+    return sum(tensors.values()) + packed
+
+
+def machine() -> dict[str, Any]:
+    """What decides a speed: processor, threads, instruction set, versions."""
+    return {
+        "processor": _processor(),
+        "threads": torch.get_num_threads(),
+        "instruction_set": native.default_isa() if native.available() else None,
+        "moefy": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
