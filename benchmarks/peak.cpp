@@ -34,11 +34,8 @@ static double gflops(int threads, long rounds) {
 #pragma GCC unroll 12
       for (int i = 0; i < kChains; ++i) sum[i] = sum[i] * x + y;
     }
-    V total = V{};
 #pragma GCC unroll 12
-    for (int i = 0; i < kChains; ++i) total += sum[i];
-    volatile float keep = total[0];
-    (void)keep;
+    for (int i = 0; i < kChains; ++i) asm volatile("" ::"x"(sum[i]));  // keeps every lane
   }
   return threads * double(rounds) * kChains * kFloats * 2 / (now() - start) / 1e9;
 }
@@ -56,8 +53,7 @@ static double gigabytes(int threads, const float* data, size_t floats) {
       for (size_t i = 0; i + 2 <= half; i += 2) {
         sum[0] += p[i], sum[1] += p[i + 1], sum[2] += p[half + i], sum[3] += p[half + i + 1];
       }
-      volatile float keep = (sum[0] + sum[1] + sum[2] + sum[3])[0];
-      (void)keep;
+      for (int i = 0; i < 4; ++i) asm volatile("" ::"x"(sum[i]));
     }
     const double rate = floats * 4 / (now() - start) / 1e9;
     best = rate > best ? rate : best;
