@@ -4,8 +4,8 @@
     python benchmarks/ffn.py --quick              # a minute: one shape, fewer rounds
     python benchmarks/ffn.py --isa avx2 --json out.jsonl
 
-All contenders take turns in every round and walk over layers that do not fit any cache (200 MB of fp32 weights);
-the figures are medians over rounds. Columns:
+All contenders take turns in every round and walk over layers that do not fit any cache (200 MB of fp32
+weights); the figures are medians over rounds. Columns:
   F.linear   dense, fp32, ms                 best dense   the fastest dense path in torch, and which
   ms, x      native, speedup over F.linear   x best       over the best dense path
   share      time of the active share of the native kernel run densely, over the time it takes
@@ -110,7 +110,9 @@ def dense_paths(weights: tuple[list[Tensor], Tensor], tokens: int) -> dict[str, 
     """The dense FFN by every means that torch has, each a function of x in fp32 or bf16."""
     ups, down = weights
 
-    def ffn(linear: Callable[[Tensor, Tensor], Tensor], ups: list[Tensor], down: Tensor) -> Callable[[Tensor], Tensor]:
+    def ffn(
+        linear: Callable[[Tensor, Tensor], Tensor], ups: list[Tensor], down: Tensor
+    ) -> Callable[[Tensor], Tensor]:
         if len(ups) == 2:
             return lambda x: linear(F.silu(linear(x, ups[0])) * linear(x, ups[1]), down)
         return lambda x: linear(F.relu(linear(x, ups[0])), down)
@@ -132,13 +134,17 @@ def dense_paths(weights: tuple[list[Tensor], Tensor], tokens: int) -> dict[str, 
     return paths
 
 
-def measure(contenders: dict[str, list[Callable[[], object]]], rounds: int, budget: float) -> dict[str, float]:
+def measure(
+    contenders: dict[str, list[Callable[[], object]]], rounds: int, budget: float
+) -> dict[str, float]:
     """Median seconds of each contender; its functions are the layers it walks over."""
     times: dict[str, list[float]] = {name: [] for name in contenders}
     end = time.perf_counter() + budget
     for i in range(rounds + 2):
         for turn, (name, layers) in enumerate(contenders.items()):
-            layer = layers[(i + turn) % len(layers)]  # none finds in the cache what the one before it has read
+            layer = layers[
+                (i + turn) % len(layers)
+            ]  # none finds in the cache what the one before it has read
             start = time.perf_counter()
             layer()
             times[name].append(time.perf_counter() - start)
@@ -151,16 +157,23 @@ def run(shape: Shape, tokens: int, isa: str, names: list[str], args: argparse.Na
     layer_bytes = shape.matrices * shape.neurons * shape.D * 4
     count = max(2, round(ROTATE / layer_bytes + 0.5))
     layers = [Layer(shape, tokens, isa, names, dense=not args.no_dense) for _ in range(count)]
-    inputs = {dtype: [torch.randn(tokens, shape.D).to(dtype) for _ in layers] for dtype in (torch.float32, torch.bfloat16)}
+    inputs = {
+        dtype: [torch.randn(tokens, shape.D).to(dtype) for _ in layers]
+        for dtype in (torch.float32, torch.bfloat16)
+    }
     contenders: dict[str, list[Callable[[], object]]] = {}
     for path in layers[0].paths:
         xs = inputs[torch.bfloat16 if "bf16" in path else torch.float32]
-        contenders[path] = [lambda l=l, x=x, path=path: l.paths[path](x) for l, x in zip(layers, xs, strict=True)]
+        contenders[path] = [
+            lambda l=l, x=x, path=path: l.paths[path](x) for l, x in zip(layers, xs, strict=True)
+        ]
     for name in names:
         precision, dtype = NATIVE[name]
         xs = inputs[dtype]
         pairs = list(zip(layers, xs, strict=True))
-        chosen = [l.packed[precision].forward_with_chosen(x, router=l.router, top_k=shape.K)[1] for l, x in pairs]
+        chosen = [
+            l.packed[precision].forward_with_chosen(x, router=l.router, top_k=shape.K)[1] for l, x in pairs
+        ]
         given = list(zip(layers, xs, chosen, strict=True))
         contenders["native " + name] = [lambda l=l, x=x, n=name: l.sparse(n, x) for l, x in pairs]
         contenders["given " + name] = [
@@ -188,8 +201,16 @@ def report(shape: Shape, tokens: int, isa: str, args: argparse.Namespace, peak: 
         }  # fmt: skip
         cells = [f"{shape.name:36}", f"{tokens:5}", f"{name:13}"]
         if best:
-            record |= {"speedup": dense["F.linear"] / seconds, "best_dense": best, "speedup_best": dense[best] / seconds}
-            cells += [f"{dense['F.linear'] * 1e3:9.3f}", f"{dense[best] * 1e3:9.3f} {best:13}", f"{seconds * 1e3:9.3f}"]
+            record |= {
+                "speedup": dense["F.linear"] / seconds,
+                "best_dense": best,
+                "speedup_best": dense[best] / seconds,
+            }
+            cells += [
+                f"{dense['F.linear'] * 1e3:9.3f}",
+                f"{dense[best] * 1e3:9.3f} {best:13}",
+                f"{seconds * 1e3:9.3f}",
+            ]
             cells += [f"{record['speedup']:6.2f}x", f"{record['speedup_best']:6.2f}x"]
         else:
             cells += [f"{seconds * 1e3:9.3f}"]
@@ -209,11 +230,17 @@ def report(shape: Shape, tokens: int, isa: str, args: argparse.Namespace, peak: 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--isa", default=native.instruction_sets()[-1], choices=native.instruction_sets())
-    parser.add_argument("--shapes", nargs="*", default=None, help="words that the name of a shape must contain")
+    parser.add_argument(
+        "--shapes", nargs="*", default=None, help="words that the name of a shape must contain"
+    )
     parser.add_argument("--tokens", nargs="*", type=int, default=[1, 16, 256, 1024])
-    parser.add_argument("--precision", nargs="*", default=["fp32", "bf16 weights", "bf16", "int8"], choices=NATIVE)
+    parser.add_argument(
+        "--precision", nargs="*", default=["fp32", "bf16 weights", "bf16", "int8"], choices=NATIVE
+    )
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--seconds", type=float, default=20, help="most time for one line")
     parser.add_argument("--no-dense", action="store_true", help="leave torch out")

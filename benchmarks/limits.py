@@ -20,7 +20,14 @@ def limits(isa: str, threads: int) -> dict[str, float] | None:
     flags = FLAGS.get(isa.removesuffix("bf16"), ["-march=native"])
     with tempfile.TemporaryDirectory() as folder:
         program = Path(folder) / "peak"
-        command = [os.environ.get("CXX", "c++"), "-O3", "-std=gnu++17", "-ffp-contract=fast", "-fopenmp", *flags]
+        command = [
+            os.environ.get("CXX", "c++"),
+            "-O3",
+            "-std=gnu++17",
+            "-ffp-contract=fast",
+            "-fopenmp",
+            *flags,
+        ]
         try:
             subprocess.run([*command, HERE / "peak.cpp", "-o", program], check=True, capture_output=True)
         except (OSError, subprocess.CalledProcessError):

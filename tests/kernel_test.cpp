@@ -137,7 +137,8 @@ int main() {
       for (Weights weights : {Weights::f32, Weights::bf16, Weights::i8})
         for (bool bf16 : {false, true})
           for (bool gated : {false, true})
-            for (int T : {0, 1, 6, 53}) {
+            for (int T : {0, 1, 6, 49}) {
+              if (T == 49 && gated == bf16) continue;  // half of them: the loops in double take most of the time
               const int K = 1 + generator() % s[0];
               check(*kernels(names[i]), {s[0], s[1], s[2], s[3], K, T, gated, weights, bf16}, 1 + T % 3);
             }
