@@ -1,4 +1,4 @@
-"""The native CPU kernel: packed FFNs and routers, one call per FFN. docs/kernels.md tells what it does and why.
+"""The native CPU kernel: packed FFNs and routers, one call per FFN. See docs/kernels.md for what and why.
 
 T tokens, D model width, E routed experts, M neurons per expert, K experts chosen, S shared neurons;
 weights are neuron-major as everywhere: one row per neuron, `down` too.
@@ -339,17 +339,16 @@ class PackedFFN:
     ) -> None:
         if chosen is None and scores is None and router is None:
             raise ValueError("experts come from `chosen`, `scores` or `router`: none was given")
-        shape = (tokens, self.experts)
+        every = (tokens, self.experts)
         if router is not None and router._bank.shape[1:] != (self.experts, self.width):
             raise ValueError(f"the router must be ({self.experts}, {self.width}): {router._bank.shape[1:]}")
-        if scores is not None and (router is not None or scores.shape != shape):
-            raise ValueError(f"scores, instead of a router, must be {shape}: {tuple(scores.shape)}")
+        if scores is not None and (router is not None or scores.shape != every):
+            raise ValueError(f"scores, instead of a router, must be {every}: {tuple(scores.shape)}")
         if chosen is not None and (chosen.ndim != 2 or len(chosen) != tokens):
             raise ValueError(f"chosen must be ({tokens}, K): {tuple(chosen.shape)}")
-        if gate_weights is not None:
-            if chosen is None or gate_weights.shape != chosen.shape or expert_scale is not None:
-                raise ValueError("gate_weights needs `chosen`, of the same shape, and excludes expert_scale")
-        elif expert_scale is not None and (
-            (router is None and scores is None) or expert_scale.shape != (self.experts,)
-        ):
+        shape = None if chosen is None or expert_scale is not None else chosen.shape
+        if gate_weights is not None and gate_weights.shape != shape:
+            raise ValueError("gate_weights needs `chosen`, of the same shape, and excludes expert_scale")
+        missing = router is None and scores is None
+        if expert_scale is not None and (missing or expert_scale.shape != (self.experts,)):
             raise ValueError(f"expert_scale must be ({self.experts},) and needs scores or a router")

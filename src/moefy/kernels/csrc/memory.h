@@ -41,6 +41,9 @@ class Memory {
 #endif
     bytes_ = bytes;
   }
+  void clear() {
+    if (bytes_) std::memset(data_, 0, bytes_);
+  }
   size_t bytes() const { return bytes_; }
   template <class T>
   T* as() const {

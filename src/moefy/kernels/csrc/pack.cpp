@@ -80,7 +80,7 @@ PackedBank::PackedBank(const Shape& shape, Source gate, Source up, Source down, 
 
   up_ = Memory(b.up_bytes());
   b.up = up_.as<char>();
-  std::memset(static_cast<void*>(b.up), 0, b.up_bytes());
+  up_.clear();
   const size_t stride = b.hidden_stride();
   const auto pack_up = [&](Matrix which, Source from, const float* scale) {
     const Put put{b.type, b.up, from};
@@ -94,7 +94,7 @@ PackedBank::PackedBank(const Shape& shape, Source gate, Source up, Source down, 
 
   down_ = Memory(b.down_bytes());
   b.down = down_.as<char>();
-  std::memset(static_cast<void*>(b.down), 0, b.down_bytes());
+  down_.clear();
   const Put put{b.type, b.down, down};
   each_down(b, threads, [&](int e, int n, int k, size_t element) {
     put(element, (size_t(e) * b.neurons + n) * b.width + k, b.down_scale ? b.down_scale[e * stride + n] : 1.f);
@@ -102,9 +102,8 @@ PackedBank::PackedBank(const Shape& shape, Source gate, Source up, Source down, 
 }
 
 float* PackedBank::rows(Memory& memory) {
-  const size_t bytes = size_t(bank_.experts) * bank_.hidden_stride() * sizeof(float);
-  memory = Memory(bytes);
-  std::memset(memory.as<void>(), 0, bytes);
+  memory = Memory(size_t(bank_.experts) * bank_.hidden_stride() * sizeof(float));
+  memory.clear();
   return memory.as<float>();
 }
 

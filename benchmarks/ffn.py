@@ -1,0 +1,245 @@
+"""How fast a conditional FFN is, routing included, against the dense FFN in torch.
+
+    python benchmarks/ffn.py                      # every shape, the fastest instruction set
+    python benchmarks/ffn.py --quick              # a minute: one shape, fewer rounds
+    python benchmarks/ffn.py --isa avx2 --json out.jsonl
+
+All contenders take turns in every round and walk over layers that do not fit any cache (200 MB of fp32
+weights); the figures are medians over rounds. Columns:
+  F.linear   dense, fp32, ms                 best dense   the fastest dense path in torch, and which
+  ms, x      native, speedup over F.linear   x best       over the best dense path
+  share      time of the active share of the native kernel run densely, over the time it takes
+  floor      time the active weights need from DRAM, or the multiply-adds at full rate, over the time it takes
+  route      what router, selection and sorting take of the call
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import torch
+from limits import limits, machine
+from torch import Tensor
+from torch.nn import functional as F
+
+from moefy.kernels import native
+
+
+@dataclass(frozen=True)
+class Shape:
+    name: str
+    D: int
+    E: int
+    M: int
+    K: int
+    S: int
+    gated: bool
+
+    @property
+    def neurons(self) -> int:
+        return self.E * self.M + self.S
+
+    @property
+    def matrices(self) -> int:
+        return 3 if self.gated else 2
+
+    @property
+    def active(self) -> float:
+        return (self.K * self.M + self.S) / self.neurons
+
+    def touched(self, tokens: int) -> float:
+        """The share of the weights that some token needs, when experts are chosen evenly."""
+        experts = 1 - (1 - self.K / self.E) ** tokens
+        return (experts * self.E * self.M + self.S) / self.neurons
+
+
+SHAPES = [
+    Shape("ReLU D1024 F4096, 128 x 32, 25%", 1024, 128, 32, 32, 0, False),
+    Shape("ReLU D1024 F4096, 128 x 32, 20%", 1024, 128, 32, 26, 0, False),
+    Shape("ReLU D768 F3072, 96 x 32, 20%", 768, 96, 32, 19, 0, False),
+    Shape("GLU D576 F1536, S2A2E16", 576, 14, 96, 2, 192, True),
+    Shape("GLU D576 F1536, S3A3E8", 576, 5, 192, 3, 576, True),
+    Shape("GLU D2048 F8192, S2A2E16", 2048, 14, 512, 2, 1024, True),
+    Shape("GLU D2048 F8192, S3A3E8", 2048, 5, 1024, 3, 3072, True),
+    Shape("ReLU D1024 F4096, 512 x 8, 25%", 1024, 512, 8, 128, 0, False),
+    Shape("GLU D576 F1536, 144 x 8 + 384, 50%", 576, 144, 8, 48, 384, True),
+]
+ROTATE = 200e6  # bytes of fp32 weights; L3 caches hold 16-100 MB
+NATIVE = {  # contender: weights, dtype of x
+    "fp32": ("fp32", torch.float32),
+    "bf16 weights": ("bf16", torch.float32),
+    "bf16": ("bf16", torch.bfloat16),
+    "int8": ("int8", torch.float32),
+}
+
+
+class Layer:
+    """One FFN in every form; random weights, since only their number matters."""
+
+    def __init__(self, shape: Shape, tokens: int, isa: str, contenders: list[str], dense: bool) -> None:
+        self.shape, self.isa = shape, isa
+        F_, D = shape.neurons, shape.D
+        up, down = torch.randn(F_, D) / D**0.5, torch.randn(F_, D) / F_**0.5
+        gate = torch.randn(F_, D) / D**0.5 if shape.gated else None
+        self.linear = [w for w in (gate, up) if w is not None], down.T.contiguous()
+        self.router = native.PackedRouter.linear(torch.randn(shape.E, D))
+        self.packed, self.native_dense = {}, {}
+        activation = "silu" if shape.gated else "relu"
+        parts = {"up": up, "down": down} | ({} if gate is None else {"gate": gate})
+        S = shape.S
+        experts = {f"experts_{n}": w[S:].view(shape.E, shape.M, D) for n, w in parts.items()}
+        shared = {f"shared_{n}": w[:S] for n, w in parts.items()} if S else {}
+        none = {f"experts_{n}": w[:0].view(0, 1, D) for n, w in parts.items()}
+        every = {f"shared_{n}": w for n, w in parts.items()}
+        for precision in {NATIVE[name][0] for name in contenders}:
+            options = {"activation": activation, "precision": precision, "isa": isa}
+            self.packed[precision] = native.PackedFFN(**experts, **shared, **options)
+            self.native_dense[precision] = native.PackedFFN(**none, **every, **options)
+        self.paths = dense_paths(self.linear, tokens) if dense else {}
+
+    def sparse(self, name: str, x: Tensor) -> Tensor:
+        return self.packed[NATIVE[name][0]].forward(x, router=self.router, top_k=self.shape.K)
+
+
+def dense_paths(weights: tuple[list[Tensor], Tensor], tokens: int) -> dict[str, Callable[[Tensor], Tensor]]:
+    """The dense FFN by every means that torch has, each a function of x in fp32 or bf16."""
+    ups, down = weights
+
+    def ffn(linear: Callable[[Tensor, Tensor], Tensor], ups: list[Tensor], down: Tensor) -> Callable[[Tensor], Tensor]:
+        if len(ups) == 2:
+            return lambda x: linear(F.silu(linear(x, ups[0])) * linear(x, ups[1]), down)
+        return lambda x: linear(F.relu(linear(x, ups[0])), down)
+
+    half = [w.bfloat16() for w in ups], down.bfloat16()
+    paths = {"F.linear": ffn(F.linear, ups, down), "F.linear bf16": ffn(F.linear, *half)}
+
+    def prepacked(x: Tensor, w: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
+
+    for name, (many, one) in {"oneDNN": (ups, down), "oneDNN bf16": half}.items():
+        try:
+            packed = [torch.ops.mkldnn._reorder_linear_weight(w, tokens) for w in (*many, one)]
+            path = ffn(prepacked, packed[:-1], packed[-1])
+            path(torch.zeros(tokens, one.shape[0], dtype=one.dtype))
+            paths[name] = path
+        except (RuntimeError, AttributeError):
+            continue  # a private operator: not in every build
+    return paths
+
+
+def measure(contenders: dict[str, list[Callable[[], object]]], rounds: int, budget: float) -> dict[str, float]:
+    """Median seconds of each contender; its functions are the layers it walks over."""
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    end = time.perf_counter() + budget
+    for i in range(rounds + 2):
+        for turn, (name, layers) in enumerate(contenders.items()):
+            layer = layers[(i + turn) % len(layers)]  # none finds in the cache what the one before it has read
+            start = time.perf_counter()
+            layer()
+            times[name].append(time.perf_counter() - start)
+        if time.perf_counter() > end and i >= 6:
+            break
+    return {name: statistics.median(found[2:]) for name, found in times.items()}
+
+
+def run(shape: Shape, tokens: int, isa: str, names: list[str], args: argparse.Namespace) -> tuple[dict, dict]:
+    layer_bytes = shape.matrices * shape.neurons * shape.D * 4
+    count = max(2, round(ROTATE / layer_bytes + 0.5))
+    layers = [Layer(shape, tokens, isa, names, dense=not args.no_dense) for _ in range(count)]
+    inputs = {
+        dtype: [torch.randn(tokens, shape.D).to(dtype) for _ in layers] for dtype in (torch.float32, torch.bfloat16)
+    }
+    contenders: dict[str, list[Callable[[], object]]] = {}
+    for path in layers[0].paths:
+        xs = inputs[torch.bfloat16 if "bf16" in path else torch.float32]
+        contenders[path] = [lambda l=l, x=x, path=path: l.paths[path](x) for l, x in zip(layers, xs, strict=True)]
+    for name in names:
+        precision, dtype = NATIVE[name]
+        xs = inputs[dtype]
+        pairs = list(zip(layers, xs, strict=True))
+        chosen = [l.packed[precision].forward_with_chosen(x, router=l.router, top_k=shape.K)[1] for l, x in pairs]
+        given = list(zip(layers, xs, chosen, strict=True))
+        contenders["native " + name] = [lambda l=l, x=x, n=name: l.sparse(n, x) for l, x in pairs]
+        contenders["given " + name] = [
+            lambda l=l, x=x, c=c, p=precision: l.packed[p].forward(x, chosen=c) for l, x, c in given
+        ]
+        contenders["dense " + name] = [
+            lambda l=l, x=x, p=precision: l.native_dense[p].forward(x, top_k=0) for l, x in pairs
+        ]
+    found = measure(contenders, args.rounds, args.seconds)
+    dense = {path: found[path] for path in layers[0].paths}
+    return found, dense
+
+
+def report(shape: Shape, tokens: int, isa: str, args: argparse.Namespace, peak: dict | None) -> None:
+    names = args.precision
+    found, dense = run(shape, tokens, isa, names, args)
+    best = min(dense, key=dense.__getitem__) if dense else None
+    for name in names:
+        seconds = found["native " + name]
+        record = {
+            "shape": asdict(shape), "tokens": tokens, "isa": isa, "contender": name, "seconds": seconds,
+            "active": shape.active, "dense_seconds": dense, "native_dense_seconds": found["dense " + name],
+            "share_of_own_dense": shape.active * found["dense " + name] / seconds,
+            "routing_share": 1 - found["given " + name] / seconds,
+        }  # fmt: skip
+        cells = [f"{shape.name:36}", f"{tokens:5}", f"{name:13}"]
+        if best:
+            record |= {
+                "speedup": dense["F.linear"] / seconds,
+                "best_dense": best,
+                "speedup_best": dense[best] / seconds,
+            }
+            cells += [
+                f"{dense['F.linear'] * 1e3:9.3f}",
+                f"{dense[best] * 1e3:9.3f} {best:13}",
+                f"{seconds * 1e3:9.3f}",
+            ]
+            cells += [f"{record['speedup']:6.2f}x", f"{record['speedup_best']:6.2f}x"]
+        else:
+            cells += [f"{seconds * 1e3:9.3f}"]
+        cells += [f"{record['share_of_own_dense']:6.0%}"]
+        if peak:
+            values = shape.matrices * shape.neurons * shape.D
+            width = {"fp32": 4, "bf16": 2, "int8": 1}[NATIVE[name][0]]
+            memory = shape.touched(tokens) * values * width / peak["gbps"] / 1e9
+            compute = shape.active * values * tokens * 2 / peak["gflops"] / 1e9
+            record |= {"floor_memory": memory, "floor_compute": compute, "limits": peak}
+            cells += [f"{max(memory, compute) / seconds:6.0%} {'of DRAM' if memory > compute else 'of FMA '}"]
+        cells += [f"{record['routing_share']:6.1%}"]
+        print(" ".join(cells), flush=True)
+        if args.json:
+            with open(args.json, "a") as file:
+                file.write(json.dumps(record | machine()) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--isa", default=native.instruction_sets()[-1], choices=native.instruction_sets())
+    parser.add_argument("--shapes", nargs="*", default=None, help="words that the name of a shape must contain")
+    parser.add_argument("--tokens", nargs="*", type=int, default=[1, 16, 256, 1024])
+    parser.add_argument("--precision", nargs="*", default=["fp32", "bf16 weights", "bf16", "int8"], choices=NATIVE)
+    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--seconds", type=float, default=20, help="most time for one line")
+    parser.add_argument("--no-dense", action="store_true", help="leave torch out")
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--json", help="append one line per measurement to this file")
+    args = parser.parse_args()
+    if args.quick:
+        args.rounds, args.seconds, args.tokens, args.shapes = 12, 4, [1, 16, 256], ["D576 F1536, S2A2E16"]
+    peak = limits(args.isa, torch.get_num_threads())
+    shapes = [s for s in SHAPES if args.shapes is None or any(word in s.name for word in args.shapes)]
+    print(json.dumps({"isa": args.isa, "limits": peak} | machine()))
+    with torch.no_grad():
+        for shape in shapes:
+            for tokens in args.tokens:
+                report(shape, tokens, args.isa, args, peak)
+
+
+if __name__ == "__main__":
+    main()

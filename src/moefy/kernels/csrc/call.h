@@ -1,0 +1,73 @@
+// The state of one call: run.cpp has its steps and the two phases, route.cpp what comes before them.
+#pragma once
+#include <algorithm>
+
+#include "memory.h"
+#include "run.h"
+
+namespace moefy {
+
+constexpr int kUnits = 8;                       // most units of a piece: 96 KB of sums for 48 rows
+constexpr int64_t kHiddenBytes = 24 << 20;      // hidden values of a token tile stay in a 32 MB L3
+constexpr int64_t kMostTokens = 1024;           // of a tile: weights are read once per tile
+constexpr int64_t kPieceBytes = 192 << 10;      // weights of a piece when there are few rows
+constexpr int kChunk = 64;                      // tokens that one job of copying, selecting or sorting handles
+
+class Run {
+ public:
+  Run(const Call& call, Workspace& workspace);
+  void work(int thread, int threads);
+  bool valid() const { return !invalid_; }
+
+ private:
+  struct Tokens {  // of a tile, or of a chunk of a tile
+    int64_t first;
+    int count;
+  };
+  enum Phase { kCopy, kScore, kChoose, kScatter, kUp, kDown, kPhases };  // the steps of a tile
+
+  Tokens tile_of(int64_t step) const {
+    const int64_t first = step / kPhases * tile_;
+    return {first, int(std::min<int64_t>(tile_, c_.tokens - first))};
+  }
+  int chunks(Tokens tile) const { return int(ceil_div(tile.count, kChunk)); }
+
+  void reserve(int threads);
+  void open(int64_t step);
+  void job(int64_t step, int job, int thread);
+  void copy_x(Tokens tile, int job);
+  const char* row32(Tokens tile, int t) const;
+  const char* expert_row(Tokens tile, int t) const;
+  int score_jobs(Tokens tile) const;
+  void score(Tokens tile, int job, int thread);
+  void choose(Tokens tile, int job, int thread);
+  int choose_one(int64_t token, const float* scores, int32_t* scratch, int32_t* chosen, float* weight);
+  void plan(Tokens tile);
+  void add_pieces(const Bank& bank, bool shared, int expert, int row, int rows);
+  void scatter(Tokens tile, int job);
+  void up(Tokens tile, const Piece& piece, int thread);
+  void down(Tokens tile, int slice, int thread);
+  void add_down(const Bank& bank, int expert, int first, int rows, bool shared, float* y, int64_t stride, int token0,
+                int panel0, int panel1);
+  void write_y(Tokens tile, const float* y, int64_t stride, int token0, int token1, int column0, int column1);
+
+  float* thread_sums(int thread) { return ws_.threads.as<float>() + thread * thread_floats_; }
+  int32_t* thread_keys(int thread) { return reinterpret_cast<int32_t*>(thread_sums(thread) + sums_floats_); }
+  float* thread_y(int thread) { return thread_sums(thread) + sums_floats_ + keys_floats_; }
+
+  const Call& c_;
+  Workspace& ws_;
+  const Kernels& k_;
+  const bool dot_;
+  const int experts_, capacity_;
+  int tile_, score_stride_ = 0;
+  int64_t steps_ = 0;
+  bool weighted_, copy32_, copy16_;
+  int64_t x_stride_ = 0;
+  int64_t sums_floats_ = 0, keys_floats_ = 0, y_floats_ = 0, thread_floats_ = 0;
+  int column_slices_ = 1, token_slices_ = 1;
+  std::atomic<int> arrived_{0};
+  std::atomic<bool> invalid_{false};
+};
+
+}  // namespace moefy

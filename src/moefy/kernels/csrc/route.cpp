@@ -1,0 +1,166 @@
+// Before the phases: copies of x where they are needed, scores, selection, and sorting the pairs (token, expert).
+#include "bf16.h"
+#include "call.h"
+
+namespace moefy {
+
+// ---- inputs
+
+static float to_f32(float x) { return x; }
+static float to_f32(uint16_t x) { return from_bf16(x); }
+
+template <class T>
+static void copy_row(const T* from, int64_t step, int width, int64_t padded, float* to) {
+  if (step == 1)
+    for (int i = 0; i < width; ++i) to[i] = to_f32(from[i]);
+  else
+    for (int i = 0; i < width; ++i) to[i] = to_f32(from[i * step]);
+  std::fill(to + width, to + padded, 0.f);
+}
+
+// Swaps the middle two of every four values: in a block of bf16 weights k and k+2 share a lane.
+static void copy_row_swapped(const uint16_t* from, int64_t step, int width, int64_t padded, uint16_t* to) {
+  for (int k = 0; k < padded; k += 4) {
+    uint16_t x[4] = {0, 0, 0, 0};
+    if (step == 1 && k + 4 <= width)
+      std::memcpy(x, from + k, sizeof x);
+    else
+      for (int i = 0; i < 4 && k + i < width; ++i) x[i] = from[(k + i) * step];
+    const uint16_t swapped[4] = {x[0], x[2], x[1], x[3]};
+    std::memcpy(to + k, swapped, sizeof swapped);
+  }
+}
+
+void Run::copy_x(Tokens tile, int job) {
+  for (int t = job * kChunk; t < std::min(tile.count, (job + 1) * kChunk); ++t) {
+    const int64_t at = (tile.first + t) * c_.x_row;
+    const uint16_t* from16 = static_cast<const uint16_t*>(c_.x) + at;
+    float* row = ws_.x32.as<float>() + t * x_stride_;
+    if (copy32_ && c_.bf16) copy_row(from16, c_.x_column, c_.width, x_stride_, row);
+    if (copy32_ && !c_.bf16) copy_row(static_cast<const float*>(c_.x) + at, c_.x_column, c_.width, x_stride_, row);
+    if (copy16_) copy_row_swapped(from16, c_.x_column, c_.width, x_stride_, ws_.x16.as<uint16_t>() + t * x_stride_);
+  }
+}
+
+const char* Run::row32(Tokens tile, int t) const {
+  const float* row = copy32_ ? ws_.x32.as<float>() + t * x_stride_
+                             : static_cast<const float*>(c_.x) + (tile.first + t) * c_.x_row;
+  return reinterpret_cast<const char*>(row);
+}
+
+const char* Run::expert_row(Tokens tile, int t) const {
+  return copy16_ ? ws_.x16.as<char>() + t * x_stride_ * 2 : row32(tile, t);
+}
+
+// ---- routing
+
+// Few rows: every unit is a job, so that all threads read weights.
+static int score_groups(const Bank& router, int rows) { return int(ceil_div(router.units(), rows < kRows ? 1 : kUnits)); }
+
+int Run::score_jobs(Tokens tile) const {
+  return c_.router && capacity_ ? int(ceil_div(tile.count, kRows)) * score_groups(*c_.router, tile.count) : 0;
+}
+
+void Run::score(Tokens tile, int job, int thread) {
+  const int units = c_.router->units(), row_groups = int(ceil_div(tile.count, kRows));
+  const int unit_groups = score_groups(*c_.router, tile.count), g = job % unit_groups, r = job / unit_groups;
+  const int row = tile.count * r / row_groups, end = tile.count * (r + 1) / row_groups;
+  const int unit = units * g / unit_groups;
+  const char* x[kRows];
+  char* out[kRows];
+  for (int t = row; t < end; ++t) {
+    x[t - row] = row32(tile, t);
+    out[t - row] = reinterpret_cast<char*>(ws_.scores.as<float>() + int64_t(t) * score_stride_ + unit * kLanes);
+  }
+  k_.up({c_.router, 0, unit, units * (g + 1) / unit_groups, end - row, x, thread_sums(thread), out, nullptr, false});
+}
+
+// Chosen experts of one token, without gaps; returns their number.
+int Run::choose_one(int64_t token, const float* scores, int32_t* scratch, int32_t* chosen, float* weight) {
+  int count = 0;
+  if (c_.chosen) {
+    for (int j = 0; j < capacity_; ++j) {
+      const int32_t e = c_.chosen[token * capacity_ + j];
+      if (e >= experts_) invalid_ = true;
+      if (e < 0 || e >= experts_) continue;
+      if (c_.gate_weights) weight[count] = c_.gate_weights[token * capacity_ + j];
+      chosen[count++] = e;
+    }
+  } else {
+    int32_t* found = scratch + round_up(experts_, kLanes);  // may write one more than it keeps
+    count = k_.select(scores, experts_, c_.rule, scratch, found);
+    std::copy(found, found + count, chosen);
+  }
+  if (c_.expert_scale) k_.gate(scores, experts_, c_.expert_scale, chosen, count, reinterpret_cast<float*>(scratch), weight);
+  return count;
+}
+
+void Run::choose(Tokens tile, int job, int thread) {
+  int32_t* counts = ws_.counts.as<int32_t>() + int64_t(job) * experts_;
+  std::fill(counts, counts + experts_, 0);
+  for (int t = job * kChunk; t < std::min(tile.count, (job + 1) * kChunk); ++t) {
+    const int64_t token = tile.first + t;
+    const float* scores = c_.router   ? ws_.scores.as<float>() + int64_t(t) * score_stride_
+                          : c_.scores ? c_.scores + token * experts_
+                                      : nullptr;
+    int32_t* chosen = ws_.chosen.as<int32_t>() + int64_t(t) * capacity_;
+    const int count = choose_one(token, scores, thread_keys(thread), chosen,
+                                 weighted_ ? ws_.weight.as<float>() + int64_t(t) * capacity_ : nullptr);
+    ws_.chosen_count.as<int32_t>()[t] = count;
+    for (int j = 0; j < count; ++j) ++counts[chosen[j]];
+    if (!c_.chosen_out) continue;
+    int32_t* out = c_.chosen_out + token * capacity_;
+    std::copy(chosen, chosen + count, out);
+    std::fill(out + count, out + capacity_, -1);
+  }
+}
+
+// Counts become the places where each chunk puts its tokens of each expert; the pieces of the up phase.
+void Run::plan(Tokens tile) {
+  ws_.pieces.clear();
+  if (c_.shared) add_pieces(*c_.shared, true, 0, 0, tile.count);
+  if (!c_.routed) return;
+  int32_t* offsets = ws_.offsets.as<int32_t>();
+  int32_t* counts = ws_.counts.as<int32_t>();
+  int32_t place = 0;
+  for (int e = 0; e < experts_; ++e) {
+    offsets[e] = place;
+    for (int chunk = 0; chunk < chunks(tile); ++chunk) {
+      int32_t& count = counts[int64_t(chunk) * experts_ + e];
+      const int32_t rows = count;
+      count = place;
+      place += rows;
+    }
+    const int32_t rows = place - offsets[e];
+    if (c_.counts_out) c_.counts_out[e] += rows;
+    if (rows) add_pieces(*c_.routed, false, e, offsets[e], rows);
+  }
+  offsets[experts_] = place;
+}
+
+void Run::add_pieces(const Bank& bank, bool shared, int expert, int row, int rows) {
+  const int64_t unit_bytes = int64_t(bank.unit_panels()) * bank.up_panel_bytes();
+  const int most = rows > 12 ? kUnits : int(std::clamp<int64_t>(kPieceBytes / std::max<int64_t>(1, unit_bytes), 1, kUnits));
+  const int units = bank.units(), unit_groups = int(ceil_div(units, most)), row_groups = int(ceil_div(rows, kRows));
+  for (int r = 0; r < row_groups; ++r)
+    for (int g = 0; g < unit_groups; ++g) {
+      const int first = int(int64_t(rows) * r / row_groups), end = int(int64_t(rows) * (r + 1) / row_groups);
+      ws_.pieces.push_back({shared, expert, row + first, end - first, int(int64_t(units) * g / unit_groups),
+                            int(int64_t(units) * (g + 1) / unit_groups)});
+    }
+}
+
+void Run::scatter(Tokens tile, int job) {
+  int32_t* place = ws_.counts.as<int32_t>() + int64_t(job) * experts_;
+  for (int t = job * kChunk; t < std::min(tile.count, (job + 1) * kChunk); ++t) {
+    const int32_t* chosen = ws_.chosen.as<int32_t>() + int64_t(t) * capacity_;
+    const int count = ws_.chosen_count.as<int32_t>()[t];
+    for (int j = 0; j < count; ++j) {
+      const int32_t at = place[chosen[j]]++;
+      ws_.pair_token.as<int32_t>()[at] = t;
+      if (weighted_) ws_.pair_weight.as<float>()[at] = ws_.weight.as<float>()[int64_t(t) * capacity_ + j];
+    }
+  }
+}
+
+}  // namespace moefy

@@ -1,0 +1,147 @@
+// The kernel without Python: every instruction set of the machine, weight type and a range of shapes against loops in
+// double. Made for the sanitizers: all buffers have their exact size, so that any access beyond them is seen, and y
+// is filled with NaN and followed by a guard.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <random>
+#include <vector>
+
+#include "bf16.h"
+#include "pack.h"
+#include "run.h"
+
+using namespace moefy;
+
+namespace {
+
+std::mt19937 generator(1);
+int failures = 0, checks = 0;
+
+std::vector<float> random(size_t count, float scale) {
+  std::normal_distribution<float> normal(0, scale);
+  std::vector<float> values(count);
+  for (float& v : values) v = normal(generator);
+  return values;
+}
+
+struct Matrices {  // one bank: (E, M, D) as packed, read back
+  int E, M, D;
+  std::vector<float> gate, up, down, gate_bias, up_bias;
+};
+
+struct Problem {
+  int E, M, D, S, K, T;
+  bool gated;
+  Weights weights;
+  bool bf16;
+};
+
+Matrices make(int E, int M, int D, bool gated) {
+  const size_t size = size_t(E) * M * D;
+  const float scale = 1 / std::sqrt(float(D));
+  Matrices m{E, M, D, {}, random(size, scale), random(size, scale), {}, random(size_t(E) * M, 1)};
+  if (gated) m.gate = random(size, scale), m.gate_bias = random(size_t(E) * M, 1);
+  return m;
+}
+
+PackedBank pack(Matrices& m, Weights type) {
+  const Shape shape{m.E, m.M, m.D, Activation::silu, false, false, type};
+  const bool gated = !m.gate.empty();
+  PackedBank packed(shape, {gated ? m.gate.data() : nullptr}, {m.up.data()}, {m.down.data()},
+                    gated ? m.gate_bias.data() : nullptr, m.up_bias.data(), 2);
+  const auto read = [&](Matrix which, std::vector<float>& to) {
+    if (to.empty()) return;
+    if (type != Weights::bf16) return packed.unpack(which, to.data(), 2);
+    std::vector<uint16_t> half(to.size());
+    packed.unpack(which, half.data(), 2);
+    for (size_t i = 0; i < to.size(); ++i) to[i] = from_bf16(half[i]);
+  };
+  read(Matrix::gate, m.gate), read(Matrix::up, m.up), read(Matrix::down, m.down);
+  return packed;
+}
+
+double silu(double a) { return a / (1 + std::exp(-a)); }
+
+void add_expert(const Matrices& m, int e, const float* x, std::vector<double>& y, std::vector<double>& size) {
+  for (int n = 0; n < m.M; ++n) {
+    const size_t row = (size_t(e) * m.M + n) * m.D;
+    double up = m.up_bias[size_t(e) * m.M + n], gate = m.gate.empty() ? 0 : m.gate_bias[size_t(e) * m.M + n];
+    for (int k = 0; k < m.D; ++k) up += double(x[k]) * m.up[row + k];
+    for (int k = 0; k < m.D && !m.gate.empty(); ++k) gate += double(x[k]) * m.gate[row + k];
+    const double h = m.gate.empty() ? silu(up) : silu(gate) * up;
+    for (int k = 0; k < m.D; ++k) y[k] += h * m.down[row + k], size[k] += (std::fabs(h) + 1) * std::fabs(m.down[row + k]);
+  }
+}
+
+void check(const Kernels& kernels, const Problem& p, int threads) {
+  Matrices routed = make(p.E, p.M, p.D, p.gated), shared = make(1, p.S, p.D, p.gated);
+  std::vector<float> router_rows = random(size_t(p.E) * p.D, 1), x = random(size_t(p.T) * p.D, 1);
+  const PackedBank experts = pack(routed, p.weights), always = pack(shared, p.weights);
+  const Shape router_shape{1, p.E, p.D, Activation::identity, false, false, Weights::f32};
+  const PackedBank router(router_shape, {}, {router_rows.data()}, {}, nullptr, nullptr, 1);
+  std::vector<float> bias = random(round_up(p.D, 16), 1);
+
+  std::vector<uint16_t> half(p.bf16 ? x.size() : 0);
+  for (size_t i = 0; i < half.size(); ++i) half[i] = to_bf16(x[i]), x[i] = from_bf16(half[i]);
+  constexpr int kGuard = 64;
+  std::vector<float> y(p.bf16 ? 0 : x.size() + kGuard, NAN);
+  std::vector<uint16_t> y_half(p.bf16 ? x.size() + kGuard : 0, 0x7fc1);
+  std::vector<int32_t> chosen(size_t(p.T) * p.K);
+  std::vector<int64_t> counts(p.E);
+
+  Call c;
+  c.kernels = &kernels;
+  c.routed = &experts.bank();
+  c.shared = p.S ? &always.bank() : nullptr;
+  c.router = &router.bank();
+  c.down_bias = bias.data();
+  c.width = p.D, c.x_row = p.D, c.tokens = p.T, c.bf16 = p.bf16, c.threads = threads;
+  c.x = p.bf16 ? static_cast<const void*>(half.data()) : x.data();
+  c.y = p.bf16 ? static_cast<void*>(y_half.data()) : y.data();
+  c.capacity = p.K, c.rule.top_k = p.K;
+  c.chosen_out = chosen.data(), c.counts_out = counts.data();
+  bool good = forward(c);
+
+  int64_t total = 0;
+  for (int64_t n : counts) total += n;
+  good &= total == int64_t(p.T) * p.K;
+  const bool dot = kernels.has_dot && p.weights == Weights::bf16 && p.bf16;
+  const double relative = (dot ? 1.0 / 64 : 2e-5);
+  for (int t = 0; t < p.T; ++t) {
+    std::vector<double> want(bias.begin(), bias.begin() + p.D), size(p.D, 1);
+    if (p.S) add_expert(shared, 0, &x[size_t(t) * p.D], want, size);
+    for (int j = 0; j < p.K; ++j) add_expert(routed, chosen[size_t(t) * p.K + j], &x[size_t(t) * p.D], want, size);
+    for (int k = 0; k < p.D; ++k) {
+      const size_t i = size_t(t) * p.D + k;
+      const double got = p.bf16 ? from_bf16(y_half[i]) : y[i];
+      good &= std::fabs(got - want[k]) <= relative * size[k] + (p.bf16 ? std::fabs(want[k]) / 128 : 0);
+    }
+  }
+  for (size_t i = x.size(); i < x.size() + kGuard; ++i) good &= p.bf16 ? y_half[i] == 0x7fc1 : std::isnan(y[i]);
+  ++checks;
+  if (good) return;
+  ++failures;
+  std::printf("wrong: %s E%d M%d D%d S%d K%d T%d gated %d weights %d bf16 %d threads %d\n", kernels.name, p.E, p.M, p.D,
+              p.S, p.K, p.T, p.gated, int(p.weights), p.bf16, threads);
+}
+
+}  // namespace
+
+int main() {
+  const char* names[8];
+  const int count = instruction_sets(names, 8);
+  const int shapes[][4] = {{1, 1, 1, 0}, {3, 8, 16, 8}, {5, 7, 37, 3}, {4, 20, 130, 70}, {33, 9, 66, 0}, {2, 130, 35, 261}};
+  for (int i = 0; i < count; ++i)
+    for (const auto& s : shapes)
+      for (Weights weights : {Weights::f32, Weights::bf16, Weights::i8})
+        for (bool bf16 : {false, true})
+          for (bool gated : {false, true})
+            for (int T : {0, 1, 6, 49}) {
+              if (T == 49 && gated == bf16) continue;  // half of them: the loops in double take most of the time
+              const int K = 1 + generator() % s[0];
+              check(*kernels(names[i]), {s[0], s[1], s[2], s[3], K, T, gated, weights, bf16}, 1 + T % 3);
+            }
+  std::printf("%d instruction sets: %d passed, %d failed\n", count, checks - failures, failures);
+  return failures != 0;
+}
