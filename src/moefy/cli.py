@@ -32,8 +32,9 @@ def convert(
     output: Annotated[Path, typer.Argument(help="The directory to write.")],
     recipe: Annotated[str, typer.Option(help="cmoe, moefication, shared-only, or a YAML file.")] = "cmoe",
     experts: Annotated[int | None, typer.Option(help="Experts in all, shared ones included.")] = None,
-    shared: Annotated[int | None, typer.Option(help="Experts that always run.")] = None,
-    active: Annotated[int | None, typer.Option(help="Routed experts that run for each token.")] = None,
+    expert_size: Annotated[int | None, typer.Option(help="Neurons of an expert, instead of --experts.")] = None,
+    shared: Annotated[str | None, typer.Option(help="Experts that always run, or their share such as 0.1.")] = None,
+    active: Annotated[str | None, typer.Option(help="Routed experts that run for each token, or 0.2 of all.")] = None,
     construction: Annotated[str | None, typer.Option(help="How neurons are grouped.")] = None,
     router: Annotated[str | None, typer.Option(help="How experts are picked.")] = None,
     seed: Annotated[int | None, typer.Option()] = None,
@@ -53,8 +54,9 @@ def convert(
 
     changes = {
         "experts": experts,
-        "shared": shared,
-        "active": active,
+        "expert_size": expert_size,
+        "shared": _number(shared),
+        "active": _number(active),
         "construction": construction,
         "router": router,
         "seed": seed,
@@ -214,6 +216,14 @@ def load_any(name: str, dtype: str, remote_code: bool) -> tuple[Any, Any]:
     if config.is_file() and '"model_type": "moefy"' in config.read_text(encoding="utf-8"):
         return checkpoint.load(name, dtype=dtype), load_tokenizer(name)
     return load_source(name, dtype=dtype, remote_code=remote_code)
+
+
+def _number(text: str | None) -> int | float | str | None:
+    """A count if it is written as one, a share if it has a decimal point; anything else is for the recipe to refuse."""
+    try:
+        return None if text is None else float(text) if "." in text else int(text)
+    except ValueError:
+        return text
 
 
 def _batches(model: Any, tokenizer: Any, text: str, window: int, windows: int) -> list[dict[str, Any]]:

@@ -22,6 +22,7 @@ from moefy.construct import construct
 from moefy.hf import mark_converted
 from moefy.moe import MoEFFN
 from moefy.one_pass import OnePass
+from moefy.quality import Routing, RoutingTally, routes
 from moefy.recipe import Recipe
 from moefy.routers import ROUTERS
 from moefy.sites import Site, find_sites
@@ -35,7 +36,11 @@ ERROR_TOKENS = 2048
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One converted FFN. `error` is ‖dense - converted‖² / ‖dense‖² on calibration tokens."""
+    """One converted FFN. `error` is ‖dense - converted‖² / ‖dense‖² on calibration tokens.
+
+    `mass` is the share of the activation mass that the chosen experts hold there and `overlap` the share of
+    MoEfication's ground truth that is chosen (both None if nothing is routed); `seconds` is what it all took.
+    """
 
     name: str
     neurons: int
@@ -45,6 +50,9 @@ class LayerReport:
     top_k: int
     active_fraction: float
     error: float
+    mass: float | None = None
+    overlap: float | None = None
+    seconds: float = 0.0
 
 
 @dataclass
@@ -124,14 +132,14 @@ def _checked_spec(site: Site, recipe: Recipe) -> LayerSpec:
 def _convert_site(
     site: Site, spec: LayerSpec, recipe: Recipe, inputs: Callable[[], Iterator[Tensor]], seed: int
 ) -> LayerReport:
-    ffn = site.read()
+    start, ffn = time.perf_counter(), site.read()
     stats = NeuronStats(ffn.to(torch.float32), inputs, recipe.chunk_tokens, recipe.top_activated, site.name)
     if stats.tokens < 2:
         raise MoefyError(f"The calibration has {stats.tokens} real tokens at {site.name}; give more text.")
     partition = construct(recipe.construction, spec, stats, seed)
     router = ROUTERS[spec.router].build(spec, partition, stats, seed) if spec.router else None
     moe = MoEFFN.from_dense(ffn, partition, spec, router).requires_grad_(False)
-    error = _output_error(moe, ffn, inputs)
+    error, routing = _measure(moe, ffn, inputs)
     site.mount(moe)
     return LayerReport(
         name=site.entry_name,
@@ -142,21 +150,27 @@ def _convert_site(
         top_k=spec.top_k,
         active_fraction=moe.active_fraction(),
         error=error,
+        mass=routing.mass if routing else None,
+        overlap=routing.overlap if routing else None,
+        seconds=time.perf_counter() - start,
     )
 
 
-def _output_error(moe: MoEFFN, ffn: FFNWeights, inputs: Callable[[], Iterator[Tensor]]) -> float:
+def _measure(moe: MoEFFN, ffn: FFNWeights, inputs: Callable[[], Iterator[Tensor]]) -> tuple[float, Routing | None]:
+    """The error of the output and, if the layer routes, how well."""
     lost = total = 0.0
-    left = ERROR_TOKENS
+    left, tally = ERROR_TOKENS, RoutingTally(moe) if routes(moe) else None
     for rows in inputs():
         x = rows[:left].to(ffn.up.dtype)
         dense = ffn.forward(x).float()
         lost += (moe(x).float() - dense).square().sum().item()
         total += dense.square().sum().item()
+        if tally:
+            tally.add(x)
         left -= len(x)
         if left <= 0:
             break
-    return lost / total if total else 0.0
+    return lost / total if total else 0.0, tally.result() if tally else None
 
 
 def peak_memory() -> int:

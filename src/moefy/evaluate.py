@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moefy import kernels
-from moefy.moe import MoEFFN, moe_layers
-from moefy.routers.oracle import OracleRouter
+from moefy.calibrate import real_tokens
+from moefy.moe import moe_layers
+from moefy.quality import Routing, RoutingTally, routes
 from moefy.types import MoefyError
 
 Progress = Callable[[int, int], None]
@@ -118,56 +119,30 @@ def _output(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, bool]:
     return (out["logits"] if "logits" in out else out[0]).float(), "logits" in out
 
 
-@dataclass(frozen=True)
-class Routing:
-    """How one layer routes. `recall`: share of the oracle's K experts that the router picks too.
-
-    `load` (E,) is the share of all choices that went to each expert (uniform: 1/E); `imbalance` is the
-    busiest expert's load over the mean.
-    """
-
-    recall: float
-    load: Tensor
-    tokens: int
-
-    @property
-    def imbalance(self) -> float:
-        return float(self.load.max() * len(self.load)) if len(self.load) else 1.0
-
-
 @torch.no_grad()
 def routing(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> dict[str, Routing]:
-    """Recall against the oracle and expert load of every routed layer, over model inputs."""
-    counts: dict[str, Tensor] = {}
-    hits: dict[str, int] = {}
-    tokens: dict[str, int] = {}
+    """What every routed layer chooses, beside the ground truths, over the real tokens of model inputs."""
+    layers = {n: m for n, m in moe_layers(model).items() if routes(m)}
+    tallies = {name: RoutingTally(moe) for name, moe in layers.items()}
+    batch: Mapping[str, Any] = {}
 
-    def watch(name: str, moe: MoEFFN) -> Callable[..., None]:
-        oracle = OracleRouter(moe.spec)
-
+    def watch(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple, out: Tensor) -> None:
-            x = args[0].reshape(-1, args[0].shape[-1])
-            chosen = moe.route(x)
-            best = oracle(x, moe.weights()).topk(moe.top_k, dim=1).indices
-            counts[name] = counts.get(name, 0) + torch.bincount(chosen.flatten(), minlength=moe.spec.experts)
-            hits[name] = hits.get(name, 0) + int((chosen[:, :, None] == best[:, None, :]).sum())
-            tokens[name] = tokens.get(name, 0) + len(x)
+            rows, keep = args[0].reshape(-1, args[0].shape[-1]), real_tokens(name, batch)
+            fits = keep is not None and keep.numel() == len(rows)
+            tallies[name].add(rows[keep.flatten().bool()] if fits else rows)  # type: ignore[union-attr]
 
         return hook
 
-    layers = {n: m for n, m in moe_layers(model).items() if 0 < m.top_k < m.spec.experts}
-    handles = [moe.register_forward_hook(watch(name, moe)) for name, moe in layers.items()]
+    handles = [moe.register_forward_hook(watch(name)) for name, moe in layers.items()]
     try:
-        with kernels.using("torch"):  # the oracle looks at the weights, which the native kernel keeps packed
+        with kernels.using("torch"):  # the ground truths look at the weights, which the native kernel keeps packed
             for batch in batches:
                 model(**batch)
     finally:
         for handle in handles:
             handle.remove()
-    return {
-        name: Routing(hits[name] / (tokens[name] * layers[name].top_k), load / load.sum(), tokens[name])
-        for name, load in counts.items()
-    }
+    return {name: tally.result() for name, tally in tallies.items() if tally.tokens}
 
 
 def evaluate_model(
@@ -203,6 +178,12 @@ def evaluate_model(
     routed = routing(model, few)
     if routed:
         figures["router_recall"] = sum(r.recall for r in routed.values()) / len(routed)
+        figures["overlap_with_ground_truth"] = sum(r.overlap for r in routed.values()) / len(routed)
+        figures["captured_mass"] = sum(r.mass for r in routed.values()) / len(routed)
+        figures["captured_mass_of_ground_truth"] = sum(r.best_mass for r in routed.values()) / len(routed)
         figures["expert_imbalance"] = sum(r.imbalance for r in routed.values()) / len(routed)
-        figures["layers"] = {n: {"recall": r.recall, "load": r.load.tolist()} for n, r in routed.items()}
+        figures["layers"] = {
+            n: {"recall": r.recall, "overlap": r.overlap, "mass": r.mass, "load": r.load.tolist()}
+            for n, r in routed.items()
+        }
     return figures

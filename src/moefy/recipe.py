@@ -18,6 +18,8 @@ class Recipe(BaseModel):
 
     An FFN of F neurons is cut into `experts` experts of F / experts neurons, `shared` of which always
     run and `active` of the others run for each token (CMoE's S{shared}A{active}E{experts}).
+    With `expert_size` the count of experts follows from each FFN instead. A fraction for `shared` or
+    `active` is a share of all the FFN's experts, rounded to the nearest count of at least one.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -26,8 +28,9 @@ class Recipe(BaseModel):
     construction: str = "activation"
     router: str = "representative"
     experts: int = Field(8, ge=1)
-    shared: int = Field(3, ge=0)
-    active: int = Field(3, ge=0)
+    expert_size: int | None = Field(None, ge=1, description="neurons of an expert; overrides experts")
+    shared: int | float = Field(3, ge=0)
+    active: int | float = Field(3, ge=0)
     top_activated: int = Field(10, ge=1, description="CMoE's K_a: neurons marked per token")
     seed: int = Field(0, ge=0)
     chunk_tokens: int = Field(1024, ge=1, description="tokens worked on at a time")
@@ -42,34 +45,57 @@ class Recipe(BaseModel):
     def _known_router(cls, value: str) -> str:
         return _one_of("router", value, ROUTERS)
 
+    @field_validator("shared", "active")
+    @classmethod
+    def _count_or_share(cls, value: int | float) -> int | float:
+        if isinstance(value, float) and value > 1:
+            if not value.is_integer():
+                raise ValueError(f"{value} is neither a whole number of experts nor a share below 1")
+            return int(value)
+        return value
+
     @model_validator(mode="after")
     def _counts_fit(self) -> Recipe:
-        if self.shared > self.experts:
-            raise ValueError(f"{self.shared} shared experts of {self.experts} in all; share fewer")
-        if self.active > self.experts - self.shared:
-            raise ValueError(
-                f"{self.active} active experts, but {self.experts} experts less {self.shared} shared leave "
-                f"{self.experts - self.shared} to route; use fewer active or more experts"
-            )
+        if self.expert_size is None:
+            self.counts(self.experts)
         return self
+
+    def counts(self, experts: int) -> tuple[int, int]:
+        """How many of an FFN's experts are shared and how many of the others active; ValueError if they do not fit."""
+        shared, active = (_count(value, experts) for value in (self.shared, self.active))
+        if shared > experts:
+            raise ValueError(f"{shared} shared experts of {experts} in all; share fewer")
+        if active > experts - shared:
+            raise ValueError(
+                f"{active} active experts, but {experts} experts less {shared} shared leave "
+                f"{experts - shared} to route; use fewer active or more experts"
+            )
+        return shared, active
 
     def layer_spec(self, ffn: FFNWeights, site: str) -> LayerSpec:
         """The shape that this recipe gives one FFN; MoefyError if the experts do not divide its neurons."""
-        if ffn.neurons % self.experts:
+        parts, unit = self.experts, "experts"
+        if self.expert_size:
+            parts, unit = self.expert_size, "neurons an expert"
+        if ffn.neurons % parts:
             raise MoefyError(
-                f"{self.experts} experts do not divide the {ffn.neurons} neurons of {site}; "
-                f"the nearest counts that do are {_nearest_divisors(ffn.neurons, self.experts)}."
+                f"{parts} {unit} do not divide the {ffn.neurons} neurons of {site}; "
+                f"the nearest counts that do are {_nearest_divisors(ffn.neurons, parts)}."
             )
-        size = ffn.neurons // self.experts
+        size = self.expert_size or ffn.neurons // parts
+        try:
+            shared, active = self.counts(ffn.neurons // size)
+        except ValueError as error:
+            raise MoefyError(f"The recipe does not fit {site}: {error}.") from None
         routed = self.construction != "shared_only"
-        shared = self.shared if routed else self.shared + self.active
-        experts = self.experts - shared
+        shared += 0 if routed else active
+        experts = ffn.neurons // size - shared
         return LayerSpec(
             width=ffn.width,
             shared=shared * size,
             experts=experts,
             expert_size=size if experts else 0,
-            top_k=self.active if routed else 0,
+            top_k=active if routed else 0,
             router=self.router if routed and experts else None,
             activation=ffn.activation,
             gated=ffn.gate is not None,
@@ -102,6 +128,8 @@ class Recipe(BaseModel):
         if isinstance(recipe, (str, Path)):
             recipe = cls._named_or_file(recipe)
         fields = recipe.model_dump() if isinstance(recipe, Recipe) else dict(recipe)
+        if "experts" in changes:  # the later word counts: a size in the recipe would override it
+            changes = {"expert_size": None, **changes}
         try:
             return cls(**{**fields, **changes})
         except ValidationError as error:
@@ -118,6 +146,10 @@ class Recipe(BaseModel):
             return cls.from_yaml(path.read_text(encoding="utf-8"))
         except UnicodeDecodeError:
             raise MoefyError(f"The recipe {path} is not a text file.") from None
+
+
+def _count(value: int | float, experts: int) -> int:
+    return max(1, round(value * experts)) if isinstance(value, float) and value > 0 else int(value)
 
 
 def _one_of(what: str, value: str, known: dict[str, Any]) -> str:
@@ -144,9 +176,9 @@ def _sentence(error: ValidationError) -> str:
 RECIPES: dict[str, Recipe] = {
     # arXiv 2502.04416, its S3A3E8: 75 % of the neurons run.
     "cmoe": Recipe(name="cmoe", construction="activation", router="representative"),
-    # arXiv 2110.01786 with the selection that needs no training, at 20 % of the neurons; for ReLU models.
+    # arXiv 2110.01786: experts of 32 neurons, a fifth of them active; for ReLU models. Its best pair in the paper.
     "moefication": Recipe(
-        name="moefication", construction="weights", router="similarity", experts=96, shared=0, active=19
+        name="moefication", construction="weights", router="mlp", expert_size=32, shared=0, active=0.2
     ),
     "shared-only": Recipe(name="shared-only", construction="shared_only"),
 }

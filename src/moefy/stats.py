@@ -105,3 +105,28 @@ def contributions(routed: FFNWeights, experts: int, x: Tensor) -> Tensor:
         gram = down @ down.transpose(1, 2)
         return ((h @ gram) * h).sum(-1).clamp_min(0).t()
     return torch.stack([(h[e] @ down[e]).square().sum(-1) for e in range(experts)], dim=1)
+
+
+def firing(ffn: FFNWeights, x: Tensor) -> Tensor:
+    """How strongly each neuron fires (T, F): |h| where the activation is positive, 0 elsewhere.
+
+    In a gated FFN the gate's activation decides. For ReLU this is |h| itself; for GELU and SiLU it leaves
+    out the small negative values, as a ReLU in their place would.
+    """
+    act, up = ffn.act(), F.linear(x, ffn.up, ffn.up_bias)
+    if ffn.gate is None:
+        return act(up).clamp_min(0)
+    gate = act(F.linear(x, ffn.gate, ffn.gate_bias)).clamp_min(0)
+    return gate * (act(up) if ffn.activate_up else up).abs()
+
+
+def activation_mass(routed: FFNWeights, experts: int, x: Tensor) -> Tensor:
+    """Each expert's positive activation mass (T, E), float32: MoEfication's ground truth (section 3.2)."""
+    return firing(routed, x).float().view(len(x), experts, -1).sum(-1)
+
+
+def captured(mass: Tensor, chosen: Tensor) -> Tensor:
+    """The share of each token's mass (T, E) in its chosen experts (T, K), for the tokens that have any mass."""
+    total = mass.sum(1)
+    some = total > 0
+    return mass.gather(1, chosen).sum(1)[some] / total[some]

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from moefy.construct import activation, random, weights
+from moefy.construct import activation, coactivation, random, weights
 from moefy.stats import NeuronStats
 from moefy.types import LayerSpec, Partition
 
@@ -20,6 +20,7 @@ Group = Callable[[NeuronStats, Tensor, int, int], Tensor]
 CONSTRUCTIONS: dict[str, Group] = {
     "activation": activation.group,
     "weights": weights.group,
+    "coactivation": coactivation.group,
     "random": random.group,
     # The control: the neurons that are not shared are never run, so how they are grouped is of no matter.
     "shared_only": random.group,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from moefy.routers.base import Router
 from moefy.routers.linear import LinearRouter
+from moefy.routers.mass import MassRouter
+from moefy.routers.mlp import MLPRouter
 from moefy.routers.oracle import OracleRouter
 from moefy.routers.random import RandomRouter
 from moefy.routers.representative import RepresentativeRouter
@@ -14,7 +16,9 @@ __all__ = ["ROUTERS", "Router"]
 ROUTERS: dict[str, type[Router]] = {
     "representative": RepresentativeRouter,
     "oracle": OracleRouter,
+    "mass": MassRouter,
     "random": RandomRouter,
     "similarity": SimilarityRouter,
+    "mlp": MLPRouter,
     "linear": LinearRouter,
 }

@@ -1,0 +1,81 @@
+"""How well one converted FFN routes: what its choice captures, and its overlap with the ground truths."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moefy.moe import MoEFFN
+from moefy.stats import activation_mass, captured, contributions
+
+
+@dataclass(frozen=True)
+class Routing:
+    """How one layer routes, over `tokens` tokens.
+
+    `recall`: share of the oracle's K experts (largest squared norm of the output) that the router picks too.
+    `overlap`: the same against MoEfication's ground truth (largest positive activation mass).
+    `mass`: share of a token's activation mass in the chosen experts; `best_mass`: in the ground truth's.
+    `load` (E,) is the share of all choices that went to each expert (uniform: 1/E); `imbalance` is the
+    busiest expert's load over the mean.
+    """
+
+    recall: float
+    overlap: float
+    mass: float
+    best_mass: float
+    load: Tensor
+    tokens: int
+
+    @property
+    def imbalance(self) -> float:
+        return float(self.load.max() * len(self.load)) if len(self.load) else 1.0
+
+
+class RoutingTally:
+    """Adds up how a routed layer chooses, inputs (T, D) at a time."""
+
+    def __init__(self, moe: MoEFFN):
+        self.moe = moe
+        self.tokens = self.massive = 0
+        self.hits = self.overlaps = 0
+        self.mass = self.best_mass = 0.0
+        self.counts = torch.zeros(moe.spec.experts, dtype=torch.long)
+
+    @torch.no_grad()
+    def add(self, x: Tensor) -> None:
+        weights = self.moe.weights()
+        chosen = self.moe.route(x)
+        routed, experts, k = weights.routed.to(torch.float32), weights.experts, chosen.shape[1]
+        oracle = contributions(routed, experts, x.float()).topk(k, dim=1).indices
+        mass = activation_mass(routed, experts, x.float())
+        truth = mass.topk(k, dim=1).indices
+        shares = captured(mass, chosen)
+        self.tokens, self.massive = self.tokens + len(x), self.massive + len(shares)
+        self.hits += _common(chosen, oracle)
+        self.overlaps += _common(chosen, truth)
+        self.mass += float(shares.sum())
+        self.best_mass += float(captured(mass, truth).sum())
+        self.counts += torch.bincount(chosen.flatten(), minlength=experts).cpu()
+
+    def result(self) -> Routing:
+        choices, massive = max(1, int(self.counts.sum())), max(1, self.massive)
+        return Routing(
+            recall=self.hits / choices,
+            overlap=self.overlaps / choices,
+            mass=self.mass / massive,
+            best_mass=self.best_mass / massive,
+            load=self.counts / choices,
+            tokens=self.tokens,
+        )
+
+
+def routes(moe: MoEFFN) -> bool:
+    """Whether the layer chooses at all: some of its routed experts, not none and not all."""
+    return 0 < moe.top_k < moe.spec.experts
+
+
+def _common(chosen: Tensor, truth: Tensor) -> int:
+    return int((chosen[:, :, None] == truth[:, None, :]).sum())

@@ -1,0 +1,120 @@
+"""ReLU-fication: swap the activation of a model's FFNs for ReLU and fine-tune it shortly.
+
+MoEfication's own step for BERT (arXiv 2110.01786, section 4.1), and how ReluLLaMA and ReluFalcon came about
+(arXiv 2310.04564): with ReLU most neurons are exactly 0 for a token, which is what experts live on.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moefy.finetune import Progress, Schedule, Trained, finetune
+from moefy.sites import find_sites
+from moefy.sources import load_source, quiet_transformers
+from moefy.tasks import named, task_examples
+from moefy.tasks.base import Task, pad_id
+from moefy.types import MoefyError
+
+
+def with_activation(model: Any, activation: str = "relu") -> Any:
+    """The same model with another activation in its FFNs: a new model with copies of the same weights."""
+    sites, config = find_sites(model), copy.deepcopy(model.config)
+    for attribute in {site.family.activation for site in sites}:
+        for part in {id(c): c for c in (config, config.get_text_config())}.values():
+            if hasattr(part, attribute):
+                setattr(part, attribute, activation)
+    if hasattr(config, "feed_forward_proj"):  # T5 derives the activation from this when it is loaded
+        gated = config.feed_forward_proj.startswith("gated")
+        config.feed_forward_proj = f"gated-{activation}" if gated else activation
+        config.dense_act_fn = activation
+    with quiet_transformers():
+        swapped = type(model)(config).to(next(model.parameters()).dtype)
+    # Not strict: a learned activation (prelu) is gone with its parameters.
+    swapped.load_state_dict(model.state_dict(), strict=False)
+    swapped.tie_weights()
+    if any(site.activation != activation for site in find_sites(swapped)):
+        raise MoefyError(f"The activation of this {type(model).__name__} cannot be set to {activation}.")
+    return swapped.eval()
+
+
+def load_for_task(source: str | os.PathLike[str], task: Task, *, remote_code: bool = False) -> tuple[Any, Any]:
+    """A dense model ready to be trained on a task, in float32, and its tokenizer.
+
+    A model without the task's head gets a fresh one. Raises MoefyError if a head that it has does not fit.
+    """
+    model, tokenizer = load_source(source, dtype="float32", remote_code=remote_code)
+    if tokenizer is None:
+        raise MoefyError(f"{os.fspath(source)} has no tokenizer, so it cannot be trained on text.")
+    try:
+        task.check(model)
+        return model, tokenizer
+    except MoefyError:
+        # A bare encoder or another kind of head can be given this one; one of another size is a mistake.
+        if any(type(model).__name__.endswith(e) for e in ("ForSequenceClassification", "ForQuestionAnswering")):
+            raise
+    torch.manual_seed(0)
+    with quiet_transformers():
+        try:
+            made = task.model_class(model.config).from_pretrained(
+                os.fspath(source), dtype=torch.float32, use_safetensors=True, **task.head_options()
+            )
+        except (OSError, ValueError, RuntimeError) as error:
+            raise MoefyError(f"{os.fspath(source)} cannot be given a head for {task.name}: {error}.") from None
+    return made, tokenizer
+
+
+def relufy(
+    source: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    task: str | Task,
+    data: str | Path | Sequence[str | Path],
+    *,
+    examples: int | None = None,
+    epochs: float = 2.0,
+    batch_size: int = 32,
+    rate: float = 1e-4,
+    seed: int = 0,
+    seconds: float | None = None,
+    overwrite: bool = False,
+    remote_code: bool = False,
+    progress: Progress | None = None,
+) -> Trained:
+    """Swap the activation of `source` for ReLU, fine-tune it on a task, and save an ordinary checkpoint.
+
+    `examples` are at most trained on, spread over the data. The state of the training lies beside `output`
+    and is removed at its end; a call that was cut off, or stopped by `seconds`, goes on when it is repeated.
+    """
+    out, found = Path(output).expanduser().absolute(), named(task)
+    if out.exists() and not (overwrite and (out / "config.json").exists()):
+        raise MoefyError(f"{output} exists already; choose another output or say --overwrite for a model directory.")
+    rows = task_examples(found, data, examples)
+    model, tokenizer = load_for_task(source, found, remote_code=remote_code)
+    model = with_activation(model)
+    schedule = Schedule(round(len(rows) * epochs), batch_size, rate, seed=seed)
+    state = out.parent / f".{out.name}.training.safetensors"
+    features = found.encode(model, tokenizer, rows)
+    trained = finetune(model, features, pad_id(tokenizer), schedule, state=state, seconds=seconds, progress=progress)
+    if trained.done:
+        save_dense(model, tokenizer, out)
+        state.unlink(missing_ok=True)
+    return trained
+
+
+def save_dense(model: Any, tokenizer: Any, out: Path) -> None:
+    """Write an ordinary checkpoint: beside its place first, then renamed into it."""
+    partial = out.parent / f".{out.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with quiet_transformers():
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+    if out.exists():
+        shutil.rmtree(out)
+    partial.rename(out)

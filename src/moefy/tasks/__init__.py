@@ -1,0 +1,100 @@
+"""Tasks by name: what a model is measured on, calibrated on and fine-tuned on.
+
+A kind of task is a class in a file of its own; a task is one line here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from moefy.tasks.base import Progress, Task, by_length, collate, head_of, pad_id
+from moefy.tasks.choice import ARC, PIQA, RACE
+from moefy.tasks.classification import MNLI, MRPC, RTE, SST2
+from moefy.tasks.qa import SQUAD
+from moefy.tasks.rows import read_rows
+from moefy.tasks.text_to_text import TEXT_TO_TEXT
+from moefy.types import MoefyError
+
+__all__ = ["TASKS", "Task", "evaluate_task", "named", "task_calibration", "task_examples"]
+
+TASKS: dict[str, Task] = {t.name: t for t in (SST2, MNLI, MRPC, RTE, PIQA, ARC, RACE, SQUAD, TEXT_TO_TEXT)}
+
+
+def named(task: str | Task) -> Task:
+    """The task of that name, or MoefyError."""
+    if isinstance(task, Task):
+        return task
+    if task not in TASKS:
+        raise MoefyError(f"There is no task {task!r}; choose one of {', '.join(TASKS)}.")
+    return TASKS[task]
+
+
+def task_examples(task: str | Task, data: str | Path | Sequence[str | Path], limit: int | None = None) -> list[Any]:
+    """The checked examples of data files or hub data sets; with `limit`, that many spread evenly over them."""
+    found = named(task).examples(read_rows(data))
+    if limit is None or limit >= len(found):
+        return found
+    return [found[i * len(found) // limit] for i in range(limit)]
+
+
+def evaluate_task(
+    model: Any,
+    tokenizer: Any,
+    task: str | Task,
+    data: str | Path | Sequence[str | Path],
+    limit: int | None = None,
+    progress: Progress | None = None,
+) -> dict[str, float]:
+    """A model's figures on a task, each between 0 and 1, the main one first."""
+    _needs_tokenizer(tokenizer)
+    examples = task_examples(task, data, limit)
+    return named(task).evaluate(model, tokenizer, examples, progress)
+
+
+def task_calibration(
+    model: Any,
+    tokenizer: Any,
+    task: str | Task,
+    data: str | Path | Sequence[str | Path],
+    *,
+    tokens: int = 16384,
+    batch_tokens: int = 2048,
+) -> list[dict[str, Tensor]]:
+    """Model inputs from a task's (training) data, about `tokens` real ones, for `convert`.
+
+    Padded batches of like length with their masks; an encoder-decoder also gets the decoder's inputs and
+    mask, as in training. Raises MoefyError if the data or the model's head does not fit the task.
+    """
+    _needs_tokenizer(tokenizer)
+    found = named(task)
+    found.check(model)
+    examples = task_examples(task, data)
+    # Spread over the data, which may be sorted; a first look at some examples tells how many it takes.
+    some = found.encode(model, tokenizer, _spread(examples, 64))
+    mean = max(1.0, sum(len(f["input_ids"]) for f in some) / len(some))
+    features = found.encode(model, tokenizer, _spread(examples, max(2, round(tokens / mean))))
+    pad, batches = pad_id(tokenizer), []
+    for indices in by_length([len(f["input_ids"]) for f in features], batch_tokens):
+        batch = collate([features[i] for i in indices], pad)
+        labels = batch.pop("labels", None)
+        batch = {k: v for k, v in batch.items() if not k.endswith("_positions")}
+        if head_of(model) == "seq2seq":
+            assert labels is not None
+            batch["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels)
+            batch["decoder_attention_mask"] = (labels != -100).long()
+        batches.append(batch)
+    return batches
+
+
+def _spread(examples: Sequence[Any], count: int) -> list[Any]:
+    count = min(count, len(examples))
+    return [examples[i * len(examples) // count] for i in range(count)]
+
+
+def _needs_tokenizer(tokenizer: Any) -> None:
+    if tokenizer is None:
+        raise MoefyError("This model has no tokenizer, so a task's text cannot be fed to it.")

@@ -1,0 +1,118 @@
+"""What a task is: rows to examples, examples to model inputs, and a model's figures on them."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moefy.tasks.rows import Row
+from moefy.types import MoefyError
+
+Progress = Callable[[int, int], None]
+Inputs = dict[str, Tensor]
+# Tokens of a batch, padding included: MiniLM on 2 cores gains nothing from more.
+BATCH_TOKENS = 2048
+
+
+class Task(abc.ABC):
+    """One way to use a model. Examples are plain objects of the task's own; everything else is shared."""
+
+    name: str
+
+    @abc.abstractmethod
+    def examples(self, rows: Sequence[Row]) -> list[Any]:
+        """Checked examples; MoefyError names the column or label that does not fit."""
+
+    @abc.abstractmethod
+    def check(self, model: Any) -> None:
+        """MoefyError if this model cannot do the task."""
+
+    @abc.abstractmethod
+    def encode(self, model: Any, tokenizer: Any, examples: Sequence[Any]) -> list[dict[str, Any]]:
+        """Each example as training features: lists of ids `input_ids` and, by the head, the kind of labels."""
+
+    @abc.abstractmethod
+    def evaluate(
+        self, model: Any, tokenizer: Any, examples: Sequence[Any], progress: Progress | None = None
+    ) -> dict[str, float]:
+        """Figures between 0 and 1, the main one first."""
+
+    def model_class(self, config: Any) -> Any:
+        """The Auto class whose head the task wants when a model without one is made ready for it."""
+        from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+        return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+
+    def head_options(self) -> dict[str, Any]:
+        """Config values of a fresh head."""
+        return {}
+
+
+def longest_input(model: Any, tokenizer: Any, at_most: int = 512) -> int:
+    """Tokens of an input at most: what the model has positions for, and `at_most`."""
+    config = model.config.get_text_config()
+    positions = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or at_most
+    return min(at_most, positions, getattr(tokenizer, "model_max_length", at_most) or at_most)
+
+
+def collate(features: Sequence[dict[str, Any]], pad: int, left: bool = False) -> Inputs:
+    """Features to padded model inputs with an attention mask; labels of sequences are padded with -100."""
+    batch: dict[str, Tensor] = {}
+    for key in features[0]:
+        values = [f[key] for f in features]
+        if isinstance(values[0], int):
+            batch[key] = torch.tensor(values)
+            continue
+        fill = -100 if key == "labels" else pad if key.endswith("input_ids") else 0
+        batch[key] = padded(values, fill, left)
+    ones = [[1] * len(f["input_ids"]) for f in features]
+    batch["attention_mask"] = padded(ones, 0, left)
+    return batch
+
+
+def padded(rows: Sequence[Sequence[int]], fill: int, left: bool = False) -> Tensor:
+    """Rows of ids of any length as one (N, longest) int64 tensor."""
+    width = max(len(r) for r in rows)
+    out = torch.full((len(rows), width), fill, dtype=torch.long)
+    for i, row in enumerate(rows):
+        values = torch.tensor(list(row), dtype=torch.long)
+        out[i, width - len(row) :] = values if left else out[i, width - len(row) :]
+        if not left:
+            out[i, : len(row)] = values
+    return out
+
+
+def by_length(lengths: Sequence[int], tokens: int = BATCH_TOKENS) -> Iterator[list[int]]:
+    """Indices in batches of like length, longest first, each of at most `tokens` tokens with its padding."""
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    while order:
+        size = max(1, tokens // max(1, lengths[order[0]]))
+        yield order[:size]
+        order = order[size:]
+
+
+def head_of(model: Any) -> str:
+    """The kind of head: "classification", "choice", "qa", "seq2seq", "causal" or "none"."""
+    names = {c.__name__ for c in type(model).__mro__}
+    ends = {
+        "ForSequenceClassification": "classification",
+        "ForMultipleChoice": "choice",
+        "ForQuestionAnswering": "qa",
+        "ForConditionalGeneration": "seq2seq",
+        "ForCausalLM": "causal",
+        "LMHeadModel": "causal",
+    }
+    return next((kind for end, kind in ends.items() if any(n.endswith(end) for n in names)), "none")
+
+
+def refuse_head(task: str, model: Any, wanted: str) -> MoefyError:
+    return MoefyError(f"The task {task} needs {wanted}; this is a {type(model).__name__}.")
+
+
+def pad_id(tokenizer: Any) -> int:
+    found = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return int(found or 0)

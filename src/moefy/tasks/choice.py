@@ -1,0 +1,118 @@
+"""Multiple choice: PIQA, ARC and OpenBookQA, RACE.
+
+A language model picks the likeliest answer after "Question: ... Answer:" (lm-evaluation-harness' prompts);
+`accuracy` takes the whole log-likelihood, `accuracy_per_byte` divides it by the answer's length in bytes.
+A model with a multiple-choice head is scored by its logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from moefy.tasks.base import Progress, Task, head_of, longest_input, pad_id, padded, refuse_head
+from moefy.tasks.likelihood import log_likelihoods
+from moefy.tasks.rows import Row, column
+from moefy.types import MoefyError
+
+
+@dataclass(frozen=True)
+class Choices:
+    prompt: str
+    answers: tuple[str, ...]
+    right: int
+
+
+@dataclass(frozen=True)
+class MultipleChoice(Task):
+    """`answers` are either one column of lists or, as in PIQA, one column for each answer."""
+
+    name: str
+    question: tuple[str, ...]
+    answers: tuple[tuple[str, ...], ...]
+    right: tuple[str, ...]
+    passage: tuple[str, ...] = ()
+
+    def examples(self, rows: Sequence[Row]) -> list[Choices]:
+        question, right = column(rows, self.question, self.name), column(rows, self.right, self.name)
+        answers = [column(rows, names, self.name) for names in self.answers]
+        passage = column(rows, self.passage, self.name) if self.passage else None
+        found = []
+        for i, row in enumerate(rows):
+            texts, keys = self._answers(row, answers, i)
+            prompt = f"Question: {row[question]}\nAnswer:"
+            if passage:
+                prompt = f"Article: {row[passage]}\n\n{prompt}"
+            found.append(Choices(prompt, texts, self._right(row[right], keys, i)))
+        return found
+
+    def _answers(self, row: Row, columns: list[str], number: int) -> tuple[tuple[str, ...], list[str]]:
+        """The answers and what names them: 0, 1, ... or the keys that the data gives."""
+        value = row[columns[0]] if len(columns) == 1 else [row[c] for c in columns]
+        keys: list[str] = []
+        if isinstance(value, dict):  # the hub's ARC: {"text": [...], "label": ["A", ...]}
+            keys, value = [str(k) for k in value.get("label", [])], value.get("text", [])
+        if not isinstance(value, (list, tuple)) or len(value) < 2:
+            raise MoefyError(f"Row {number + 1} has no list of answers in {columns[0]!r}, which {self.name} needs.")
+        return tuple(str(v) for v in value), keys or [str(i) for i in range(len(value))]
+
+    def _right(self, value: Any, keys: list[str], number: int) -> int:
+        text = str(value).strip()
+        letters = [chr(ord("A") + i) for i in range(len(keys))]
+        for names in (keys, letters):
+            if text in names:
+                return names.index(text)
+        raise MoefyError(f"Row {number + 1} says that {text!r} is right; its answers are {', '.join(keys)}.")
+
+    def check(self, model: Any) -> None:
+        if head_of(model) not in ("choice", "causal", "seq2seq"):
+            raise refuse_head(self.name, model, "a language model or a model with a multiple-choice head")
+
+    def encode(self, model: Any, tokenizer: Any, examples: Sequence[Choices]) -> list[dict[str, Any]]:
+        from moefy.tasks.text_to_text import encode_pairs
+
+        if head_of(model) == "choice":
+            raise MoefyError(f"A multiple-choice head cannot be calibrated or trained on {self.name}; use text.")
+        return encode_pairs(model, tokenizer, [(e.prompt, e.answers[e.right]) for e in examples])
+
+    @torch.no_grad()
+    def evaluate(
+        self, model: Any, tokenizer: Any, examples: Sequence[Choices], progress: Progress | None = None
+    ) -> dict[str, float]:
+        self.check(model)
+        model.eval()
+        if head_of(model) == "choice":
+            picked = [_by_head(model, tokenizer, e) for e in examples]
+            return {"accuracy": sum(p == e.right for p, e in zip(picked, examples, strict=True)) / len(examples)}
+        blank = "" if head_of(model) == "seq2seq" else " "
+        pairs = [(e.prompt, blank + a) for e in examples for a in e.answers]
+        scores, start = log_likelihoods(model, tokenizer, pairs, progress), 0
+        whole = per_byte = 0
+        for e in examples:
+            mine = scores[start : start + len(e.answers)]
+            start += len(e.answers)
+            lengths = [max(1, len(a.encode())) for a in e.answers]
+            whole += _best(mine) == e.right
+            per_byte += _best([s / n for s, n in zip(mine, lengths, strict=True)]) == e.right
+        return {"accuracy": whole / len(examples), "accuracy_per_byte": per_byte / len(examples)}
+
+
+def _best(scores: Sequence[float]) -> int:
+    return max(range(len(scores)), key=scores.__getitem__)
+
+
+def _by_head(model: Any, tokenizer: Any, example: Choices) -> int:
+    longest = longest_input(model, tokenizer)
+    ids = [tokenizer(example.prompt, a, truncation=True, max_length=longest)["input_ids"] for a in example.answers]
+    feed, mask = padded(ids, pad_id(tokenizer)), padded([[1] * len(r) for r in ids], 0)
+    return int(model(input_ids=feed[None], attention_mask=mask[None]).logits.argmax())
+
+
+_LISTED = (("choices", "options"),)
+_RIGHT = ("answer", "answerKey", "label")
+PIQA = MultipleChoice("piqa", ("goal",), (("sol1",), ("sol2",)), ("label",))
+ARC = MultipleChoice("arc", ("question", "question_stem"), _LISTED, _RIGHT)
+RACE = MultipleChoice("race", ("question",), _LISTED, _RIGHT, passage=("article", "passage"))

@@ -1,0 +1,146 @@
+"""Classification of a sentence or a pair: SST-2, MNLI, MRPC, RTE.
+
+A model with a classification head is scored by its logits; a language model by which label's word it finds
+likelier after T5's prompt for the task (arXiv 1910.10683, appendix D).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from moefy.tasks.base import Progress, Task, by_length, collate, head_of, longest_input, pad_id, refuse_head
+from moefy.tasks.likelihood import log_likelihoods
+from moefy.tasks.rows import Row, column
+from moefy.types import MoefyError
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """One or two texts and the index of their label."""
+
+    texts: tuple[str, ...]
+    label: int
+
+
+@dataclass(frozen=True)
+class Classification(Task):
+    """`fields` names each text (T5's name first, then columns that may hold it); `labels` in GLUE's order."""
+
+    name: str
+    fields: tuple[tuple[str, ...], ...]
+    labels: tuple[str, ...]
+    label: tuple[str, ...] = ("label",)
+    f1: bool = False
+
+    def examples(self, rows: Sequence[Row]) -> list[Labelled]:
+        columns = [column(rows, names, self.name) for names in self.fields]
+        label = column(rows, self.label, self.name)
+        return [Labelled(tuple(str(row[c]) for c in columns), self._label(row[label], i)) for i, row in enumerate(rows)]
+
+    def _label(self, value: Any, row: int) -> int:
+        text = str(value).strip()
+        if text in self.labels:
+            return self.labels.index(text)
+        if text.isdigit() and int(text) < len(self.labels):
+            return int(text)
+        raise MoefyError(
+            f"Row {row + 1} has the label {text!r}; the task {self.name} knows {', '.join(self.labels)} "
+            f"or 0 to {len(self.labels) - 1}."
+        )
+
+    def check(self, model: Any) -> None:
+        kind = head_of(model)
+        if kind not in ("classification", "seq2seq", "causal"):
+            raise refuse_head(self.name, model, "a model with a classification head or a language model")
+        if kind == "classification" and model.config.num_labels != len(self.labels):
+            raise MoefyError(
+                f"The task {self.name} has {len(self.labels)} labels ({', '.join(self.labels)}), "
+                f"and the model's head has {model.config.num_labels}."
+            )
+
+    def encode(self, model: Any, tokenizer: Any, examples: Sequence[Labelled]) -> list[dict[str, Any]]:
+        if head_of(model) == "classification":
+            to_head = self._head_order(model)
+            return [{**self._ids(model, tokenizer, e), "labels": to_head[e.label]} for e in examples]
+        from moefy.tasks.text_to_text import encode_pairs
+
+        return encode_pairs(model, tokenizer, [(self._prompt(e), self.labels[e.label]) for e in examples])
+
+    @torch.no_grad()
+    def evaluate(
+        self, model: Any, tokenizer: Any, examples: Sequence[Labelled], progress: Progress | None = None
+    ) -> dict[str, float]:
+        self.check(model)
+        model.eval()
+        if head_of(model) == "classification":
+            predicted = self._by_head(model, tokenizer, examples, progress)
+        else:
+            pairs = [(self._prompt(e), label) for e in examples for label in self._continuations(model)]
+            scores = torch.tensor(log_likelihoods(model, tokenizer, pairs, progress))
+            predicted = scores.view(len(examples), -1).argmax(1).tolist()
+        truth = [e.label for e in examples]
+        figures = {"accuracy": sum(p == t for p, t in zip(predicted, truth, strict=True)) / len(truth)}
+        if self.f1:
+            both = sum(p == t == 1 for p, t in zip(predicted, truth, strict=True))
+            figures["f1"] = 2 * both / max(1, sum(p == 1 for p in predicted) + sum(t == 1 for t in truth))
+        return figures
+
+    def model_class(self, config: Any) -> Any:
+        from transformers import AutoModelForSequenceClassification
+
+        return super().model_class(config) if config.is_encoder_decoder else AutoModelForSequenceClassification
+
+    def head_options(self) -> dict[str, Any]:
+        return {
+            "num_labels": len(self.labels),
+            "id2label": dict(enumerate(self.labels)),
+            "label2id": {name: i for i, name in enumerate(self.labels)},
+        }
+
+    def _by_head(
+        self, model: Any, tokenizer: Any, examples: Sequence[Labelled], progress: Progress | None
+    ) -> list[int]:
+        features = [self._ids(model, tokenizer, e) for e in examples]
+        order = self._head_order(model)
+        predicted, done = [0] * len(examples), 0
+        for batch in by_length([len(f["input_ids"]) for f in features]):
+            logits = model(**collate([features[i] for i in batch], pad_id(tokenizer))).logits[:, order]
+            for i, label in zip(batch, logits.argmax(1).tolist(), strict=True):
+                predicted[i] = label
+            done += len(batch)
+            if progress:
+                progress(done, len(examples))
+        return predicted
+
+    def _head_order(self, model: Any) -> list[int]:
+        """The head's output for each label: by name if the head names them so, else in order."""
+        names = {str(name).lower(): index for name, index in (model.config.label2id or {}).items()}
+        known = [names.get(label) for label in self.labels]
+        return [k for k in known if k is not None] if None not in known else list(range(len(self.labels)))
+
+    def _ids(self, model: Any, tokenizer: Any, example: Labelled) -> dict[str, Any]:
+        found = tokenizer(*example.texts, truncation=True, max_length=longest_input(model, tokenizer))
+        return {k: v for k, v in found.items() if k in ("input_ids", "token_type_ids")}
+
+    def _prompt(self, example: Labelled) -> str:
+        parts = [f"{names[0]}: {text}" for names, text in zip(self.fields, example.texts, strict=True)]
+        return f"{self.name} {' '.join(parts)}"
+
+    def _continuations(self, model: Any) -> list[str]:
+        return list(self.labels) if head_of(model) == "seq2seq" else [f" {label}" for label in self.labels]
+
+
+_PAIR = (("sentence1", "#1 String"), ("sentence2", "#2 String"))
+SST2 = Classification("sst2", (("sentence", "text"),), ("negative", "positive"))
+MNLI = Classification(
+    "mnli",
+    (("premise", "sentence1"), ("hypothesis", "sentence2")),
+    ("entailment", "neutral", "contradiction"),
+    ("label", "gold_label"),
+)
+MRPC = Classification("mrpc", _PAIR, ("not_equivalent", "equivalent"), ("label", "Quality"), f1=True)
+RTE = Classification("rte", _PAIR, ("entailment", "not_entailment"))

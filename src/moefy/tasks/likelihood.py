@@ -1,0 +1,55 @@
+"""How likely a language model finds a continuation of a prompt: causal models and encoder-decoders."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from moefy.tasks.base import Progress, by_length, head_of, longest_input, pad_id, padded
+
+
+@torch.no_grad()
+def log_likelihoods(
+    model: Any, tokenizer: Any, pairs: Sequence[tuple[str, str]], progress: Progress | None = None
+) -> list[float]:
+    """log p(continuation | prompt), summed over the continuation's tokens, for each (prompt, continuation)."""
+    encoded = [_encode(model, tokenizer, *pair) for pair in pairs]
+    found = [0.0] * len(pairs)
+    done = 0
+    for batch in by_length([len(source) + len(target) for source, target in encoded]):
+        rows = [encoded[i] for i in batch]
+        logits, targets = _forward(model, pad_id(tokenizer), rows)
+        loss = F.cross_entropy(logits.float().transpose(1, 2), targets, ignore_index=-100, reduction="none")
+        for i, value in zip(batch, (-loss.sum(1)).tolist(), strict=True):
+            found[i] = value
+        done += len(batch)
+        if progress:
+            progress(done, len(pairs))
+    return found
+
+
+def _encode(model: Any, tokenizer: Any, prompt: str, continuation: str) -> tuple[list[int], list[int]]:
+    longest = longest_input(model, tokenizer, 2048)
+    if head_of(model) == "seq2seq":
+        target = tokenizer(text_target=continuation)["input_ids"]
+        return tokenizer(prompt, truncation=True, max_length=longest)["input_ids"], target
+    # Tokens of the whole less those of the prompt: a token may span neither, as in lm-evaluation-harness.
+    source = tokenizer(prompt)["input_ids"]
+    whole = tokenizer(prompt + continuation)["input_ids"]
+    source, target = whole[: len(source)], whole[len(source) :]
+    return source[-(longest - len(target)) :], target
+
+
+def _forward(model: Any, pad: int, rows: Sequence[tuple[list[int], list[int]]]) -> tuple[torch.Tensor, torch.Tensor]:
+    if head_of(model) == "seq2seq":
+        ids = padded([source for source, _ in rows], pad)
+        mask = padded([[1] * len(source) for source, _ in rows], 0)
+        labels = padded([target for _, target in rows], -100)
+        return model(input_ids=ids, attention_mask=mask, labels=labels).logits, labels
+    ids = padded([source + target for source, target in rows], pad)
+    mask = padded([[1] * (len(source) + len(target)) for source, target in rows], 0)
+    targets = padded([[-100] * (len(source) - 1) + target + [-100] for source, target in rows], -100)
+    return model(input_ids=ids, attention_mask=mask, use_cache=False).logits, targets
