@@ -3,7 +3,7 @@
     python benchmarks/quality.py --train wikitext-2/train.txt.gz --test wikitext-2-raw/test.txt.gz S3A3E8 S2A2E8
 
 Prints one JSON line a model. A recipe is CMoE's S{shared}A{active}E{experts}, optionally followed by
-:construction:router, such as S2A2E8:weights:linear.
+:construction:router, such as S2A2E8:weights:linear, the name of a recipe or a YAML file.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from moefy.texts import read_text
 
 def recipe_of(name: str) -> moefy.Recipe:
     shape, *methods = name.split(":")
+    if name in moefy.RECIPES or name.endswith(".yaml"):
+        return moefy.Recipe.of(name)
     found = re.fullmatch(r"S(\d+)A(\d+)E(\d+)", shape)
     if not found:
         raise SystemExit(f"{name} is not of the form S3A3E8[:construction:router].")

@@ -18,6 +18,8 @@ ORDER = [
     "kernels",
     "routers",
     "moe",
+    "reconstruct",
+    "quality",
     "hf",
     "recipe",
     "one_pass",
@@ -28,6 +30,9 @@ ORDER = [
     "evaluate",
     "bench",
     "console",
+    "tasks",
+    "finetune",
+    "relufy",
     "demo",
     "cli",
 ]

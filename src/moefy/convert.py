@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moefy import kernels
 from moefy.calibrate import CalibrationInfo, check_batches, real_tokens
 from moefy.construct import construct
 from moefy.hf import mark_converted
@@ -24,6 +25,7 @@ from moefy.moe import MoEFFN
 from moefy.one_pass import OnePass
 from moefy.quality import Routing, RoutingTally, routes
 from moefy.recipe import Recipe
+from moefy.reconstruct import refit
 from moefy.routers import ROUTERS
 from moefy.sites import Site, find_sites
 from moefy.stats import NeuronStats
@@ -136,9 +138,11 @@ def _convert_site(
     stats = NeuronStats(ffn.to(torch.float32), inputs, recipe.chunk_tokens, recipe.top_activated, site.name)
     if stats.tokens < 2:
         raise MoefyError(f"The calibration has {stats.tokens} real tokens at {site.name}; give more text.")
-    partition = construct(recipe.construction, spec, stats, seed)
+    partition = construct(recipe.construction, spec, stats, seed, recipe.sharing)
     router = ROUTERS[spec.router].build(spec, partition, stats, seed) if spec.router else None
     moe = MoEFFN.from_dense(ffn, partition, spec, router).requires_grad_(False)
+    if recipe.refit:
+        refit(moe, stats.ffn, stats)
     error, routing = _measure(moe, ffn, inputs)
     site.mount(moe)
     return LayerReport(
@@ -160,16 +164,17 @@ def _measure(moe: MoEFFN, ffn: FFNWeights, inputs: Callable[[], Iterator[Tensor]
     """The error of the output and, if the layer routes, how well."""
     lost = total = 0.0
     left, tally = ERROR_TOKENS, RoutingTally(moe) if routes(moe) else None
-    for rows in inputs():
-        x = rows[:left].to(ffn.up.dtype)
-        dense = ffn.forward(x).float()
-        lost += (moe(x).float() - dense).square().sum().item()
-        total += dense.square().sum().item()
-        if tally:
-            tally.add(x)
-        left -= len(x)
-        if left <= 0:
-            break
+    with kernels.using("torch"):  # the tally looks at the weights, which the native kernel would keep packed
+        for rows in inputs():
+            x = rows[:left].to(ffn.up.dtype)
+            dense = ffn.forward(x).float()
+            lost += (moe(x).float() - dense).square().sum().item()
+            total += dense.square().sum().item()
+            if tally:
+                tally.add(x)
+            left -= len(x)
+            if left <= 0:
+                break
     return lost / total if total else 0.0, tally.result() if tally else None
 
 

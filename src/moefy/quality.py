@@ -54,8 +54,8 @@ class RoutingTally:
         truth = mass.topk(k, dim=1).indices
         shares = captured(mass, chosen)
         self.tokens, self.massive = self.tokens + len(x), self.massive + len(shares)
-        self.hits += _common(chosen, oracle)
-        self.overlaps += _common(chosen, truth)
+        self.hits += _common(chosen, oracle, experts)
+        self.overlaps += _common(chosen, truth, experts)
         self.mass += float(shares.sum())
         self.best_mass += float(captured(mass, truth).sum())
         self.counts += torch.bincount(chosen.flatten(), minlength=experts).cpu()
@@ -77,5 +77,6 @@ def routes(moe: MoEFFN) -> bool:
     return 0 < moe.top_k < moe.spec.experts
 
 
-def _common(chosen: Tensor, truth: Tensor) -> int:
-    return int((chosen[:, :, None] == truth[:, None, :]).sum())
+def _common(chosen: Tensor, truth: Tensor, experts: int) -> int:
+    true = torch.zeros(len(truth), experts, dtype=torch.bool, device=truth.device).scatter_(1, truth, True)
+    return int(true.gather(1, chosen).sum())

@@ -9,6 +9,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from moefy.construct import CONSTRUCTIONS
+from moefy.construct.sharing import SHARING
 from moefy.routers import ROUTERS
 from moefy.types import FFNWeights, LayerSpec, MoefyError
 
@@ -27,6 +28,8 @@ class Recipe(BaseModel):
     name: str = "custom"
     construction: str = "activation"
     router: str = "representative"
+    sharing: str = Field("rate", description="what decides which neurons are shared")
+    refit: bool = Field(False, description="fit the down-projection to the dense output in closed form")
     experts: int = Field(8, ge=1)
     expert_size: int | None = Field(None, ge=1, description="neurons of an expert; overrides experts")
     shared: int | float = Field(3, ge=0)
@@ -44,6 +47,11 @@ class Recipe(BaseModel):
     @classmethod
     def _known_router(cls, value: str) -> str:
         return _one_of("router", value, ROUTERS)
+
+    @field_validator("sharing")
+    @classmethod
+    def _known_sharing(cls, value: str) -> str:
+        return _one_of("sharing", value, SHARING)
 
     @field_validator("shared", "active")
     @classmethod

@@ -130,3 +130,19 @@ def captured(mass: Tensor, chosen: Tensor) -> Tensor:
     total = mass.sum(1)
     some = total > 0
     return mass.gather(1, chosen).sum(1)[some] / total[some]
+
+
+def token_weight(ffn: FFNWeights, stats: NeuronStats) -> Callable[[Tensor], Tensor]:
+    """Weights (t,) of tokens by their output (t, D): 1, and less for outputs longer than the median.
+
+    A few tokens of a language model have outputs a thousand times as long as the others (its attention
+    sinks); unweighted, least squares fits them alone.
+    """
+    norms = torch.cat([ffn.forward(x).norm(dim=1) for x in _first(stats.inputs(), 8)])
+    median = norms.median().clamp_min(1e-12)
+    return lambda y: (median / y.norm(dim=1).clamp_min(1e-12)).clamp_max(1.0).square()
+
+
+def _first(chunks: Iterator[Tensor], count: int) -> Iterator[Tensor]:
+    for _, x in zip(range(count), chunks, strict=False):
+        yield x

@@ -78,7 +78,11 @@ class FFNWeights:
 
     def forward(self, x: Tensor) -> Tensor:
         """The dense FFN's output (T, D)."""
-        y = self.hidden(x) @ self.down
+        return self.forward_hidden(self.hidden(x))
+
+    def forward_hidden(self, h: Tensor) -> Tensor:
+        """The output (T, D) of given neuron activations (T, F)."""
+        y = h @ self.down
         return y if self.down_bias is None else y + self.down_bias
 
     def take(self, rows: Tensor) -> FFNWeights:

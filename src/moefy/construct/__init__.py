@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from moefy.construct import activation, coactivation, random, weights
+from moefy.construct.sharing import SHARING
 from moefy.stats import NeuronStats
 from moefy.types import LayerSpec, Partition
 
@@ -27,11 +28,10 @@ CONSTRUCTIONS: dict[str, Group] = {
 }
 
 
-def construct(method: str, spec: LayerSpec, stats: NeuronStats, seed: int) -> Partition:
-    """Cut an FFN's neurons: the `spec.shared` with the highest activation rates are shared (CMoE, section 4.1),
-    the rest become `spec.experts` experts by `method`."""
-    # Without shared experts the rates are not needed, and not computed.
-    shared = stats.rates.topk(spec.shared).indices.sort().values if spec.shared else torch.empty(0).long()
+def construct(method: str, spec: LayerSpec, stats: NeuronStats, seed: int, sharing: str = "rate") -> Partition:
+    """Cut an FFN's neurons: the `spec.shared` best by `sharing` are shared, the rest become experts by `method`."""
+    # Without shared experts the scores are not needed, and not computed.
+    shared = SHARING[sharing](stats).topk(spec.shared).indices.sort().values if spec.shared else torch.empty(0).long()
     rest = torch.ones(spec.neurons, dtype=torch.bool)
     rest[shared] = False
     members = rest.nonzero().flatten()

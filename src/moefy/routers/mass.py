@@ -20,5 +20,6 @@ class MassRouter(Router):
     def build(cls, spec: LayerSpec, partition: Partition, stats: NeuronStats, seed: int) -> MassRouter:
         return cls(spec)
 
-    def forward(self, x: Tensor, weights: MoEWeights) -> Tensor:
+    def forward(self, x: Tensor, weights: MoEWeights | None) -> Tensor:
+        assert weights is not None
         return activation_mass(weights.routed.to(x.dtype), weights.experts, x)

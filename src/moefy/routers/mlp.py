@@ -39,7 +39,7 @@ class MLPRouter(Router):
         router.second.copy_(second)
         return router
 
-    def forward(self, x: Tensor, weights: MoEWeights) -> Tensor:
+    def forward(self, x: Tensor, weights: MoEWeights | None) -> Tensor:
         return _scores(F.normalize(x.float(), dim=1), self.first.float(), self.second.float())
 
 

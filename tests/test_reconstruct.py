@@ -1,0 +1,71 @@
+"""The refit: never worse than before on its calibration, exact where the kept neurons can express the rest."""
+
+import pytest
+import torch
+
+import moefy
+import tiny
+from moefy.reconstruct import refit, routed_hidden
+from test_construct import make_stats
+from test_moe import build
+
+
+def weighted_error(moe, stats, x):
+    return (moe(x) - stats.ffn.forward(x)).square().sum().item()
+
+
+@pytest.mark.parametrize("method", ["activation", "shared_only"])
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_refit_lowers_the_error(method, gated, bias):
+    stats, x = make_stats(gated, activation="silu" if gated else "gelu", bias=bias, tokens=600)
+    moe = build(stats, method)
+    before = weighted_error(moe, stats, x)
+    refit(moe, stats.ffn, stats)
+    assert weighted_error(moe, stats, x) < 0.9 * before
+    assert moe.down_bias is None or not torch.equal(moe.down_bias, stats.ffn.down_bias)
+
+
+def test_neurons_that_repeat_others_are_folded_into_them():
+    """Each dropped neuron is a copy of a kept one: least squares must find the dense output again."""
+    stats, _ = make_stats(activation="gelu", tokens=600)
+    g = torch.Generator().manual_seed(1)
+    ffn = stats.ffn
+    half = ffn.neurons // 2
+    twins = moefy.FFNWeights(
+        up=ffn.up[:half].repeat(2, 1), gate=ffn.gate[:half].repeat(2, 1), down=ffn.down, activation="gelu"
+    )
+    x = torch.randn(600, ffn.width, generator=g)
+    twin_stats = type(stats)(twins, lambda: iter([x]))
+    partition = moefy.Partition(torch.arange(half), torch.arange(half, 2 * half).view(4, -1))
+    spec = moefy.Recipe(construction="shared_only", experts=8, shared=4, active=0).layer_spec(twins, "ffn")
+    moe = moefy.MoEFFN.from_dense(twins, partition, spec, None).requires_grad_(False)
+    before = (moe(x) - twins.forward(x)).norm() / twins.forward(x).norm()
+    assert before > 0.3
+    ridge = refit(moe, twins, twin_stats)
+    # The ridge pulls towards the old weights: a fraction of it remains of the distance.
+    assert (moe(x) - twins.forward(x)).norm() < 2 * ridge * twins.forward(x).norm()
+
+
+def test_dead_neurons_keep_their_weights_and_everything_active_stays_dense():
+    stats, x = make_stats(activation="relu", tokens=300)
+    moe = build(stats, experts=6, shared=2, active=4)
+    refit(moe, stats.ffn, stats)
+    torch.testing.assert_close(moe(x), stats.ffn.forward(x), rtol=1e-4, atol=1e-3)
+    h = routed_hidden(build(stats), stats.ffn, x)
+    assert h.shape == (300, 48)
+    assert ((h == 0) | (h == stats.ffn.hidden(x))).all()
+
+
+@pytest.mark.parametrize("family", ["llama", "bert", "t5-v1.0", "opt"])
+def test_a_whole_model_comes_nearer_with_it(family):
+    feed = [tiny.inputs(family, batch=4, length=24, seed=s) for s in range(6)]
+    errors = []
+    for refitted in (False, True):
+        model = tiny.tiny(family)
+        recipe = moefy.Recipe(
+            experts=12, shared=3, active=3, router="linear", sharing="reconstruction", refit=refitted, top_activated=4
+        )
+        report = moefy.convert(model, recipe, feed)
+        errors.append(sum(layer.error for layer in report.layers))
+    assert errors[1] < errors[0]
