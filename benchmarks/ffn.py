@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -132,8 +131,10 @@ def dense_paths(weights: tuple[list[Tensor], Tensor], tokens: int) -> dict[str, 
     return paths
 
 
-def measure(contenders: dict[str, list[Callable[[], object]]], rounds: int, budget: float) -> dict[str, float]:
-    """Median seconds of each contender; its functions are the layers it walks over."""
+def measure(
+    contenders: dict[str, list[Callable[[], object]]], rounds: int, budget: float, quantile: float
+) -> dict[str, float]:
+    """Seconds of each contender; its functions are the layers it walks over."""
     times: dict[str, list[float]] = {name: [] for name in contenders}
     end = time.perf_counter() + budget
     for i in range(rounds + 2):
@@ -144,7 +145,7 @@ def measure(contenders: dict[str, list[Callable[[], object]]], rounds: int, budg
             times[name].append(time.perf_counter() - start)
         if time.perf_counter() > end and i >= 6:
             break
-    return {name: statistics.median(found[2:]) for name, found in times.items()}
+    return {name: sorted(found[2:])[round(quantile * (len(found) - 3))] for name, found in times.items()}
 
 
 def run(shape: Shape, tokens: int, isa: str, names: list[str], args: argparse.Namespace) -> tuple[dict, dict]:
@@ -171,7 +172,7 @@ def run(shape: Shape, tokens: int, isa: str, names: list[str], args: argparse.Na
         contenders["dense " + name] = [
             lambda l=l, x=x, p=precision: l.native_dense[p].forward(x, top_k=0) for l, x in pairs
         ]
-    found = measure(contenders, args.rounds, args.seconds)
+    found = measure(contenders, args.rounds, args.seconds, args.quantile)
     dense = {path: found[path] for path in layers[0].paths}
     return found, dense
 
@@ -184,6 +185,7 @@ def report(shape: Shape, tokens: int, isa: str, args: argparse.Namespace, peak: 
         seconds = found["native " + name]
         record = {
             "shape": asdict(shape), "tokens": tokens, "isa": isa, "contender": name, "seconds": seconds,
+            "quantile": args.quantile,
             "active": shape.active, "dense_seconds": dense, "native_dense_seconds": found["dense " + name],
             "share_of_own_dense": shape.active * found["dense " + name] / seconds,
             "routing_share": 1 - found["given " + name] / seconds,
@@ -226,6 +228,7 @@ def main() -> None:
     parser.add_argument("--precision", nargs="*", default=["fp32", "bf16 weights", "bf16", "int8"], choices=NATIVE)
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--seconds", type=float, default=20, help="most time for one line")
+    parser.add_argument("--quantile", type=float, default=0.5, help="0.5: medians; 0.1 where other work disturbs")
     parser.add_argument("--no-dense", action="store_true", help="leave torch out")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--json", help="append one line per measurement to this file")
