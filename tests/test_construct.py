@@ -158,3 +158,25 @@ def test_reconstruction_scores_are_the_cost_of_losing_a_neuron():
         lost = h[:, n : n + 1] - kept @ torch.linalg.lstsq(kept, h[:, n : n + 1]).solution
         cost = lost.square().sum() * stats.ffn.down[n].double().square().sum()
         assert abs(scores[n] - cost) < 0.05 * cost
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("budget", [0.25, 0.5, 0.75, 1.0])
+def test_a_budget_counts_the_router(gated, budget):
+    width, neurons = 64, 1536
+    rows = torch.zeros(neurons, width)
+    ffn = moefy.FFNWeights(up=rows, down=rows, gate=rows if gated else None)
+    recipe = moefy.Recipe.of("reconstructed", budget=budget)
+    spec, control = recipe.layer_spec(ffn, "ffn"), recipe.control().layer_spec(ffn, "ffn")
+    cost = 3 if gated else 2
+    routing = spec.experts / cost if spec.router and spec.top_k < spec.experts else 0
+    active = spec.shared + spec.top_k * spec.expert_size + routing
+    assert budget * neurons - 8 < active <= budget * neurons
+    assert control.shared == budget * neurons
+    assert control.top_k == 0
+
+
+def test_a_budget_too_small_for_its_router_is_a_sentence():
+    ffn = moefy.FFNWeights(up=torch.zeros(64, 8), down=torch.zeros(64, 8))
+    with pytest.raises(moefy.MoefyError, match="leaves nothing for experts of 8 neurons"):
+        moefy.Recipe.of("reconstructed", budget=0.1).layer_spec(ffn, "ffn")

@@ -30,11 +30,16 @@ RemoteCode = Annotated[bool, typer.Option(help="Run the checkpoint's own code. O
 def convert(
     source: Annotated[str, typer.Argument(help="A Hugging Face directory or hub name, or a GGUF file.")],
     output: Annotated[Path, typer.Argument(help="The directory to write.")],
-    recipe: Annotated[str, typer.Option(help="cmoe, moefication, shared-only, or a YAML file.")] = "cmoe",
+    recipe: Annotated[
+        str | None, typer.Option(help="cmoe (the default), moefication, reconstructed, shared-only, or a YAML file.")
+    ] = None,
     experts: Annotated[int | None, typer.Option(help="Experts in all, shared ones included.")] = None,
     expert_size: Annotated[int | None, typer.Option(help="Neurons of an expert, instead of --experts.")] = None,
     shared: Annotated[str | None, typer.Option(help="Experts that always run, or their share such as 0.1.")] = None,
     active: Annotated[str | None, typer.Option(help="Routed experts that run for each token, or 0.2 of all.")] = None,
+    budget: Annotated[
+        float | None, typer.Option(help="Share of FFN multiply-adds, router included; implies --recipe reconstructed.")
+    ] = None,
     construction: Annotated[str | None, typer.Option(help="How neurons are grouped.")] = None,
     router: Annotated[str | None, typer.Option(help="How experts are picked.")] = None,
     seed: Annotated[int | None, typer.Option()] = None,
@@ -57,10 +62,12 @@ def convert(
         "expert_size": expert_size,
         "shared": _number(shared),
         "active": _number(active),
+        "budget": budget,
         "construction": construction,
         "router": router,
         "seed": seed,
     }
+    recipe = recipe or ("reconstructed" if budget is not None else "cmoe")
     wanted = Recipe.of(recipe, **{k: v for k, v in changes.items() if v is not None})
     checkpoint.check_output(output, overwrite)
     text = texts.read_text(calibration)

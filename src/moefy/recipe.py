@@ -21,6 +21,8 @@ class Recipe(BaseModel):
     run and `active` of the others run for each token (CMoE's S{shared}A{active}E{experts}).
     With `expert_size` the count of experts follows from each FFN instead. A fraction for `shared` or
     `active` is a share of all the FFN's experts, rounded to the nearest count of at least one.
+    With `budget` both follow: half of that share of the FFN's multiply-adds goes to shared experts, and
+    what the router leaves of the other half to active ones.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -34,6 +36,7 @@ class Recipe(BaseModel):
     expert_size: int | None = Field(None, ge=1, description="neurons of an expert; overrides experts")
     shared: int | float = Field(3, ge=0)
     active: int | float = Field(3, ge=0)
+    budget: float | None = Field(None, gt=0, le=1, description="share of the multiply-adds, the router's included")
     top_activated: int = Field(10, ge=1, description="CMoE's K_a: neurons marked per token")
     seed: int = Field(0, ge=0)
     chunk_tokens: int = Field(1024, ge=1, description="tokens worked on at a time")
@@ -64,9 +67,26 @@ class Recipe(BaseModel):
 
     @model_validator(mode="after")
     def _counts_fit(self) -> Recipe:
-        if self.expert_size is None:
+        if self.expert_size is None and self.budget is None:
             self.counts(self.experts)
         return self
+
+    def _counts_within_budget(self, experts: int, ffn: FFNWeights) -> tuple[int, int]:
+        assert self.budget is not None
+        within = int(self.budget * experts)
+        if self.construction == "shared_only" or within == experts:
+            return within, 0
+        shared = within // 2
+        # A linear router costs D multiply-adds an expert; a neuron costs 3·D with a gate and 2·D without.
+        size = ffn.neurons // experts
+        router = (experts - shared) / (size * (2 if ffn.gate is None else 3))
+        active = int(self.budget * experts - shared - router)
+        if active < 1:
+            raise ValueError(
+                f"a budget of {self.budget} leaves nothing for experts of {size} neurons beside their router; "
+                f"use larger experts or the construction shared_only"
+            )
+        return shared, active
 
     def counts(self, experts: int) -> tuple[int, int]:
         """How many of an FFN's experts are shared and how many of the others active; ValueError if they do not fit."""
@@ -92,7 +112,8 @@ class Recipe(BaseModel):
             )
         size = self.expert_size or ffn.neurons // parts
         try:
-            shared, active = self.counts(ffn.neurons // size)
+            count = ffn.neurons // size
+            shared, active = self._counts_within_budget(count, ffn) if self.budget else self.counts(count)
         except ValueError as error:
             raise MoefyError(f"The recipe does not fit {site}: {error}.") from None
         routed = self.construction != "shared_only"
@@ -187,6 +208,16 @@ RECIPES: dict[str, Recipe] = {
     # arXiv 2110.01786: experts of 32 neurons, a fifth of them active; for ReLU models. Its best pair in the paper.
     "moefication": Recipe(
         name="moefication", construction="weights", router="mlp", expert_size=32, shared=0, active=0.2
+    ),
+    # The best we know without training (docs/log.md): small experts, least squares for what is shared and kept.
+    "reconstructed": Recipe(
+        name="reconstructed",
+        construction="weights",
+        router="linear",
+        sharing="reconstruction",
+        refit=True,
+        expert_size=8,
+        budget=0.5,
     ),
     "shared-only": Recipe(name="shared-only", construction="shared_only"),
 }
