@@ -8,9 +8,12 @@ re-initialising the FFNs that it does not find.
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -64,7 +67,7 @@ def model_class(base: Any, config: Any) -> Any:
 
     def from_pretrained(cls: Any, *args: Any, **kwargs: Any) -> Any:
         loaded = super(made, cls).from_pretrained(*args, **kwargs)
-        _align(loaded[0] if isinstance(loaded, tuple) else loaded)
+        own_memory(loaded[0] if isinstance(loaded, tuple) else loaded)
         return loaded
 
     keep = set(getattr(base, "_keep_in_fp32_modules_strict", None) or ()) | {"router"}
@@ -79,15 +82,40 @@ def model_class(base: Any, config: Any) -> Any:
     return made
 
 
-def _align(model: PreTrainedModel) -> None:
-    """Copy weights that do not start on a cache line, as tensors mapped from a file seldom do.
+def own_memory(model: PreTrainedModel) -> None:
+    """Copy weights out of the mapped file, each to the start of a cache line, and give the file's pages back.
 
-    Matrix products round differently on such memory (by an ulp, on x86), so a reloaded model would not
-    repeat the bits of the one that was saved; and they run slower there.
+    transformers leaves weights mapped from the file, at any address. Matrix products round differently on
+    memory that does not start on a cache line (by an ulp, on x86), so a reloaded model would not repeat the
+    bits of the one that was saved. And the mapping stays resident beside the packed copy: SmolLM2 held 2.0
+    times its weights, 1.0 times without it.
     """
+    mapped = _mapped_files()
     for tensor in (*model.parameters(), *model.buffers()):
-        if tensor.device.type == "cpu" and tensor.data_ptr() % 64:
+        start, size = (tensor.data_ptr(), tensor.nbytes) if tensor.device.type == "cpu" else (0, 0)
+        from_file = any(low <= start < high for low, high in mapped)
+        if size and (from_file or start % 64):
             tensor.data = tensor.data.clone()
+            if from_file:
+                _release_pages(start, size)
+
+
+def _mapped_files() -> list[tuple[int, int]]:
+    """Address ranges of this process that are mapped from safetensors files (Linux; elsewhere none)."""
+    try:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+    except OSError:
+        return []
+    ranges = [line.split(maxsplit=1)[0].split("-") for line in lines if line.endswith(".safetensors")]
+    return [(int(low, 16), int(high, 16)) for low, high in ranges]
+
+
+def _release_pages(start: int, size: int) -> None:
+    """Drop whole pages of a file mapping from memory; a later access would read the file again."""
+    page = mmap.PAGESIZE
+    low, high = -(-start // page) * page, (start + size) // page * page
+    if high > low:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(low), ctypes.c_size_t(high - low), mmap.MADV_DONTNEED)
 
 
 def mount_empty(model: PreTrainedModel) -> None:

@@ -166,6 +166,7 @@ class MoEFFN(nn.Module):
         self._packed_router = self.router.packed() if self.router is not None else None
         for parameter in tensors.values():
             parameter.data = parameter.data.new_empty(0)
+        native.return_freed_memory()
 
     @torch.no_grad()
     def unpack(self) -> None:

@@ -89,6 +89,20 @@ def test_eval_and_generate_on_the_saved_model(converted, data):
     assert len(done.stdout) > len("The history of the Roman Empire")
 
 
+def test_a_loaded_model_holds_little_more_than_its_weights(converted):
+    """Peak of load, packing and one token, over an idle process: at most 1.1 times the weights."""
+    program = (
+        "import sys, torch, moefy; from moefy.bench import weight_bytes\n"
+        "def peak(): return next(int(l.split()[1]) * 1024 for l in open('/proc/self/status') if 'VmHWM' in l)\n"
+        "torch.zeros(8, 8) @ torch.zeros(8, 8); torch.set_grad_enabled(False); import transformers.models.llama\n"
+        "idle = peak(); model = moefy.load(sys.argv[1]); model(torch.ones(1, 1, dtype=torch.long))\n"
+        "print((peak() - idle) / weight_bytes(model))"
+    )
+    done = subprocess.run([sys.executable, "-c", program, str(converted)], capture_output=True, text=True, check=True)
+    print(done.stdout)
+    assert float(done.stdout.split()[-1]) <= 1.1
+
+
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_full_disk_leaves_nothing_or_the_old(converted, overwrite, tmp_path):
     """A real full disk: a small tmpfs."""

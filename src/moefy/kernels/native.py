@@ -6,6 +6,7 @@ weights are neuron-major as everywhere: one row per neuron, `down` too.
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import os
 from typing import Any
@@ -74,6 +75,14 @@ def supports(activation: str, dtype: torch.dtype = torch.float32, device: str | 
     """Whether an FFN with this activation (a name of transformers' ACT2FN) can run on inputs like these."""
     known = dtype in (torch.float32, torch.bfloat16, torch.float16)
     return available() and activation in _ACTIVATIONS and known and torch.device(device).type == "cpu"
+
+
+def return_freed_memory() -> None:
+    """Hand freed heap memory back to the system (glibc keeps it: SmolLM2 held 1.21 times its weights after
+    packing layer by layer, 1.05 times with this)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _address(tensor: Tensor | None) -> int:
