@@ -1,4 +1,4 @@
-"""The command line: convert, eval, generate, demo. Every mistake is one sentence and exit status 2."""
+"""The command line: convert, eval, relufy, generate, demo. Every mistake is one sentence and exit status 2."""
 
 from __future__ import annotations
 
@@ -19,8 +19,11 @@ Calibration = Annotated[
     str,
     typer.Option(
         help="Text to calibrate on: a file (.txt, .txt.gz, .jsonl), hf:DATASET[/CONFIG][:SPLIT], the text itself, "
-        "or pydoc, the English text that ships with Python."
+        "or pydoc, the English text that ships with Python; with --task, that task's data."
     ),
+]
+TaskName = Annotated[
+    str | None, typer.Option(help="sst2, mnli, mrpc, rte, piqa, arc, race, squad or t2t (text to text).")
 ]
 Dtype = Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")]
 RemoteCode = Annotated[bool, typer.Option(help="Run the checkpoint's own code. Only for sources you trust.")]
@@ -44,6 +47,7 @@ def convert(
     router: Annotated[str | None, typer.Option(help="How experts are picked.")] = None,
     seed: Annotated[int | None, typer.Option()] = None,
     calibration: Calibration = "pydoc",
+    task: TaskName = None,
     window: Annotated[int, typer.Option(help="Tokens in a calibration window.")] = 1024,
     windows: Annotated[int, typer.Option(help="Calibration windows at most.")] = 16,
     memory: Annotated[float, typer.Option(help="GiB of activations to hold between layers; more goes to disk.")] = 1.0,
@@ -52,7 +56,7 @@ def convert(
     trust_remote_code: RemoteCode = False,
 ) -> None:
     """Convert a dense model's FFNs to mixtures of experts and save the result."""
-    from moefy import checkpoint, console, texts
+    from moefy import checkpoint, console, tasks, texts
     from moefy.convert import convert as convert_model
     from moefy.recipe import Recipe
     from moefy.sources import load_source
@@ -70,10 +74,15 @@ def convert(
     recipe = recipe or ("reconstructed" if budget is not None else "cmoe")
     wanted = Recipe.of(recipe, **{k: v for k, v in changes.items() if v is not None})
     checkpoint.check_output(output, overwrite)
-    text = texts.read_text(calibration)
+    text = None if task else texts.read_text(calibration)
+    if task:
+        tasks.task_examples(task, calibration, 1)
     with console.status(f"Loading {source}"):
         model, tokenizer = load_source(source, dtype=dtype, remote_code=trust_remote_code)
-    batches = _batches(model, tokenizer, text, window, windows)
+    if task:
+        batches = tasks.task_calibration(model, tokenizer, task, calibration, tokens=window * windows)
+    else:
+        batches = _batches(model, tokenizer, text or "", window, windows)
     with console.progress("Converting layers") as update:
         report = convert_model(model, wanted, batches, hold_bytes=int(memory * 2**30), progress=update)
     with console.status(f"Saving {output}"):
@@ -85,6 +94,7 @@ def convert(
             ["recipe", wanted.name],
             ["layers converted", str(len(report.layers))],
             ["share of FFN multiply-adds active", f"{report.active_fraction:.1%}"],
+            *_routing_rows(report.layers),
             ["mean error of a layer's output", f"{sum(x.error for x in report.layers) / len(report.layers):.3f}"],
             ["calibration tokens", f"{report.calibration.tokens:,}"],
             ["seconds", f"{report.seconds:.1f}"],
@@ -97,6 +107,11 @@ def convert(
 def evaluate(
     model: Annotated[str, typer.Argument(help="A converted directory, or any dense model that convert takes.")],
     text: Annotated[str, typer.Option(help="Text to measure on; see convert --calibration.")] = "pydoc",
+    task: TaskName = None,
+    data: Annotated[
+        list[str] | None, typer.Option(help="The task's data: .tsv, .csv, .jsonl, .json, .txt (.gz) or hf:DATASET.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Examples at most, spread over the data.")] = None,
     against: Annotated[str | None, typer.Option(help="A dense model to measure beside it.")] = None,
     window: Annotated[int, typer.Option(help="Tokens in a window.")] = 1024,
     windows: Annotated[int, typer.Option(help="Windows at most.")] = 12,
@@ -104,10 +119,13 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
     trust_remote_code: RemoteCode = False,
 ) -> None:
-    """Measure a model: perplexity, agreement with the dense model, routing."""
+    """Measure a model: perplexity, agreement with the dense model, routing; or a task's figures."""
     from moefy import console, texts
     from moefy.evaluate import evaluate_model
 
+    if task or data or limit:
+        _evaluate_task(model, task, data, limit, against, dtype, as_json, trust_remote_code)
+        return
     body = texts.read_text(text)
     with console.status(f"Loading {model}"):
         ours, tokenizer = load_any(model, dtype, trust_remote_code)
@@ -122,6 +140,74 @@ def evaluate(
     console.table(model, ["", ""], rows)
     if "protocol" in figures:
         console.out.print(f"Perplexity: {figures['protocol']}.")
+
+
+def _evaluate_task(
+    model: str,
+    task: str | None,
+    data: list[str] | None,
+    limit: int | None,
+    against: str | None,
+    dtype: str,
+    as_json: bool,
+    remote_code: bool,
+) -> None:
+    from moefy import console, tasks
+
+    if not task or not data:
+        raise MoefyError("A task is measured on its data; give both --task and --data.")
+    examples = tasks.task_examples(task, data, limit)
+    figures: dict[str, dict[str, float]] = {}
+    for name in (model, *([against] if against else [])):
+        with console.status(f"Loading {name}"):
+            loaded, tokenizer = load_any(name, dtype, remote_code)
+        with console.progress(f"{task}: {name}") as update:
+            figures[name] = tasks.evaluate_task(loaded, tokenizer, task, data, limit, update)
+    if as_json:
+        print(json.dumps({"task": task, "examples": len(examples), "figures": figures}, indent=2))
+        return
+    rows = [[key.replace("_", " "), *(f"{figures[n][key]:.4f}" for n in figures)] for key in figures[model]]
+    console.table(f"{task}, {len(examples):,} examples", ["", *figures], rows)
+
+
+@app.command()
+def relufy(
+    source: Annotated[str, typer.Argument(help="A Hugging Face directory or hub name.")],
+    output: Annotated[Path, typer.Argument(help="The directory to write: an ordinary checkpoint.")],
+    task: Annotated[str, typer.Option(help="The task to fine-tune on; see eval --task.")],
+    data: Annotated[list[str], typer.Option(help="The task's training data; see eval --data.")],
+    examples: Annotated[int | None, typer.Option(min=1, help="Examples at most, spread over the data.")] = None,
+    epochs: Annotated[float, typer.Option(help="How often each is seen.")] = 2.0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Examples in a batch.")] = 32,
+    rate: Annotated[float, typer.Option(help="The highest learning rate.")] = 1e-4,
+    seed: Annotated[int, typer.Option()] = 0,
+    seconds: Annotated[float | None, typer.Option(help="Stop after so long; repeat the command to go on.")] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace the output if it is a model directory.")] = False,
+    trust_remote_code: RemoteCode = False,
+) -> None:
+    """Swap a model's activation for ReLU, fine-tune it shortly and save it. A run that was cut off goes on."""
+    from moefy import console
+    from moefy.relufy import relufy as relufy_model
+
+    with console.progress("Training") as update:
+        trained = relufy_model(
+            source,
+            output,
+            task,
+            data,
+            examples=examples,
+            epochs=epochs,
+            batch_size=batch_size,
+            rate=rate,
+            seed=seed,
+            seconds=seconds,
+            overwrite=overwrite,
+            remote_code=trust_remote_code,
+            progress=update,
+        )
+    loss = "" if trained.loss is None else f", loss {trained.loss:.4f}"
+    written = f"{output} is written" if trained.done else "repeat the command to go on"
+    console.out.print(f"Step {trained.step} of {trained.steps}{loss}; {written}.")
 
 
 @app.command()
@@ -223,6 +309,18 @@ def load_any(name: str, dtype: str, remote_code: bool) -> tuple[Any, Any]:
     if config.is_file() and '"model_type": "moefy"' in config.read_text(encoding="utf-8"):
         return checkpoint.load(name, dtype=dtype), load_tokenizer(name)
     return load_source(name, dtype=dtype, remote_code=remote_code)
+
+
+def _routing_rows(layers: list[Any]) -> list[list[str]]:
+    routed = [x for x in layers if x.mass is not None]
+    if not routed:
+        return []
+    mass, overlap = (sum(getattr(x, name) for x in routed) / len(routed) for name in ("mass", "overlap"))
+    return [
+        ["activation mass in the chosen experts", f"{mass:.1%}"],
+        ["chosen experts that are the ground truth's", f"{overlap:.1%}"],
+        ["seconds a layer, at most", f"{max(x.seconds for x in layers):.1f}"],
+    ]
 
 
 def _number(text: str | None) -> int | float | str | None:
