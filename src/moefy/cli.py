@@ -45,6 +45,9 @@ def convert(
     ] = None,
     construction: Annotated[str | None, typer.Option(help="How neurons are grouped.")] = None,
     router: Annotated[str | None, typer.Option(help="How experts are picked.")] = None,
+    refit: Annotated[
+        bool | None, typer.Option(help="Fit the down-projections to the dense outputs afterwards.")
+    ] = None,
     seed: Annotated[int | None, typer.Option()] = None,
     calibration: Calibration = "pydoc",
     task: TaskName = None,
@@ -69,6 +72,7 @@ def convert(
         "budget": budget,
         "construction": construction,
         "router": router,
+        "refit": refit,
         "seed": seed,
     }
     recipe = recipe or ("reconstructed" if budget is not None else "cmoe")
