@@ -33,6 +33,8 @@ ORDER = [
     "tasks",
     "finetune",
     "relufy",
+    "study",
+    "report",
     "demo",
     "cli",
 ]

@@ -1,4 +1,4 @@
-"""The command line: convert, eval, relufy, generate, demo. Every mistake is one sentence and exit status 2."""
+"""The command line: convert, eval, relufy, inspect, generate, demo. Every mistake is one sentence and exit status 2."""
 
 from __future__ import annotations
 
@@ -212,6 +212,36 @@ def relufy(
     loss = "" if trained.loss is None else f", loss {trained.loss:.4f}"
     written = f"{output} is written" if trained.done else "repeat the command to go on"
     console.out.print(f"Step {trained.step} of {trained.steps}{loss}; {written}.")
+
+
+@app.command()
+def inspect(
+    model: Annotated[str, typer.Argument(help="A converted directory, or any dense model that convert takes.")],
+    output: Annotated[Path, typer.Argument(help="The directory for study.json and study.html.")],
+    text: Annotated[str, typer.Option(help="Text to run; see convert --calibration.")] = "pydoc",
+    task: TaskName = None,
+    data: Annotated[list[str] | None, typer.Option(help="With --task: its data, whose labels are studied too.")] = None,
+    window: Annotated[int, typer.Option(help="Tokens in a window.")] = 256,
+    windows: Annotated[int, typer.Option(help="Windows at most; with --task, as many tokens.")] = 32,
+    dtype: Dtype = "auto",
+    trust_remote_code: RemoteCode = False,
+) -> None:
+    """Study what a model's neurons and experts do: figures as JSON, and one page with plots."""
+    from moefy import console, report, tasks, texts
+    from moefy.study import study
+
+    if (task is None) != (data is None):
+        raise MoefyError("A task is studied on its data; give both --task and --data.")
+    with console.status(f"Loading {model}"):
+        loaded, tokenizer = load_any(model, dtype, trust_remote_code)
+    if task and data:
+        batches, labels, names = tasks.task_batches(loaded, tokenizer, task, data, tokens=window * windows)
+    else:
+        batches, labels, names = _batches(loaded, tokenizer, texts.read_text(text), window, windows), None, ()
+    with console.status("Studying"):
+        result = study(loaded, tokenizer, batches, labels, names)
+        made = report.write(result, output, f"moefy: {Path(model).name}")
+    console.out.print(f"Wrote {made[0]} and {made[1]}.")
 
 
 @app.command()
