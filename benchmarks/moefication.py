@@ -36,9 +36,7 @@ def cells(refitted: bool) -> list[dict[str, Any]]:
             for construction in CONSTRUCTIONS:
                 for router in SELECTIONS:
                     if not (again and router in ("random",)):
-                        found.append(
-                            {"construction": construction, "router": router, "active": active, "refit": again}
-                        )
+                        found.append({"construction": construction, "router": router, "active": active, "refit": again})
     return found
 
 

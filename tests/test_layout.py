@@ -36,6 +36,8 @@ ORDER = [
     "study",
     "report",
     "demo",
+    "cli_common",
+    "cli_tasks",
     "cli",
 ]
 TOP = {"__init__", "__main__"}

@@ -9,24 +9,13 @@ from typing import Annotated, Any
 
 import typer
 
+from moefy import cli_tasks
+from moefy.cli_common import Calibration, Dtype, RemoteCode, TaskName, load_any, text_batches
 from moefy.types import MoefyError
 
 # transformers takes seconds to import: `moefy --help` should not wait for it, so commands import inside.
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
-
-Calibration = Annotated[
-    str,
-    typer.Option(
-        help="Text to calibrate on: a file (.txt, .txt.gz, .jsonl), hf:DATASET[/CONFIG][:SPLIT], the text itself, "
-        "or pydoc, the English text that ships with Python; with --task, that task's data."
-    ),
-]
-TaskName = Annotated[
-    str | None, typer.Option(help="sst2, mnli, mrpc, rte, piqa, arc, race, squad or t2t (text to text).")
-]
-Dtype = Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")]
-RemoteCode = Annotated[bool, typer.Option(help="Run the checkpoint's own code. Only for sources you trust.")]
 
 
 @app.command()
@@ -86,7 +75,7 @@ def convert(
     if task:
         batches = tasks.task_calibration(model, tokenizer, task, calibration, tokens=window * windows)
     else:
-        batches = _batches(model, tokenizer, text or "", window, windows)
+        batches = text_batches(model, tokenizer, text or "", window, windows)
     with console.progress("Converting layers") as update:
         report = convert_model(model, wanted, batches, hold_bytes=int(memory * 2**30), progress=update)
     with console.status(f"Saving {output}"):
@@ -128,13 +117,13 @@ def evaluate(
     from moefy.evaluate import evaluate_model
 
     if task or data or limit:
-        _evaluate_task(model, task, data, limit, against, dtype, as_json, trust_remote_code)
+        cli_tasks.evaluate_task(model, task, data, limit, against, dtype, as_json, trust_remote_code)
         return
     body = texts.read_text(text)
     with console.status(f"Loading {model}"):
         ours, tokenizer = load_any(model, dtype, trust_remote_code)
         dense = load_any(against, dtype, trust_remote_code)[0] if against else None
-    batches = _batches(ours, tokenizer, body, window, windows)
+    batches = text_batches(ours, tokenizer, body, window, windows)
     with console.progress("Evaluating") as update:
         figures = evaluate_model(ours, dense, batches, tokenizer, update)
     if as_json:
@@ -146,102 +135,8 @@ def evaluate(
         console.out.print(f"Perplexity: {figures['protocol']}.")
 
 
-def _evaluate_task(
-    model: str,
-    task: str | None,
-    data: list[str] | None,
-    limit: int | None,
-    against: str | None,
-    dtype: str,
-    as_json: bool,
-    remote_code: bool,
-) -> None:
-    from moefy import console, tasks
-
-    if not task or not data:
-        raise MoefyError("A task is measured on its data; give both --task and --data.")
-    examples = tasks.task_examples(task, data, limit)
-    figures: dict[str, dict[str, float]] = {}
-    for name in (model, *([against] if against else [])):
-        with console.status(f"Loading {name}"):
-            loaded, tokenizer = load_any(name, dtype, remote_code)
-        with console.progress(f"{task}: {name}") as update:
-            figures[name] = tasks.evaluate_task(loaded, tokenizer, task, data, limit, update)
-    if as_json:
-        print(json.dumps({"task": task, "examples": len(examples), "figures": figures}, indent=2))
-        return
-    rows = [[key.replace("_", " "), *(f"{figures[n][key]:.4f}" for n in figures)] for key in figures[model]]
-    console.table(f"{task}, {len(examples):,} examples", ["", *figures], rows)
-
-
-@app.command()
-def relufy(
-    source: Annotated[str, typer.Argument(help="A Hugging Face directory or hub name.")],
-    output: Annotated[Path, typer.Argument(help="The directory to write: an ordinary checkpoint.")],
-    task: Annotated[str, typer.Option(help="The task to fine-tune on; see eval --task.")],
-    data: Annotated[list[str], typer.Option(help="The task's training data; see eval --data.")],
-    examples: Annotated[int | None, typer.Option(min=1, help="Examples at most, spread over the data.")] = None,
-    epochs: Annotated[float, typer.Option(help="How often each is seen.")] = 2.0,
-    batch_size: Annotated[int, typer.Option(min=1, help="Examples in a batch.")] = 32,
-    rate: Annotated[float, typer.Option(help="The highest learning rate.")] = 1e-4,
-    seed: Annotated[int, typer.Option()] = 0,
-    seconds: Annotated[float | None, typer.Option(help="Stop after so long; repeat the command to go on.")] = None,
-    overwrite: Annotated[bool, typer.Option(help="Replace the output if it is a model directory.")] = False,
-    trust_remote_code: RemoteCode = False,
-) -> None:
-    """Swap a model's activation for ReLU, fine-tune it shortly and save it. A run that was cut off goes on."""
-    from moefy import console
-    from moefy.relufy import relufy as relufy_model
-
-    with console.progress("Training") as update:
-        trained = relufy_model(
-            source,
-            output,
-            task,
-            data,
-            examples=examples,
-            epochs=epochs,
-            batch_size=batch_size,
-            rate=rate,
-            seed=seed,
-            seconds=seconds,
-            overwrite=overwrite,
-            remote_code=trust_remote_code,
-            progress=update,
-        )
-    loss = "" if trained.loss is None else f", loss {trained.loss:.4f}"
-    written = f"{output} is written" if trained.done else "repeat the command to go on"
-    console.out.print(f"Step {trained.step} of {trained.steps}{loss}; {written}.")
-
-
-@app.command()
-def inspect(
-    model: Annotated[str, typer.Argument(help="A converted directory, or any dense model that convert takes.")],
-    output: Annotated[Path, typer.Argument(help="The directory for study.json and study.html.")],
-    text: Annotated[str, typer.Option(help="Text to run; see convert --calibration.")] = "pydoc",
-    task: TaskName = None,
-    data: Annotated[list[str] | None, typer.Option(help="With --task: its data, whose labels are studied too.")] = None,
-    window: Annotated[int, typer.Option(help="Tokens in a window.")] = 256,
-    windows: Annotated[int, typer.Option(help="Windows at most; with --task, as many tokens.")] = 32,
-    dtype: Dtype = "auto",
-    trust_remote_code: RemoteCode = False,
-) -> None:
-    """Study what a model's neurons and experts do: figures as JSON, and one page with plots."""
-    from moefy import console, report, tasks, texts
-    from moefy.study import study
-
-    if (task is None) != (data is None):
-        raise MoefyError("A task is studied on its data; give both --task and --data.")
-    with console.status(f"Loading {model}"):
-        loaded, tokenizer = load_any(model, dtype, trust_remote_code)
-    if task and data:
-        batches, labels, names = tasks.task_batches(loaded, tokenizer, task, data, tokens=window * windows)
-    else:
-        batches, labels, names = _batches(loaded, tokenizer, texts.read_text(text), window, windows), None, ()
-    with console.status("Studying"):
-        result = study(loaded, tokenizer, batches, labels, names)
-        made = report.write(result, output, f"moefy: {Path(model).name}")
-    console.out.print(f"Wrote {made[0]} and {made[1]}.")
+app.command()(cli_tasks.relufy)
+app.command()(cli_tasks.inspect)
 
 
 @app.command()
@@ -334,17 +229,6 @@ def demo(
     run(output, recipe, windows)
 
 
-def load_any(name: str, dtype: str, remote_code: bool) -> tuple[Any, Any]:
-    """A converted or a dense model, with its tokenizer."""
-    from moefy import checkpoint
-    from moefy.sources import load_source, load_tokenizer
-
-    config = Path(name).expanduser() / "config.json"
-    if config.is_file() and '"model_type": "moefy"' in config.read_text(encoding="utf-8"):
-        return checkpoint.load(name, dtype=dtype), load_tokenizer(name)
-    return load_source(name, dtype=dtype, remote_code=remote_code)
-
-
 def _routing_rows(layers: list[Any]) -> list[list[str]]:
     routed = [x for x in layers if x.mass is not None]
     if not routed:
@@ -363,19 +247,6 @@ def _number(text: str | None) -> int | float | str | None:
         return None if text is None else float(text) if "." in text else int(text)
     except ValueError:
         return text
-
-
-def _batches(model: Any, tokenizer: Any, text: str, window: int, windows: int) -> list[dict[str, Any]]:
-    from moefy.calibrate import text_calibration
-
-    if tokenizer is None:
-        raise MoefyError("This model has no tokenizer, so text cannot be fed to it; use moefy.convert from Python.")
-    config = model.config.get_text_config()
-    longest = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or window
-    # RoBERTa counts positions from its padding token's id on, so two of its positions are never used.
-    offset = 2 if "roberta" in getattr(model.config, "base_model_type", config.model_type) else 0
-    start = model.config.decoder_start_token_id if model.config.is_encoder_decoder else None
-    return text_calibration(tokenizer, text, window=min(window, longest - offset), windows=windows, decoder_start=start)
 
 
 def main() -> None:
