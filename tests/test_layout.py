@@ -31,6 +31,7 @@ ORDER = [
     "bench",
     "console",
     "tasks",
+    "harness",
     "finetune",
     "relufy",
     "study",

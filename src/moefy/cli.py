@@ -1,4 +1,4 @@
-"""The command line: convert, eval, relufy, inspect, generate, demo. Every mistake is one sentence and exit status 2."""
+"""The command line: convert, eval, relufy, inspect, harness, generate, demo. A mistake is one sentence, exit status 2."""
 
 from __future__ import annotations
 
@@ -137,6 +137,7 @@ def evaluate(
 
 app.command()(cli_tasks.relufy)
 app.command()(cli_tasks.inspect)
+app.command()(cli_tasks.harness)
 
 
 @app.command()

@@ -106,3 +106,23 @@ def evaluate_task(
         return
     rows = [[key.replace("_", " "), *(f"{figures[n][key]:.4f}" for n in figures)] for key in figures[model]]
     console.table(f"{task}, {len(examples):,} examples", ["", *figures], rows)
+
+
+def harness(
+    model: Annotated[str, typer.Argument(help="A converted directory, or any dense model that convert takes.")],
+    tasks: Annotated[list[str], typer.Option("--task", help="A task of lm-evaluation-harness; may be repeated.")],
+    include: Annotated[Path | None, typer.Option(help="A folder with task files of your own.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Examples of a task at most.")] = None,
+    shots: Annotated[int | None, typer.Option(min=0, help="Solved examples in the prompt.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1)] = 8,
+    dtype: Dtype = "auto",
+    trust_remote_code: RemoteCode = False,
+) -> None:
+    """Run lm-evaluation-harness on a model and print its figures as JSON."""
+    from moefy import console
+    from moefy.harness import run
+
+    with console.status(f"Loading {model}"):
+        loaded, tokenizer = load_any(model, dtype, trust_remote_code)
+    figures = run(loaded, tokenizer, tasks, include=include, limit=limit, shots=shots, batch_size=batch_size)
+    print(json.dumps(figures, indent=2))
