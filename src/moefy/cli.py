@@ -1,4 +1,4 @@
-"""The command line: convert, eval, relufy, inspect, harness, generate, demo. A mistake is one sentence, exit status 2."""
+"""The command line: convert, eval, relufy, inspect, harness, generate, demo. A mistake is one sentence, status 2."""
 
 from __future__ import annotations
 
