@@ -32,7 +32,7 @@ $(VENV)/demo-ready: $(VENV)/ready
 	touch $@
 
 $(VENV)/test-ready: $(VENV)/demo-ready
-	$(BIN)/python -m pip install --quiet --editable ".[test]"
+	$(BIN)/python -m pip install --quiet --editable ".[test,tasks]"
 	touch $@
 
 clean:

@@ -31,9 +31,14 @@ ORDER = [
     "bench",
     "console",
     "tasks",
+    "harness",
     "finetune",
     "relufy",
+    "study",
+    "report",
     "demo",
+    "cli_common",
+    "cli_tasks",
     "cli",
 ]
 TOP = {"__init__", "__main__"}

@@ -9,6 +9,8 @@ from moefy.checkpoint import load, save, to_dense
 from moefy.convert import Report, convert
 from moefy.moe import MoEFFN
 from moefy.recipe import RECIPES, Recipe
+from moefy.relufy import relufy
+from moefy.tasks import evaluate_task, task_calibration
 from moefy.types import FFNWeights, LayerSpec, MoefyError, MoEWeights, Partition
 from moefy.version import __version__
 
@@ -24,8 +26,11 @@ __all__ = [
     "Report",
     "__version__",
     "convert",
+    "evaluate_task",
     "load",
+    "relufy",
     "save",
+    "task_calibration",
     "text_calibration",
     "to_dense",
 ]

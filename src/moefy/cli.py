@@ -1,4 +1,4 @@
-"""The command line: convert, eval, generate, demo. Every mistake is one sentence and exit status 2."""
+"""The command line: convert, eval, relufy, inspect, harness, generate, demo. A mistake is one sentence, status 2."""
 
 from __future__ import annotations
 
@@ -9,21 +9,13 @@ from typing import Annotated, Any
 
 import typer
 
+from moefy import cli_tasks
+from moefy.cli_common import Calibration, Dtype, RemoteCode, TaskName, load_any, text_batches
 from moefy.types import MoefyError
 
 # transformers takes seconds to import: `moefy --help` should not wait for it, so commands import inside.
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
-
-Calibration = Annotated[
-    str,
-    typer.Option(
-        help="Text to calibrate on: a file (.txt, .txt.gz, .jsonl), hf:DATASET[/CONFIG][:SPLIT], the text itself, "
-        "or pydoc, the English text that ships with Python."
-    ),
-]
-Dtype = Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")]
-RemoteCode = Annotated[bool, typer.Option(help="Run the checkpoint's own code. Only for sources you trust.")]
 
 
 @app.command()
@@ -42,8 +34,12 @@ def convert(
     ] = None,
     construction: Annotated[str | None, typer.Option(help="How neurons are grouped.")] = None,
     router: Annotated[str | None, typer.Option(help="How experts are picked.")] = None,
+    refit: Annotated[
+        bool | None, typer.Option(help="Fit the down-projections to the dense outputs afterwards.")
+    ] = None,
     seed: Annotated[int | None, typer.Option()] = None,
     calibration: Calibration = "pydoc",
+    task: TaskName = None,
     window: Annotated[int, typer.Option(help="Tokens in a calibration window.")] = 1024,
     windows: Annotated[int, typer.Option(help="Calibration windows at most.")] = 16,
     memory: Annotated[float, typer.Option(help="GiB of activations to hold between layers; more goes to disk.")] = 1.0,
@@ -52,7 +48,7 @@ def convert(
     trust_remote_code: RemoteCode = False,
 ) -> None:
     """Convert a dense model's FFNs to mixtures of experts and save the result."""
-    from moefy import checkpoint, console, texts
+    from moefy import checkpoint, console, tasks, texts
     from moefy.convert import convert as convert_model
     from moefy.recipe import Recipe
     from moefy.sources import load_source
@@ -65,15 +61,21 @@ def convert(
         "budget": budget,
         "construction": construction,
         "router": router,
+        "refit": refit,
         "seed": seed,
     }
     recipe = recipe or ("reconstructed" if budget is not None else "cmoe")
     wanted = Recipe.of(recipe, **{k: v for k, v in changes.items() if v is not None})
     checkpoint.check_output(output, overwrite)
-    text = texts.read_text(calibration)
+    text = None if task else texts.read_text(calibration)
+    if task:
+        tasks.task_examples(task, calibration, 1)
     with console.status(f"Loading {source}"):
         model, tokenizer = load_source(source, dtype=dtype, remote_code=trust_remote_code)
-    batches = _batches(model, tokenizer, text, window, windows)
+    if task:
+        batches = tasks.task_calibration(model, tokenizer, task, calibration, tokens=window * windows)
+    else:
+        batches = text_batches(model, tokenizer, text or "", window, windows)
     with console.progress("Converting layers") as update:
         report = convert_model(model, wanted, batches, hold_bytes=int(memory * 2**30), progress=update)
     with console.status(f"Saving {output}"):
@@ -85,6 +87,7 @@ def convert(
             ["recipe", wanted.name],
             ["layers converted", str(len(report.layers))],
             ["share of FFN multiply-adds active", f"{report.active_fraction:.1%}"],
+            *_routing_rows(report.layers),
             ["mean error of a layer's output", f"{sum(x.error for x in report.layers) / len(report.layers):.3f}"],
             ["calibration tokens", f"{report.calibration.tokens:,}"],
             ["seconds", f"{report.seconds:.1f}"],
@@ -97,6 +100,11 @@ def convert(
 def evaluate(
     model: Annotated[str, typer.Argument(help="A converted directory, or any dense model that convert takes.")],
     text: Annotated[str, typer.Option(help="Text to measure on; see convert --calibration.")] = "pydoc",
+    task: TaskName = None,
+    data: Annotated[
+        list[str] | None, typer.Option(help="The task's data: .tsv, .csv, .jsonl, .json, .txt (.gz) or hf:DATASET.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Examples at most, spread over the data.")] = None,
     against: Annotated[str | None, typer.Option(help="A dense model to measure beside it.")] = None,
     window: Annotated[int, typer.Option(help="Tokens in a window.")] = 1024,
     windows: Annotated[int, typer.Option(help="Windows at most.")] = 12,
@@ -104,15 +112,18 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
     trust_remote_code: RemoteCode = False,
 ) -> None:
-    """Measure a model: perplexity, agreement with the dense model, routing."""
+    """Measure a model: perplexity, agreement with the dense model, routing; or a task's figures."""
     from moefy import console, texts
     from moefy.evaluate import evaluate_model
 
+    if task or data or limit:
+        cli_tasks.evaluate_task(model, task, data, limit, against, dtype, as_json, trust_remote_code)
+        return
     body = texts.read_text(text)
     with console.status(f"Loading {model}"):
         ours, tokenizer = load_any(model, dtype, trust_remote_code)
         dense = load_any(against, dtype, trust_remote_code)[0] if against else None
-    batches = _batches(ours, tokenizer, body, window, windows)
+    batches = text_batches(ours, tokenizer, body, window, windows)
     with console.progress("Evaluating") as update:
         figures = evaluate_model(ours, dense, batches, tokenizer, update)
     if as_json:
@@ -122,6 +133,11 @@ def evaluate(
     console.table(model, ["", ""], rows)
     if "protocol" in figures:
         console.out.print(f"Perplexity: {figures['protocol']}.")
+
+
+app.command()(cli_tasks.relufy)
+app.command()(cli_tasks.inspect)
+app.command()(cli_tasks.harness)
 
 
 @app.command()
@@ -214,15 +230,16 @@ def demo(
     run(output, recipe, windows)
 
 
-def load_any(name: str, dtype: str, remote_code: bool) -> tuple[Any, Any]:
-    """A converted or a dense model, with its tokenizer."""
-    from moefy import checkpoint
-    from moefy.sources import load_source, load_tokenizer
-
-    config = Path(name).expanduser() / "config.json"
-    if config.is_file() and '"model_type": "moefy"' in config.read_text(encoding="utf-8"):
-        return checkpoint.load(name, dtype=dtype), load_tokenizer(name)
-    return load_source(name, dtype=dtype, remote_code=remote_code)
+def _routing_rows(layers: list[Any]) -> list[list[str]]:
+    routed = [x for x in layers if x.mass is not None]
+    if not routed:
+        return []
+    mass, overlap = (sum(getattr(x, name) for x in routed) / len(routed) for name in ("mass", "overlap"))
+    return [
+        ["activation mass in the chosen experts", f"{mass:.1%}"],
+        ["chosen experts that are the ground truth's", f"{overlap:.1%}"],
+        ["seconds a layer, at most", f"{max(x.seconds for x in layers):.1f}"],
+    ]
 
 
 def _number(text: str | None) -> int | float | str | None:
@@ -231,19 +248,6 @@ def _number(text: str | None) -> int | float | str | None:
         return None if text is None else float(text) if "." in text else int(text)
     except ValueError:
         return text
-
-
-def _batches(model: Any, tokenizer: Any, text: str, window: int, windows: int) -> list[dict[str, Any]]:
-    from moefy.calibrate import text_calibration
-
-    if tokenizer is None:
-        raise MoefyError("This model has no tokenizer, so text cannot be fed to it; use moefy.convert from Python.")
-    config = model.config.get_text_config()
-    longest = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or window
-    # RoBERTa counts positions from its padding token's id on, so two of its positions are never used.
-    offset = 2 if "roberta" in getattr(model.config, "base_model_type", config.model_type) else 0
-    start = model.config.decoder_start_token_id if model.config.is_encoder_decoder else None
-    return text_calibration(tokenizer, text, window=min(window, longest - offset), windows=windows, decoder_start=start)
 
 
 def main() -> None:

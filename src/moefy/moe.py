@@ -165,7 +165,8 @@ class MoEFFN(nn.Module):
         )
         self._packed_router = self.router.packed() if self.router is not None else None
         for parameter in tensors.values():
-            parameter.data = parameter.data.new_empty(0)
+            if parameter.numel():  # what is empty is not packed, and keeps its shape
+                parameter.data = parameter.data.new_empty(0)
         native.return_freed_memory()
 
     @torch.no_grad()

@@ -9,17 +9,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from moefy.tasks.base import Progress, Task, by_length, collate, head_of, pad_id
 from moefy.tasks.choice import ARC, PIQA, RACE
-from moefy.tasks.classification import MNLI, MRPC, RTE, SST2
+from moefy.tasks.classification import MNLI, MRPC, RTE, SST2, Classification
 from moefy.tasks.qa import SQUAD
 from moefy.tasks.rows import read_rows
 from moefy.tasks.text_to_text import TEXT_TO_TEXT
 from moefy.types import MoefyError
 
-__all__ = ["TASKS", "Task", "evaluate_task", "named", "task_calibration", "task_examples"]
+__all__ = ["TASKS", "Task", "evaluate_task", "named", "task_batches", "task_calibration", "task_examples"]
 
 TASKS: dict[str, Task] = {t.name: t for t in (SST2, MNLI, MRPC, RTE, PIQA, ARC, RACE, SQUAD, TEXT_TO_TEXT)}
 
@@ -69,6 +70,19 @@ def task_calibration(
     Padded batches of like length with their masks; an encoder-decoder also gets the decoder's inputs and
     mask, as in training. Raises MoefyError if the data or the model's head does not fit the task.
     """
+    return task_batches(model, tokenizer, task, data, tokens=tokens, batch_tokens=batch_tokens)[0]
+
+
+def task_batches(
+    model: Any,
+    tokenizer: Any,
+    task: str | Task,
+    data: str | Path | Sequence[str | Path],
+    *,
+    tokens: int = 16384,
+    batch_tokens: int = 2048,
+) -> tuple[list[dict[str, Tensor]], list[Tensor] | None, tuple[str, ...]]:
+    """What `task_calibration` gives, and each batch's labels (N,) with their names where the task has classes."""
     _needs_tokenizer(tokenizer)
     found = named(task)
     found.check(model)
@@ -76,8 +90,10 @@ def task_calibration(
     # Spread over the data, which may be sorted; a first look at some examples tells how many it takes.
     some = found.encode(model, tokenizer, _spread(examples, 64))
     mean = max(1.0, sum(len(f["input_ids"]) for f in some) / len(some))
-    features = found.encode(model, tokenizer, _spread(examples, max(2, round(tokens / mean))))
-    pad, batches = pad_id(tokenizer), []
+    chosen = _spread(examples, max(2, round(tokens / mean)))
+    features = found.encode(model, tokenizer, chosen)
+    classes = isinstance(found, Classification)
+    pad, batches, marks = pad_id(tokenizer), [], []
     for indices in by_length([len(f["input_ids"]) for f in features], batch_tokens):
         batch = collate([features[i] for i in indices], pad)
         labels = batch.pop("labels", None)
@@ -87,7 +103,8 @@ def task_calibration(
             batch["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels)
             batch["decoder_attention_mask"] = (labels != -100).long()
         batches.append(batch)
-    return batches
+        marks.append(torch.tensor([chosen[i].label for i in indices]) if classes else torch.empty(0))
+    return batches, (marks if classes else None), (found.labels if isinstance(found, Classification) else ())
 
 
 def _spread(examples: Sequence[Any], count: int) -> list[Any]:

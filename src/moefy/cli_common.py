@@ -1,0 +1,47 @@
+"""What the commands share: their common options, loading a model by name, text as model inputs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from moefy.types import MoefyError
+
+Calibration = Annotated[
+    str,
+    typer.Option(
+        help="Text to calibrate on: a file (.txt, .txt.gz, .jsonl), hf:DATASET[/CONFIG][:SPLIT], the text itself, "
+        "or pydoc, the English text that ships with Python; with --task, that task's data."
+    ),
+]
+TaskName = Annotated[
+    str | None, typer.Option(help="sst2, mnli, mrpc, rte, piqa, arc, race, squad or t2t (text to text).")
+]
+Dtype = Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")]
+RemoteCode = Annotated[bool, typer.Option(help="Run the checkpoint's own code. Only for sources you trust.")]
+
+
+def load_any(name: str, dtype: str, remote_code: bool) -> tuple[Any, Any]:
+    """A converted or a dense model, with its tokenizer."""
+    from moefy import checkpoint
+    from moefy.sources import load_source, load_tokenizer
+
+    config = Path(name).expanduser() / "config.json"
+    if config.is_file() and '"model_type": "moefy"' in config.read_text(encoding="utf-8"):
+        return checkpoint.load(name, dtype=dtype), load_tokenizer(name)
+    return load_source(name, dtype=dtype, remote_code=remote_code)
+
+
+def text_batches(model: Any, tokenizer: Any, text: str, window: int, windows: int) -> list[dict[str, Any]]:
+    from moefy.calibrate import text_calibration
+
+    if tokenizer is None:
+        raise MoefyError("This model has no tokenizer, so text cannot be fed to it; use moefy.convert from Python.")
+    config = model.config.get_text_config()
+    longest = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or window
+    # RoBERTa counts positions from its padding token's id on, so two of its positions are never used.
+    offset = 2 if "roberta" in getattr(model.config, "base_model_type", config.model_type) else 0
+    start = model.config.decoder_start_token_id if model.config.is_encoder_decoder else None
+    return text_calibration(tokenizer, text, window=min(window, longest - offset), windows=windows, decoder_start=start)

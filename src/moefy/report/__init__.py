@@ -1,0 +1,181 @@
+"""The study as one HTML page: pictures inside it, nothing loaded, everything that is text escaped."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from moefy.report import plots
+from moefy.study.preferences import SIGNIFICANT
+
+# Rows of the tables of preferences, the strongest first.
+TOKENS_SHOWN, EXPERTS_SHOWN = 5, 6
+
+_STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
+h1, h2, h3 { line-height: 1.2; } h2 { margin-top: 2.5rem; border-bottom: 1px solid #ccc; }
+img { max-width: 100%; height: auto; } figure { margin: 1rem 0; } figcaption { color: #555; font-size: 0.9rem; }
+table { border-collapse: collapse; font-size: 0.9rem; } .wide { overflow-x: auto; }
+th, td { padding: 0.2rem 0.6rem; border-bottom: 1px solid #ddd; text-align: right; }
+th:first-child, td:first-child { text-align: left; } td.text { text-align: left; }
+code { background: #f2f2f2; padding: 0 0.2em; white-space: pre-wrap; } summary { cursor: pointer; margin: 0.4rem 0; }
+"""
+
+
+def write(result: dict[str, Any], folder: Path, title: str) -> tuple[Path, Path]:
+    """Write study.json and study.html into `folder`, each beside its place first and then renamed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    made = (folder / "study.json", json.dumps(result, indent=1) + "\n"), (folder / "study.html", page(result, title))
+    for path, text in made:
+        partial = path.with_name(f".{path.name}.partial")
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    return made[0][0], made[1][0]
+
+
+def page(result: dict[str, Any], title: str) -> str:
+    """The page of a study (see `moefy.study.study`)."""
+    names, layers = list(result["layers"]), list(result["layers"].values())
+    parts = [
+        f"<h1>{escape(title)}</h1>",
+        _facts(result),
+        *_neurons(names, layers),
+        *(_experts(result, names, layers) if result["converted"] else []),
+    ]
+    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
+        + "\n".join(parts)
+        + "\n</body>\n</html>\n"
+    )
+
+
+def _facts(result: dict[str, Any]) -> str:
+    seen = ", ".join(
+        f"{count:,} {escape(name) + ' ' if name != 'tokens' else ''}tokens in {result['sequences'][name]:,} sequences"
+        for name, count in result["tokens"].items()
+    )
+    return f"<p>{escape(result['model'])}, {len(result['layers'])} FFNs, studied on {seen}.</p>"
+
+
+def _neurons(names: list[str], layers: list[dict[str, Any]]) -> list[str]:
+    rows = [
+        [
+            str(i + 1),
+            f"<code>{escape(name)}</code>",
+            f"{layer['neurons']:,}",
+            f"{layer['sparsity']['mean']:.1%}",
+            f"{layer['sparsity']['tokens_under_5_percent']:.1%}",
+            f"{layer['activation_rates']['never']:.1%}",
+            f"{layer['activation_rates']['bimodality']:.2f}",
+            f"{layer['marker_rates']['bimodality']:.2f}",
+        ]
+        for i, (name, layer) in enumerate(zip(names, layers, strict=True))
+    ]
+    head = ["", "FFN", "neurons", "active, mean", "tokens under 5 %", "never fire", "bimodality", "of the top 10"]
+    return [
+        "<h2>Neurons</h2>",
+        _table(head, rows),
+        "<p>A neuron is active where its activation is positive (in a gated FFN the gate's). Bimodality is Sarle's "
+        "coefficient of the neurons' activation rates, and of how often they are among a token's ten strongest "
+        "(CMoE's marker); above 0.56 a distribution has two humps or a long tail.</p>",
+        _image(plots.bands(layers), "How many neurons a token activates."),
+        _image(plots.cumulative(layers), "Share of tokens that activate at most a share of the neurons."),
+        _image(plots.rates(layers, "activation_rates", "activation rate of a neuron"), "Activation rates."),
+        _image(plots.rates(layers, "marker_rates", "rate among a token's ten strongest"), "Marker rates."),
+    ]
+
+
+def _experts(result: dict[str, Any], names: list[str], layers: list[dict[str, Any]]) -> list[str]:
+    routed = [(i, n, x) for i, (n, x) in enumerate(zip(names, layers, strict=True)) if "load" in x]
+    only = [x for _, _, x in routed]
+    rows = [
+        [
+            str(i + 1),
+            f"{x['top_k']} of {x['experts']}",
+            f"{x['load']['imbalance']:.2f}",
+            f"{x['load']['gini']:.2f}",
+            f"{x['load']['evenness']:.2f}",
+            str(x["load"]["never_chosen"]),
+            *(f"{x['preferences'][k]['significant']:.0%}" if k in x["preferences"] else "" for k in _KINDS),
+        ]
+        for i, _, x in routed
+    ]
+    head = ["", "active", "busiest / mean", "Gini", "evenness", "never chosen", *_KINDS.values()]
+    found = [
+        "<h2>Experts</h2>",
+        _table(head, rows),
+        "<p>The last columns: of all pairs of an expert and a class of tokens, the share whose count differs from "
+        f"chance (permutation test, false discovery rate {SIGNIFICANT:.0%}).</p>",
+        _image(plots.loads(only), "Load of the experts."),
+        _image(plots.overlaps(only), "Experts that two tokens have in common."),
+        "<h2>From layer to layer</h2>",
+    ]
+    for pair in result["between_layers"]:
+        caption = f"{pair['first']} (down) and {pair['second']} (across); strongest correlation {pair['strongest']:.2f}"
+        picture = _image(plots.matrix(pair["lift"], "expert of the next layer", "expert"), "Joint choices over chance.")
+        found.append(f"<details><summary>{escape(caption)}</summary>{picture}</details>")
+    found.append("<h2>What experts prefer</h2>")
+    for i, name, layer in routed:
+        found.append(
+            f"<details{' open' if i == routed[0][0] else ''}><summary>{escape(f'Layer {i + 1}: {name}')}</summary>"
+        )
+        found += [_kind(layer["preferences"][k], title) for k, title in _KINDS.items() if k in layer["preferences"]]
+        found.append("</details>")
+    return found
+
+
+_KINDS = {"part": "part of the sequence", "frequency": "frequency", "label": "label", "token": "token"}
+
+
+def _kind(found: dict[str, Any], title: str) -> str:
+    if len(found["classes"]) <= 8:
+        rows = [
+            [f"{e}", *(_lift(v, q) for v, q in zip(lifts, qs, strict=True))]
+            for e, lifts, qs in _strongest(found, EXPERTS_SHOWN)
+        ]
+        return f"<h3>{escape(title.capitalize())}</h3>" + _table(["expert", *map(escape, found["classes"])], rows)
+    rows = []
+    for e, lifts, qs in _strongest(found, EXPERTS_SHOWN):
+        order = [c for c in sorted(range(len(lifts)), key=lambda c: -lifts[c]) if qs[c] < SIGNIFICANT][:TOKENS_SHOWN]
+        shown = " ".join(f"<code>{escape(found['classes'][c])}</code> {lifts[c]:.1f}x" for c in order)
+        rows.append([str(e), shown or "none"])
+    return f"<h3>{escape(title.capitalize())}</h3>" + _table(["expert", "preferred, over its mean"], rows, text=True)
+
+
+def _strongest(found: dict[str, Any], count: int) -> list[tuple[int, list[float], list[float]]]:
+    """The experts with the highest significant lift: number, lifts, q-values."""
+    rows = [(e, lift, q) for e, (lift, q) in enumerate(zip(found["lift"], found["q"], strict=True))]
+
+    def strength(row: tuple[int, list[float], list[float]]) -> float:
+        return max((v for v, q in zip(row[1], row[2], strict=True) if q < SIGNIFICANT), default=0.0)
+
+    return sorted(rows, key=lambda row: -strength(row))[:count]
+
+
+def _lift(value: float, q: float) -> str:
+    return f"<b>{value:.2f}</b>" if q < SIGNIFICANT else f"{value:.2f}"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]], text: bool = False) -> str:
+    """Cells are HTML already: what is not a number is escaped where the cell is made."""
+    cells = "".join(f"<th>{h}</th>" for h in head)
+    kind = ' class="text"' if text else ""
+    body = "".join("<tr>" + "".join(f"<td{kind}>{c}</td>" for c in row) + "</tr>" for row in rows)
+    return f'<div class="wide"><table><tr>{cells}</tr>{body}</table></div>'
+
+
+def _image(png: bytes, caption: str) -> str:
+    data = base64.b64encode(png).decode()
+    return (
+        f'<figure><img alt="{escape(caption)}" src="data:image/png;base64,{data}">'
+        f"<figcaption>{escape(caption)}</figcaption></figure>"
+    )

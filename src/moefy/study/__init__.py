@@ -1,0 +1,124 @@
+"""The study of what a model's neurons and experts do: MoEfication's sections on sparsity and on routing.
+
+`study` returns plain data, which goes to JSON as it is; `moefy.report` draws it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moefy.study import measures
+from moefy.study.collect import Layer, collect
+from moefy.study.preferences import over_sequences, over_tokens, preferences, within
+
+# A token is listed if it occurs so often, and only the commonest are.
+TOKEN_OCCURS, TOKENS_LISTED = 10, 150
+PARTS = ["first quarter", "second quarter", "third quarter", "last quarter"]
+FREQUENCIES = ["rare (the rarest quarter)", "uncommon", "common", "very common"]
+
+
+def study(
+    model: Any,
+    tokenizer: Any,
+    batches: Sequence[Mapping[str, Any]],
+    labels: Sequence[Tensor] | None = None,
+    label_names: Sequence[str] = (),
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Everything about every FFN of a model, dense or converted, on model inputs, as plain data.
+
+    `labels` gives the label (N,) of each batch's sequences. Raises MoefyError if there is nothing to look at.
+    """
+    layers, streams = collect(model, batches, labels)
+    tokens = {name: stream.joined() for name, stream in streams.items()}
+    found = {layer.name: _layer(layer, tokens[layer.stream], tokenizer, label_names, seed) for layer in layers.values()}
+    routed = [layer for layer in layers.values() if layer.chosen]
+    pairs = [{"first": a.name, "second": b.name, **_pair(a, b)} for a, b in pairwise(routed) if a.stream == b.stream]
+    return {
+        "model": type(model).__name__,
+        "converted": bool(routed),
+        "tokens": {name: len(t["ids"]) for name, t in tokens.items()},
+        "sequences": {name: stream.count for name, stream in streams.items()},
+        "layers": found,
+        "between_layers": pairs,
+    }
+
+
+def _layer(
+    layer: Layer, tokens: dict[str, Tensor], tokenizer: Any, label_names: Sequence[str], seed: int
+) -> dict[str, Any]:
+    count = max(1, layer.tokens)
+    result: dict[str, Any] = {
+        "stream": layer.stream,
+        "neurons": layer.neurons,
+        "sparsity": measures.sparsity(torch.cat(layer.active)),
+        "activation_rates": measures.rates(layer.fired / count),
+        "marker_rates": measures.rates(layer.marked / count),
+    }
+    if not layer.chosen:
+        return result
+    chosen = torch.cat(layer.chosen)
+    result.update(
+        experts=layer.experts,
+        top_k=layer.top_k,
+        load=measures.load(chosen, layer.experts),
+        between_inputs=measures.between_inputs(chosen, tokens["sequences"], layer.experts, seed),
+        preferences=_preferences(chosen, layer.experts, tokens, tokenizer, label_names, seed),
+    )
+    return result
+
+
+def _pair(a: Layer, b: Layer) -> dict[str, Any]:
+    return measures.between_layers(torch.cat(a.chosen), torch.cat(b.chosen), (a.experts, b.experts))
+
+
+def _preferences(
+    chosen: Tensor,
+    experts: int,
+    tokens: dict[str, Tensor],
+    tokenizer: Any,
+    label_names: Sequence[str],
+    seed: int,
+) -> dict[str, Any]:
+    ids, sequences = tokens["ids"], tokens["sequences"]
+    parts = (tokens["positions"] * 4).long().clamp(0, 3)
+    found = {
+        "part": preferences(chosen, parts, PARTS, within(sequences), experts, seed),
+        "frequency": preferences(chosen, _frequency(ids), FREQUENCIES, over_tokens, experts, seed),
+    }
+    if "labels" in tokens:
+        labels = tokens["labels"]
+        names = list(label_names) or [str(i) for i in range(int(labels.max()) + 1)]
+        found["label"] = preferences(chosen, labels, names, over_sequences(sequences), experts, seed)
+    listed = _listed(ids)
+    if len(listed):
+        place = {int(t): i for i, t in enumerate(listed)}
+        classes = torch.tensor([place.get(int(t), -1) for t in ids])
+        names = [_text(tokenizer, int(t)) for t in listed]
+        found["token"] = preferences(chosen, classes, names, over_tokens, experts, seed)
+    return found
+
+
+def _frequency(ids: Tensor) -> Tensor:
+    """The quarter (T,) of each token by how often its id occurs here: every class has about a quarter of them."""
+    counts = torch.bincount(ids)[ids]
+    order = counts.argsort(stable=True)
+    rank = torch.empty_like(order).scatter_(0, order, torch.arange(len(ids)))
+    # All occurrences of an id share a class: that of their middle rank.
+    middle = torch.zeros(int(ids.max()) + 1).index_add_(0, ids, rank.float())[ids] / counts
+    return (middle * 4 / len(ids)).long().clamp(0, 3)
+
+
+def _listed(ids: Tensor) -> Tensor:
+    counts = torch.bincount(ids)
+    order = counts.argsort(descending=True, stable=True)[:TOKENS_LISTED]
+    return order[counts[order] >= TOKEN_OCCURS]
+
+
+def _text(tokenizer: Any, token: int) -> str:
+    return str(tokenizer.convert_ids_to_tokens(token)) if tokenizer is not None else str(token)

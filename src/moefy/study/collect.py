@@ -1,0 +1,143 @@
+"""What the study looks at: for every FFN and real token, which neurons fire and which experts are chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moefy import kernels
+from moefy.calibrate import real_tokens
+from moefy.moe import MoEFFN, moe_layers
+from moefy.quality import routes
+from moefy.sites import find_sites
+from moefy.stats import firing, normalised_rows
+from moefy.types import FFNWeights, MoefyError
+
+# CMoE's K_a: the neurons that a token marks.
+MARKED = 10
+
+
+@dataclass
+class Stream:
+    """The tokens that one side of a model sees: the only one, or an encoder's or decoder's."""
+
+    ids: list[Tensor] = field(default_factory=list)
+    positions: list[Tensor] = field(default_factory=list)
+    sequences: list[Tensor] = field(default_factory=list)
+    labels: list[Tensor] = field(default_factory=list)
+    count: int = 0
+
+    def joined(self) -> dict[str, Tensor]:
+        """ids, relative positions (0 to 1), sequence numbers and, where given, labels; each (T,)."""
+        parts = {"ids": self.ids, "positions": self.positions, "sequences": self.sequences, "labels": self.labels}
+        return {name: torch.cat(rows) for name, rows in parts.items() if rows}
+
+
+@dataclass
+class Layer:
+    """Counts of one FFN. `active` is the share of neurons that each token fires; `chosen` (T, K) its experts."""
+
+    name: str
+    stream: str
+    neurons: int
+    experts: int = 0
+    top_k: int = 0
+    fired: Tensor = field(default_factory=lambda: torch.empty(0))
+    marked: Tensor = field(default_factory=lambda: torch.empty(0))
+    active: list[Tensor] = field(default_factory=list)
+    chosen: list[Tensor] = field(default_factory=list)
+    tokens: int = 0
+
+
+def collect(
+    model: Any, batches: Iterable[Mapping[str, Any]], labels: Sequence[Tensor] | None = None
+) -> tuple[dict[str, Layer], dict[str, Stream]]:
+    """Run the model over the batches and note every FFN, dense or converted, and its tokens.
+
+    `labels` gives, for each batch, the label (N,) of each of its sequences.
+    """
+    layers, watched = _layers(model)
+    streams: dict[str, Stream] = {}
+    batch: Mapping[str, Any] = {}
+
+    def watch(name: str, read: Callable[[], FFNWeights], moe: MoEFFN | None) -> Callable[..., None]:
+        layer = layers[name]
+
+        def hook(module: nn.Module, args: tuple) -> None:
+            ffn = read().to(torch.float32)  # for one layer at a time
+            normalised = normalised_rows(ffn)
+            rows, keep = args[0].reshape(-1, args[0].shape[-1]).float(), real_tokens(name, batch)
+            rows = rows[keep.flatten().bool()] if keep is not None and keep.numel() == len(rows) else rows
+            for x in rows.split(1024):
+                fires = firing(ffn, x) > 0
+                layer.fired += fires.sum(0)
+                layer.active.append(fires.float().mean(1))
+                marks = normalised.hidden_of_unit(x).abs().topk(min(MARKED, ffn.neurons), dim=1).indices
+                layer.marked += torch.bincount(marks.flatten(), minlength=ffn.neurons)
+                if moe is not None:
+                    layer.chosen.append(moe.route(x.to(args[0].dtype)).to(torch.int32))
+            layer.tokens += len(rows)
+
+        return hook
+
+    handles = [
+        module.register_forward_pre_hook(watch(name, read, moe)) for name, (module, read, moe) in watched.items()
+    ]
+    try:
+        with torch.no_grad(), kernels.using("torch"):
+            for number, batch in enumerate(batches):
+                _note(streams, batch, None if labels is None else labels[number])
+                model(**batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not streams or not any(layer.tokens for layer in layers.values()):
+        raise MoefyError("There is nothing to study; give some text.")
+    return layers, streams
+
+
+_Watched = dict[str, tuple[nn.Module, Callable[[], FFNWeights], MoEFFN | None]]
+
+
+def _layers(model: Any) -> tuple[dict[str, Layer], _Watched]:
+    """The FFNs by name in the model's order: what to count, and the module, weights and MoE to count it at."""
+    watched: _Watched = {
+        name: (moe, moe.to_dense, moe if routes(moe) else None) for name, moe in moe_layers(model).items()
+    }
+    if not watched:
+        watched = {site.entry_name: (site.entry, site.read, None) for site in find_sites(model)}
+    two_sided = getattr(model.config, "is_encoder_decoder", False)
+    layers = {}
+    for name, (_, read, moe) in watched.items():
+        side = "decoder" if ".decoder." in f".{name}" else "encoder"
+        neurons = moe.spec.neurons if moe is not None else read().neurons
+        layer = Layer(name, side if two_sided else "tokens", neurons)
+        layer.fired, layer.marked = torch.zeros(neurons), torch.zeros(neurons)
+        if moe is not None:
+            layer.experts, layer.top_k = moe.spec.experts, moe.top_k
+        layers[name] = layer
+    return layers, watched
+
+
+def _note(streams: dict[str, Stream], batch: Mapping[str, Any], labels: Tensor | None) -> None:
+    if "decoder_input_ids" in batch:
+        sides = {"encoder": ("input_ids", "attention_mask"), "decoder": ("decoder_input_ids", "decoder_attention_mask")}
+    else:
+        sides = {"tokens": ("input_ids", "attention_mask")}
+    for side, (ids_name, mask_name) in sides.items():
+        ids = batch[ids_name]
+        mask = batch.get(mask_name)
+        keep = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+        stream = streams.setdefault(side, Stream())
+        lengths = keep.sum(1, keepdim=True).clamp_min(1)
+        stream.ids.append(ids[keep])
+        stream.positions.append(((keep.cumsum(1) - 1) / lengths)[keep])
+        numbers = torch.arange(len(ids))[:, None].expand_as(ids)
+        stream.sequences.append(numbers[keep] + stream.count)
+        if labels is not None:
+            stream.labels.append(labels[numbers[keep]])
+        stream.count += len(ids)

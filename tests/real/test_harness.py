@@ -1,0 +1,50 @@
+"""lm-evaluation-harness drives a converted model with a task file and data on disk."""
+
+import json
+
+import pytest
+
+import moefy
+import tiny
+import words
+from moefy import harness
+
+pytestmark = pytest.mark.real
+
+TASK = """
+task: jumping
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {data}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: "{{{{answer}}}}"
+metric_list:
+  - metric: acc
+"""
+
+
+@pytest.fixture
+def tasks(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    rows = [{"question": f"w{i}", "choices": ["w1 w2", "w3"], "answer": i % 2} for i in range(6)]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "jumping.yaml").write_text(TASK.format(data=tmp_path / "data.jsonl"))
+    return tmp_path / "tasks"
+
+
+def test_a_converted_model_runs_a_local_task(tasks, tmp_path):
+    model, feed = tiny.tiny("llama"), tiny.inputs("llama")
+    moefy.convert(model, "cmoe", [feed])
+    found = harness.run(model, words.tokenizer(), ["jumping"], include=tasks, limit=4)
+    assert 0 <= found["jumping"]["acc,none"] <= 1
+    with pytest.raises(moefy.MoefyError, match="knows no task 'unheard'"):
+        harness.run(model, words.tokenizer(), ["unheard"], include=tasks)
+    with pytest.raises(moefy.MoefyError, match="There is no folder"):
+        harness.run(model, words.tokenizer(), ["jumping"], include=tmp_path / "nowhere")

@@ -1,0 +1,222 @@
+"""Tasks: reading their data, scoring models with and without heads, calibrating on them."""
+
+import gzip
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+import transformers as tf
+
+import moefy
+import tiny
+import words
+from moefy.tasks import TASKS, evaluate_task, task_calibration, task_examples
+from moefy.tasks.base import by_length, collate, padded
+from moefy.tasks.likelihood import log_likelihoods
+from moefy.tasks.qa import normal, word_f1
+from moefy.tasks.text_to_text import generate
+
+SMALL = {
+    "vocab_size": tiny.VOCAB,
+    "hidden_size": tiny.WIDTH,
+    "intermediate_size": tiny.NEURONS,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
+
+
+def randomised(model):
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    return model.eval()
+
+
+def write(path, text):
+    path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
+    return path
+
+
+ANSWER = {"text": "w8", "answer_start": 7}
+PARAGRAPH = {"context": "the w7 w8 film", "qas": [{"question": "w1", "answers": [ANSWER]}]}
+DATA = {
+    "sst2": ("a.tsv", 'sentence\tlabel\na "good film\t1\nbad\t0\nthe film\t1\n'),
+    "mnli": ("a.jsonl.gz", '{"premise": "w1 w2", "hypothesis": "w3", "label": "neutral"}\n' * 3),
+    "mrpc": ("a.tsv.gz", "\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\r\n1\t7\t8\tw1\tw2\r\n0\t7\t8\tw1\tw3\r\n"),
+    "rte": ("a.csv", 'index,sentence1,sentence2,label\n0,"w1, w2",w3,not_entailment\n'),
+    "piqa": ("a.jsonl", '{"goal": "w1", "sol1": "w2", "sol2": "w3 w4", "label": 1}\n'),
+    "arc": (
+        "a.json",
+        json.dumps([{"question": "w1", "choices": {"text": ["w2", "w3"], "label": ["3", "4"]}, "answerKey": "4"}]),
+    ),
+    "race": ("a.jsonl", '{"article": "w5 w6", "question": "w1", "options": ["w2", "w3", "w4"], "answer": "C"}\n'),
+    "squad": ("a.json", json.dumps({"data": [{"paragraphs": [PARAGRAPH]}]})),
+    "t2t": ("a.txt", "IN: w1 w2 OUT: jump jump\nIN: w3 OUT: jump\n"),
+}
+EXPECTED = {
+    "sst2": lambda e: [x.label for x in e] == [1, 0, 1] and e[0].texts == ('a "good film',),
+    "mnli": lambda e: e[0].label == 1 and e[0].texts == ("w1 w2", "w3"),
+    "mrpc": lambda e: [x.label for x in e] == [1, 0] and e[1].texts == ("w1", "w3"),
+    "rte": lambda e: e[0].label == 1 and e[0].texts == ("w1, w2", "w3"),
+    "piqa": lambda e: e[0].answers == ("w2", "w3 w4") and e[0].right == 1,
+    "arc": lambda e: e[0].answers == ("w2", "w3") and e[0].right == 1,
+    "race": lambda e: e[0].right == 2 and e[0].prompt.startswith("Article: w5 w6"),
+    "squad": lambda e: e[0].answers == ("w8",) and e[0].start == 7,
+    "t2t": lambda e: e == [("w1 w2", "jump jump"), ("w3", "jump")],
+}
+
+
+@pytest.fixture
+def data(tmp_path):
+    return {task: write(tmp_path / f"{task}-{name}", text) for task, (name, text) in DATA.items()}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_task_reads_its_data(task, data):
+    examples = task_examples(task, data[task])
+    assert EXPECTED[task](examples)
+    assert task_examples(task, [data[task], data[task]]) == examples * 2
+    assert len(task_examples(task, data[task], limit=1)) == 1
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("family", ["t5-v1.0", "llama"])
+def test_language_models_do_every_task(task, family, data):
+    model = randomised(tiny.tiny(family))
+    tokenizer = words.tokenizer("t5" if family.startswith("t5") else "bert")
+    figures = evaluate_task(model, tokenizer, task, data[task])
+    assert all(0 <= value <= 1 for value in figures.values())
+    assert next(iter(figures)) in ("accuracy", "exact_match")
+    recipe = moefy.Recipe(construction="weights", router="mlp", expert_size=8, shared=0, active=0.5)
+    moefy.convert(model, recipe, task_calibration(model, tokenizer, task, data[task], tokens=40))
+    assert evaluate_task(model, tokenizer, task, data[task]).keys() == figures.keys()
+
+
+@pytest.mark.parametrize(
+    ("task", "head"),
+    [("sst2", "SequenceClassification"), ("squad", "QuestionAnswering"), ("race", "MultipleChoice")],
+)
+def test_heads_do_their_task(task, head, data):
+    model = randomised(getattr(tf, f"BertFor{head}")(tf.BertConfig(**SMALL)))
+    figures = evaluate_task(model, words.tokenizer(), task, data[task])
+    assert all(0 <= value <= 1 for value in figures.values())
+    wrong = next(t for t in ("squad", "sst2") if t != task)
+    with pytest.raises(moefy.MoefyError, match=f"The task {wrong} needs .* this is a BertFor{head}"):
+        evaluate_task(model, words.tokenizer(), wrong, data[wrong])
+
+
+def test_classification_equals_one_sentence_at_a_time(data):
+    model, tokenizer = randomised(tiny.tiny("bert")), words.tokenizer()
+    examples = task_examples("sst2", data["sst2"])
+    right = sum(int(model(**tokenizer(*e.texts, return_tensors="pt")).logits.argmax()) == e.label for e in examples)
+    assert evaluate_task(model, tokenizer, "sst2", data["sst2"]) == {"accuracy": right / 3}
+    model.config.label2id = {"POSITIVE": 0, "NEGATIVE": 1}
+    assert evaluate_task(model, tokenizer, "sst2", data["sst2"]) == {"accuracy": pytest.approx(1 - right / 3)}
+
+
+@pytest.mark.parametrize("family", ["t5-v1.0", "gpt2"])
+def test_likelihoods_equal_one_pair_at_a_time(family):
+    model = randomised(tiny.tiny(family))
+    tokenizer = words.tokenizer("t5" if family.startswith("t5") else "bert")
+    pairs = [("w1 w2 w3", " w4"), ("w5", " w6 w7 w8"), ("w1", " w1")]
+    together = log_likelihoods(model, tokenizer, pairs)
+    alone = [log_likelihoods(model, tokenizer, [pair])[0] for pair in pairs]
+    assert together == pytest.approx(alone, rel=1e-4)
+    if family == "gpt2":
+        whole = tokenizer("w5 w6 w7 w8", return_tensors="pt")["input_ids"]
+        logp = model(whole).logits[0].detach().log_softmax(-1)
+        cut = len(tokenizer("w5")["input_ids"])
+        alone = sum(float(logp[i - 1, whole[0, i]]) for i in range(cut, whole.shape[1]))
+        assert together[1] == pytest.approx(alone, rel=1e-4)
+
+
+def test_generation_in_batches_equals_alone():
+    model, tokenizer = randomised(tiny.tiny("t5-v1.0")), words.tokenizer("t5")
+    prompts = ["w1 w2 w3 w4", "w5", "w6 w7"]
+    assert generate(model, tokenizer, prompts, 6) == [generate(model, tokenizer, [p], 6)[0] for p in prompts]
+
+
+@pytest.mark.parametrize("text", ["The cat, sat!", "cat sat", "  A CAT sat  "])
+def test_answers_are_compared_as_squad_does(text):
+    assert normal(text) == "cat sat"
+    assert word_f1(text, "the cat ran off") == pytest.approx(2 / 5)
+    assert word_f1(text, "dog") == 0
+
+
+def test_span_head_can_only_point_into_the_context(data):
+    model = randomised(tf.BertForQuestionAnswering(tf.BertConfig(**SMALL)))
+    from moefy.tasks.qa import SQUAD, _span, _span_features
+
+    example = SQUAD.examples(json.loads(data["squad"].read_text())["data"])[0]
+    feature = _span_features(model, words.tokenizer(), example)[0]
+    assert words.tokenizer().decode(feature["input_ids"][feature["start_positions"]]) == "w8"
+    assert feature["start_positions"] == feature["end_positions"]
+    assert _span(model, words.tokenizer(), example) in example.context
+    assert _span(model, words.tokenizer(), example)
+
+
+def test_calibration_is_padded_masked_and_bounded(tmp_path):
+    text = "sentence\tlabel\n" + "".join(
+        f"{' '.join(f'w{j}' for j in range(i % 9 + 1))}\t{i % 2}\n" for i in range(200)
+    )
+    path, tokenizer = write(tmp_path / "a.tsv", text), words.tokenizer()
+    batches = task_calibration(tiny.tiny("bert"), tokenizer, "sst2", path, tokens=300, batch_tokens=64)
+    assert sum(int(b["attention_mask"].sum()) for b in batches) == pytest.approx(300, rel=0.15)
+    assert all(b["input_ids"].numel() <= 64 for b in batches)
+    assert all(torch.equal(b["input_ids"] != 0, b["attention_mask"].bool()) for b in batches)
+    seq2seq = task_calibration(tiny.tiny("t5-v1.0"), words.tokenizer("t5"), "sst2", path, tokens=100)
+    assert set(seq2seq[0]) == {"input_ids", "attention_mask", "decoder_input_ids", "decoder_attention_mask"}
+    again = task_calibration(tiny.tiny("bert"), tokenizer, "sst2", path, tokens=300, batch_tokens=64)
+    assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(batches, again, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("task", "name", "text", "sentence"),
+    [
+        ("sst2", "a.tsv", "text_a\tlabel\nx\t1\n", "needs a column sentence or text; the data has text_a, label"),
+        ("sst2", "a.tsv", "sentence\tlabel\nx\t2\n", "label '2'; the task sst2 knows negative, positive or 0 to 1"),
+        ("sst2", "a.tsv", "sentence\tlabel\nx\n", "Row 2 of .* has 1 fields, and its header has 2"),
+        ("sst2", "a.tsv", "sentence\tlabel\n", "There are no rows"),
+        ("sst2", "a.jsonl", '{"sentence": "x", "label": 1}\n{"label": 1}\n', "column sentence in every row; row 2"),
+        ("sst2", "a.jsonl", "{", "is not valid JSON lines"),
+        ("sst2", "a.json", "[1]", "must hold objects"),
+        ("sst2", "a.parquet", "x", "has none of the endings"),
+        ("sst2", "missing", None, "There is no data file"),
+        ("piqa", "a.jsonl", '{"goal": "x", "sol1": "y", "sol2": "z", "label": 5}', "says that '5' is right"),
+        ("arc", "a.jsonl", '{"question": "x", "choices": "y", "answer": 0}', "no list of answers in 'choices'"),
+        ("squad", "a.jsonl", '{"question": "x", "context": "y", "answers": []}', "has no answers with a text"),
+        ("squad", "a.json", '{"data": [{"paragraphs": [{}]}]}', "needs paragraphs with a context and qas"),
+        ("t2t", "a.txt", "jump\n", "Line 1 is not of the form"),
+        ("unheard", "a.txt", "jump\n", "There is no task 'unheard'; choose one of sst2"),
+    ],
+)
+def test_bad_data_is_one_sentence(task, name, text, sentence, tmp_path):
+    path = write(tmp_path / name, text) if text is not None else tmp_path / name
+    with pytest.raises(moefy.MoefyError, match=sentence):
+        task_examples(task, path)
+
+
+def test_a_label_set_that_does_not_fit_the_head_is_one_sentence(data):
+    model = tf.BertForSequenceClassification(tf.BertConfig(**SMALL, num_labels=5))
+    with pytest.raises(moefy.MoefyError, match=r"mnli has 3 labels \(entailment.*the model's head has 5"):
+        evaluate_task(model, words.tokenizer(), "mnli", data["mnli"])
+    with pytest.raises(moefy.MoefyError, match="no tokenizer"):
+        evaluate_task(model, None, "mnli", data["mnli"])
+
+
+def test_batches_hold_every_example_once_and_few_tokens():
+    lengths = [5, 90, 1, 30, 30, 2000, 7]
+    batches = list(by_length(lengths, tokens=100))
+    assert sorted(i for b in batches for i in b) == list(range(7))
+    assert all(len(b) == 1 or max(lengths[i] for i in b) * len(b) <= 100 for b in batches)
+
+
+def test_padding_on_either_side():
+    assert padded([[1, 2], [3]], 0).tolist() == [[1, 2], [3, 0]]
+    assert padded([[1, 2], [3]], 0, left=True).tolist() == [[1, 2], [0, 3]]
+    batch = collate([{"input_ids": [5, 6], "labels": [1]}, {"input_ids": [7], "labels": [1, 2]}], pad=9)
+    assert batch["labels"].tolist() == [[1, -100], [1, 2]]
+    assert batch["attention_mask"].tolist() == [[1, 1], [1, 0]]
+    assert SimpleNamespace(**batch).input_ids.tolist() == [[5, 6], [7, 9]]

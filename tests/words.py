@@ -1,0 +1,42 @@
+"""A tokenizer of whole words for the tiny models: 90 words, BERT's or T5's special tokens."""
+
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+WORDS = [f"w{i}" for i in range(60)] + [
+    "negative",
+    "positive",
+    "good",
+    "bad",
+    "film",
+    "A",
+    "the",
+    "question",
+    "context",
+    ":",
+    "sentence",
+    "sst2",
+    "jump",
+]
+
+
+def tokenizer(kind: str = "bert") -> PreTrainedTokenizerFast:
+    special = {"bert": ["[PAD]", "[CLS]", "[SEP]", "[UNK]"], "t5": ["<pad>", "</s>", "<unk>"]}[kind]
+    vocabulary = {word: i for i, word in enumerate([*special, *WORDS])}
+    made = Tokenizer(models.WordLevel(vocabulary, unk_token=special[-1]))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if kind == "t5":
+        made.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+        return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+    made.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made,
+        pad_token="[PAD]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        unk_token="[UNK]",
+        eos_token="[SEP]",
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+    )
