@@ -144,6 +144,8 @@ def _convert_site(
     if recipe.refit:
         refit(moe, stats.ffn, stats)
     error, routing = _measure(moe, ffn, inputs)
+    # One token now, outside every batch: what packing the weights keeps must not count as a batch's own to spill.
+    moe(next(inputs())[:1])
     site.mount(moe)
     return LayerReport(
         name=site.entry_name,
