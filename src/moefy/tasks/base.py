@@ -14,7 +14,7 @@ from moefy.types import MoefyError
 
 Progress = Callable[[int, int], None]
 Inputs = dict[str, Tensor]
-# Tokens of a batch, padding included: MiniLM on 2 cores gains nothing from more.
+# Tokens of a batch, padding included.
 BATCH_TOKENS = 2048
 
 
