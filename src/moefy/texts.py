@@ -8,6 +8,7 @@ import os
 import pydoc_data.topics
 import zlib
 from pathlib import Path
+from typing import Any
 
 from moefy.types import MoefyError
 
@@ -79,6 +80,14 @@ def _documents(lines: str, path: Path) -> str:
 
 
 def _hub_text(name: str) -> str:
+    rows = hub_rows(name)
+    if rows and not isinstance(rows[0].get("text"), str):
+        raise MoefyError(f'The data set {name!r} has no "text" column.')
+    return "\n\n".join(row["text"] for row in rows if row["text"].strip())
+
+
+def hub_rows(name: str) -> list[dict[str, Any]]:
+    """The rows of a hub data set NAME[/CONFIG][:SPLIT] (needs the `datasets` package)."""
     try:
         import datasets
     except ImportError:
@@ -86,8 +95,7 @@ def _hub_text(name: str) -> str:
     path, _, split = name.partition(":")
     owner_and_name, config = (path, None) if path.count("/") < 2 else path.rsplit("/", 1)
     try:
-        rows = datasets.load_dataset(owner_and_name, config, split=split or "train")
-        return "\n\n".join(row["text"] for row in rows if row["text"].strip())
+        return [dict(row) for row in datasets.load_dataset(owner_and_name, config, split=split or "train")]
     except Exception as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise MoefyError(f"The data set {name!r} cannot be read: {first}.") from None

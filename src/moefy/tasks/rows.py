@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from moefy.texts import hub_rows
 from moefy.types import MoefyError
 
 Row = dict[str, Any]
@@ -44,7 +45,7 @@ def column(rows: Sequence[Row], names: Sequence[str], task: str) -> str:
 
 def _read(source: str) -> list[Row]:
     if source.startswith("hf:"):
-        return _hub(source[3:])
+        return hub_rows(source[3:])
     path = Path(source).expanduser()
     if not path.is_file():
         raise MoefyError(f"There is no data file {source!r}; name a file or a hub data set (hf:NAME).")
@@ -91,17 +92,3 @@ def _json(text: str, path: Path, lines: bool) -> list[Row]:
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise MoefyError(f'{path} must hold objects: one a line, a list of them, or {{"data": [...]}}.')
     return rows
-
-
-def _hub(name: str) -> list[Row]:
-    try:
-        import datasets
-    except ImportError:
-        raise MoefyError("Reading a hub data set needs the datasets package: pip install datasets.") from None
-    path, _, split = name.partition(":")
-    owner_and_name, config = (path, None) if path.count("/") < 2 else path.rsplit("/", 1)
-    try:
-        return [dict(row) for row in datasets.load_dataset(owner_and_name, config, split=split or "train")]
-    except Exception as error:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise MoefyError(f"The data set {name!r} cannot be read: {first}.") from None
