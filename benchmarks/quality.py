@@ -15,8 +15,11 @@ import re
 import time
 
 import moefy
+from moefy.budgets import measure
 from moefy.calibrate import special_prefix, token_windows
-from moefy.evaluate import perplexity, routing
+from moefy.evaluate import perplexity
+from moefy.moe import realised_fraction, usage
+from moefy.sites import find_sites
 from moefy.sources import load_source, smollm2_gguf
 from moefy.texts import read_text
 
@@ -43,36 +46,48 @@ def main() -> None:
     parser.add_argument("--also", help="a second test text")
     parser.add_argument("--no-control", action="store_true")
     parser.add_argument("--windows", type=int, default=16)
+    parser.add_argument("--seed", type=int, default=0, help="of the recipe; it also takes other calibration windows")
     parser.add_argument("--test-windows", type=int, default=12)
     args = parser.parse_args()
+    dense: dict[str, float] = {}
+    measured = None  # once for all recipes; the first recipe's seconds hold it
     source = args.model or smollm2_gguf()
     train, test_text = read_text(args.train), read_text(args.test)
 
     def show(name: str, model, **more) -> None:
-        result = perplexity(model, test, len(special_prefix(tokenizer)))
-        figures = {"model": name, "perplexity": round(result.perplexity, 3), **more, "protocol": result.protocol()}
-        if also is not None:
-            figures["also"] = round(perplexity(model, also, len(special_prefix(tokenizer))).perplexity, 3)
+        figures = {"model": name, **more}
+        for what, windows in {"": test, "also_": also}.items():
+            if windows is not None:
+                with usage(model) as counted:
+                    result = perplexity(model, windows, len(special_prefix(tokenizer)))
+                dense.setdefault(what, result.perplexity)
+                figures[f"{what}perplexity"] = round(result.perplexity, 3)
+                figures[f"{what}ratio"] = round(result.perplexity / dense[what], 4)
+                if counted:
+                    figures[f"{what}realised"] = round(realised_fraction(model, counted), 4)
+        figures |= {"seed": args.seed, "calibration": args.train, "protocol": result.protocol()}
         print(json.dumps(figures), flush=True)
 
     model, tokenizer = load_source(source)
     test = token_windows(tokenizer, test_text, 1024, args.test_windows)
     also = token_windows(tokenizer, read_text(args.also), 1024, args.test_windows) if args.also else None
-    batches = moefy.text_calibration(tokenizer, train, windows=args.windows)
+    batches = moefy.text_calibration(tokenizer, train, windows=args.windows * (args.seed + 1))
+    batches = batches[args.windows * args.seed :]  # another seed: other windows
     show("dense", model)
     for name in args.recipes:
-        recipe = recipe_of(name)
+        recipe = moefy.Recipe.of(recipe_of(name), seed=args.seed)
         for each in (recipe, recipe.control())[: 1 if args.no_control else 2]:
             model, _ = load_source(source)
             start = time.perf_counter()
-            report = moefy.convert(model, each, batches)
-            recalls = [r.recall for r in routing(model, batches[:2]).values()]
+            if each.allocation == "sensitivity" and measured is None:
+                sites = {site.entry_name: site for site in find_sites(model)}
+                measured = measure(model, sites, batches, 1 << 30, each.chunk_tokens)
+            report = moefy.convert(model, each, batches, sensitivity=measured)
             show(
                 each.name,
                 model,
                 active=round(report.active_fraction, 4),
                 error=round(sum(layer.error for layer in report.layers) / len(report.layers), 4),
-                recall=round(sum(recalls) / len(recalls), 4) if recalls else None,
                 seconds=round(time.perf_counter() - start, 1),
                 peak_gib=round(report.peak_bytes / 2**30, 2),
             )

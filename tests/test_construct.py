@@ -13,9 +13,8 @@ import moefy
 from moefy.construct import CONSTRUCTIONS, construct
 from moefy.construct.activation import marker_distances
 from moefy.construct.balanced import balanced_assignment
-from moefy.construct.sharing import SHARING
 from moefy.routers.representative import representatives
-from moefy.stats import NeuronStats, contributions, token_weight
+from moefy.stats import NeuronStats, contributions
 
 
 def make_stats(gated=True, tokens=200, neurons=48, width=16, activation="silu", bias=False, chunk=64, top=5, seed=0):
@@ -147,19 +146,6 @@ def test_contributions_are_squared_norms_of_expert_outputs(gated, size):
     torch.testing.assert_close(contributions(ffn, experts, x), expected, rtol=1e-3, atol=1e-3)
 
 
-def test_reconstruction_scores_are_the_cost_of_losing_a_neuron():
-    """‖w‖² / [H⁻¹]_nn is the least-squares error left when that neuron's column is dropped and the others refitted."""
-    stats, x = make_stats(activation="gelu", tokens=300)
-    scores = SHARING["reconstruction"](stats)
-    weight = token_weight(stats.ffn, stats)(stats.ffn.forward(x)).sqrt()[:, None].double()
-    h = stats.ffn.hidden(x).double() * weight
-    for n in (0, 17, 47):
-        kept = torch.cat([h[:, :n], h[:, n + 1 :]], dim=1)
-        lost = h[:, n : n + 1] - kept @ torch.linalg.lstsq(kept, h[:, n : n + 1]).solution
-        cost = lost.square().sum() * stats.ffn.down[n].double().square().sum()
-        assert abs(scores[n] - cost) < 0.05 * cost
-
-
 @pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize("budget", [0.25, 0.5, 0.75, 1.0])
 def test_a_budget_counts_the_router(gated, budget):
@@ -179,4 +165,4 @@ def test_a_budget_counts_the_router(gated, budget):
 def test_a_budget_too_small_for_its_router_is_a_sentence():
     ffn = moefy.FFNWeights(up=torch.zeros(64, 8), down=torch.zeros(64, 8))
     with pytest.raises(moefy.MoefyError, match="leaves nothing for experts of 8 neurons"):
-        moefy.Recipe.of("reconstructed", budget=0.1).layer_spec(ffn, "ffn")
+        moefy.Recipe.of("reconstructed", budget=0.1, allocation="uniform").layer_spec(ffn, "ffn")

@@ -12,7 +12,7 @@ from moefy.construct.balanced import balanced_assignment
 from moefy.evaluate import routing
 from moefy.moe import moe_layers
 from moefy.routers import ROUTERS
-from moefy.stats import NeuronStats, activation_mass, captured, firing
+from moefy.stats import NeuronStats, activation_mass, as_mask, captured, firing
 from moefy.types import FFNWeights, LayerSpec, MoEWeights, Partition
 
 TOKENS, WIDTH, GROUPS, SIZE = 600, 24, 6, 8
@@ -107,7 +107,7 @@ def test_mlp_learns_what_similarity_cannot_see(gated):
     share = {}
     for name in ("mass", "mlp", "similarity", "random"):
         router = ROUTERS[name].build(spec_of(ffn, 1, name), part, stats_of(ffn, tokens=4000), seed=0)
-        share[name] = float(captured(mass, router(x, weights).topk(1, dim=1).indices).mean())
+        share[name] = float(captured(mass, as_mask(router(x, weights).topk(1, dim=1).indices, mass.shape[1])).mean())
     assert share["mass"] >= share["mlp"] > share["similarity"] + 0.02
     assert share["mlp"] > share["random"] + 0.02
 

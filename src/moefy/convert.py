@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from moefy import kernels
+from moefy.budgets import Sensitivity, allocate, measure
 from moefy.calibrate import CalibrationInfo, check_batches, real_tokens
 from moefy.construct import construct
 from moefy.hf import mark_converted
@@ -27,6 +28,7 @@ from moefy.quality import Routing, RoutingTally, routes
 from moefy.recipe import Recipe
 from moefy.reconstruct import refit
 from moefy.routers import ROUTERS
+from moefy.selection import set_threshold
 from moefy.sites import Site, find_sites
 from moefy.stats import NeuronStats
 from moefy.types import FFNWeights, LayerSpec, MoefyError
@@ -59,11 +61,16 @@ class LayerReport:
 
 @dataclass
 class Report:
-    """What a conversion did. Seconds and memory are of this run and are not stored with the checkpoint."""
+    """What a conversion did. Seconds and memory are of this run and are not stored with the checkpoint.
+
+    `predicted_loss` is the rise of the loss, in nats a token, that the budgets were chosen by (None if they
+    were not): that of the model without routing.
+    """
 
     recipe: Recipe
     calibration: CalibrationInfo
     layers: list[LayerReport] = field(default_factory=list)
+    predicted_loss: float | None = None
     seconds: float = 0.0
     peak_bytes: int = 0
 
@@ -91,12 +98,14 @@ def convert(
     *,
     hold_bytes: int = 1 << 30,
     progress: Progress | None = None,
+    sensitivity: Sensitivity | None = None,
 ) -> Report:
     """Convert every FFN of a transformers model to a mixture of experts, in place.
 
     `calibration` iterates over model inputs (dicts of tensors). `hold_bytes` bounds the memory for
     activations between layers; what is beyond goes to a temporary directory. `progress(done, total,
-    name)` is called after each FFN. Raises MoefyError, before anything is changed where that can be
+    name)` is called after each FFN. `sensitivity` saves measuring again what a recipe that allocates its
+    budget needs (`moefy.budgets.measure`). Raises MoefyError, before anything is changed where that can be
     known, if the model, the recipe and the calibration do not fit.
     """
     start = time.perf_counter()
@@ -106,15 +115,25 @@ def convert(
     sites = {site.entry_name: site for site in find_sites(model)}
     specs = {name: _checked_spec(site, recipe) for name, site in sites.items()}
     report = Report(recipe, CalibrationInfo.of(batches))
+    planned = recipe.allocation == "sensitivity"
+    before = len(sites) if planned and sensitivity is None else 0
     was_training = model.training
     model.eval()
     try:
+        if planned:
+            assert recipe.budget is not None
+            step = (lambda done, name: progress(done, 2 * len(sites), f"measuring {name}")) if progress else None
+            sensitivity = sensitivity or measure(model, sites, batches, hold_bytes, recipe.chunk_tokens, step)
+            shares = allocate(sensitivity.curves, recipe.budget)
+            specs = {n: recipe.layer_spec(s.read(), n, shares[n]) for n, s in sites.items()}
+            report.predicted_loss = sensitivity.predicted_loss(shares)
+        metrics = sensitivity.metrics if planned and sensitivity else {}
         entries = {name: site.entry for name, site in sites.items()}
         for name, inputs in OnePass(model, entries, batches, real_tokens, hold_bytes):
-            layer = _convert_site(sites[name], specs[name], recipe, inputs, seed=recipe.seed + len(report.layers))
-            report.layers.append(layer)
+            seed, metric = recipe.seed + len(report.layers), metrics.get(name)
+            report.layers.append(_convert_site(sites[name], specs[name], recipe, inputs, seed, metric))
             if progress:
-                progress(len(report.layers), len(sites), name)
+                progress(before + len(report.layers), before + len(sites), name)
     finally:
         model.train(was_training)
     mark_converted(model, specs, report.stored())
@@ -132,16 +151,24 @@ def _checked_spec(site: Site, recipe: Recipe) -> LayerSpec:
 
 
 def _convert_site(
-    site: Site, spec: LayerSpec, recipe: Recipe, inputs: Callable[[], Iterator[Tensor]], seed: int
+    site: Site,
+    spec: LayerSpec,
+    recipe: Recipe,
+    inputs: Callable[[], Iterator[Tensor]],
+    seed: int,
+    metric: Tensor | None,
 ) -> LayerReport:
     start, ffn = time.perf_counter(), site.read()
-    stats = NeuronStats(ffn.to(torch.float32), inputs, recipe.chunk_tokens, recipe.top_activated, site.name)
+    stats = NeuronStats(ffn.to(torch.float32), inputs, recipe.chunk_tokens, recipe.top_activated, site.name, metric)
     if stats.tokens < 2:
         raise MoefyError(f"The calibration has {stats.tokens} real tokens at {site.name}; give more text.")
     partition = construct(recipe.construction, spec, stats, seed, recipe.sharing)
     router = ROUTERS[spec.router].build(spec, partition, stats, seed) if spec.router else None
     moe = MoEFFN.from_dense(ffn, partition, spec, router).requires_grad_(False)
-    if recipe.refit:
+    if spec.most:
+        assert router is not None
+        set_threshold(router, stats, moe.weights())
+    if recipe.refit and spec.experts:
         refit(moe, stats.ffn, stats)
     error, routing = _measure(moe, ffn, inputs)
     # One token now, outside every batch: what packing the weights keeps must not count as a batch's own to spill.

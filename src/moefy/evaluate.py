@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from moefy import kernels
 from moefy.calibrate import real_tokens
-from moefy.moe import moe_layers
+from moefy.moe import Usage, moe_layers, realised_fraction, usage
 from moefy.quality import Routing, RoutingTally, routes
 from moefy.types import MoefyError
 
@@ -156,9 +156,11 @@ def evaluate_model(
     from moefy.calibrate import special_prefix
 
     figures: dict[str, Any] = {}
+    counted: dict[str, Usage] = {}
     if is_causal_lm(model):
         windows, prefix = torch.cat([b["input_ids"] for b in batches]), len(special_prefix(tokenizer))
-        ours = perplexity(model, windows, prefix, progress)
+        with usage(model) as counted:
+            ours = perplexity(model, windows, prefix, progress)
         figures.update(perplexity=ours.perplexity, protocol=ours.protocol())
         if dense is not None:
             theirs = perplexity(dense, windows, prefix, progress)
@@ -167,14 +169,14 @@ def evaluate_model(
         raise MoefyError(f"A {type(model).__name__} has no perplexity; compare it with --against another model.")
     few = batches[:4]  # a few thousand tokens settle shares to a percent
     if dense is not None:
-        near = agreement(model, dense, few)
+        with usage(model) as seen:
+            near = agreement(model, dense, few)
+        counted = counted or seen
         figures.update(output_error=near.error)
         if near.top1 is not None:
             figures.update(top1_agreement=near.top1, kl_nats=near.kl)
-    layers = moe_layers(model)
-    if layers:
-        neurons = sum(m.spec.neurons for m in layers.values())
-        figures["active_fraction"] = sum(m.active_fraction() * m.spec.neurons for m in layers.values()) / neurons
+    if counted:
+        figures["active_fraction"] = realised_fraction(model, counted)
     routed = routing(model, few)
     if routed:
         figures["router_recall"] = sum(r.recall for r in routed.values()) / len(routed)
@@ -183,7 +185,7 @@ def evaluate_model(
         figures["captured_mass_of_ground_truth"] = sum(r.best_mass for r in routed.values()) / len(routed)
         figures["expert_imbalance"] = sum(r.imbalance for r in routed.values()) / len(routed)
         figures["layers"] = {
-            n: {"recall": r.recall, "overlap": r.overlap, "mass": r.mass, "load": r.load.tolist()}
+            n: {"experts": r.experts, "recall": r.recall, "overlap": r.overlap, "mass": r.mass, "load": r.load.tolist()}
             for n, r in routed.items()
         }
     return figures

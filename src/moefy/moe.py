@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from transformers.activations import ACT2FN
 from moefy import kernels
 from moefy.kernels import native
 from moefy.routers import ROUTERS, Router
+from moefy.selection import above
 from moefy.types import FFNWeights, LayerSpec, MoefyError, MoEWeights, Partition
 
 _PARTS = ("gate", "up", "down", "gate_bias", "up_bias")
@@ -50,6 +53,7 @@ class MoEFFN(nn.Module):
         self.router: Router | None = ROUTERS[spec.router](spec) if spec.router else None
         self._packed: native.PackedFFN | None = None
         self._packed_router: native.PackedRouter | None = None
+        self._usage: Usage | None = None
 
     @classmethod
     @torch.no_grad()
@@ -63,7 +67,8 @@ class MoEFFN(nn.Module):
                 for group, index in rows.items():
                     getattr(moe, f"{group}_{part}").copy_(dense[index])
         if moe.down_bias is not None:
-            moe.down_bias.copy_(ffn.down_bias)  # type: ignore[arg-type]
+            # A refitted MoEFFN has a bias where the dense FFN has none.
+            moe.down_bias.copy_(ffn.down_bias if ffn.down_bias is not None else torch.zeros(spec.width))
         moe.neurons.copy_(torch.cat([partition.shared, partition.experts.flatten()]))  # type: ignore[operator]
         if ffn.activation_state:
             moe.act.load_state_dict(dict(ffn.activation_state))
@@ -107,13 +112,16 @@ class MoEFFN(nn.Module):
         return MoEWeights(part("shared"), part("experts"), spec.experts, self.down_bias)
 
     def route(self, x: Tensor) -> Tensor:
-        """The experts (T, K) int64 that tokens (T, D) take."""
+        """The experts (T, K) int64 that tokens (T, D) take; -1 where a threshold leaves a place empty."""
         if self.top_k >= self.spec.experts:
             return torch.arange(self.spec.experts, device=x.device).expand(len(x), -1)
         if self.top_k == 0 or self.router is None:
             return torch.empty(len(x), 0, dtype=torch.long, device=x.device)
         with torch.no_grad():
-            return self.router(x, self.weights()).topk(self.top_k, dim=1, sorted=False).indices
+            scores = self.router(x, self.weights())
+            if self.spec.most:
+                return above(scores, self.router.threshold, self.spec.most)  # type: ignore[arg-type]
+            return scores.topk(self.top_k, dim=1, sorted=False).indices
 
     @torch.compiler.disable  # routing is data-dependent: a graph break here, the rest of the model compiles
     def forward(self, hidden_states: Tensor) -> Tensor:
@@ -122,8 +130,12 @@ class MoEFFN(nn.Module):
         if self._runs_native(x):
             y = self._forward_native(x)
         else:
-            weights = self.weights()
-            y = kernels.pick(x, weights)(x, weights, self.route(x), None)
+            weights, chosen = self.weights(), self.route(x)
+            y = kernels.pick(x, weights)(x, weights, chosen, None)
+            if self._usage:
+                self._usage.counts += torch.bincount(chosen[chosen >= 0], minlength=self.spec.experts).cpu()
+        if self._usage:
+            self._usage.tokens += len(x)
         return y.view(hidden_states.shape)
 
     def _runs_native(self, x: Tensor) -> bool:
@@ -141,11 +153,16 @@ class MoEFFN(nn.Module):
         if self._packed is None:
             self.pack()
         assert self._packed is not None
+        how: dict[str, Any] = {"counts": self._usage.counts} if self._usage and self.spec.experts else {}
         if not 0 < self.top_k < self.spec.experts or self.router is None:
-            return self._packed.forward(x, chosen=self.route(x))
+            return self._packed.forward(x, chosen=self.route(x), **how)
+        if self.spec.most:
+            how |= {"threshold": float(self.router.threshold), "most": self.spec.most}  # type: ignore[arg-type]
+        else:
+            how |= {"top_k": self.top_k}
         if self._packed_router is not None:
-            return self._packed.forward(x, router=self._packed_router, top_k=self.top_k)
-        return self._packed.forward(x, scores=self.router(x, None), top_k=self.top_k)
+            return self._packed.forward(x, router=self._packed_router, **how)
+        return self._packed.forward(x, scores=self.router(x, None), **how)
 
     @torch.no_grad()
     def pack(self, precision: str | None = None) -> None:
@@ -207,16 +224,54 @@ class MoEFFN(nn.Module):
         self.unpack()  # packed memory is the extension's own and does not copy or pickle
         return self.__dict__.copy()
 
-    def active_fraction(self) -> float:
-        """Multiply-adds a token over the dense FFN's, the router's included."""
+    def active_fraction(self, experts: float | None = None) -> float:
+        """Multiply-adds a token over the dense FFN's, the router's included.
+
+        `experts` is how many run for a token on average; by default what the layer was made for.
+        """
         spec = self.spec
         per_neuron = spec.width * (3 if spec.gated else 2)
-        active = (spec.shared + min(self.top_k, spec.experts) * spec.expert_size) * per_neuron
+        experts = min(self.top_k, spec.experts) if experts is None else experts
+        active = (spec.shared + experts * spec.expert_size) * per_neuron
         routing = self.router.multiply_adds() if self.router is not None and 0 < self.top_k < spec.experts else 0
         return (active + routing) / (spec.neurons * per_neuron)
 
     def extra_repr(self) -> str:
         return ", ".join(f"{k}={v}" for k, v in asdict(self.spec).items() if v is not None and v is not False)
+
+
+@dataclass
+class Usage:
+    """What one layer has run: `tokens`, and how often each expert (E,) int64."""
+
+    counts: Tensor
+    tokens: int = 0
+
+    @property
+    def experts_per_token(self) -> float:
+        return float(self.counts.sum()) / max(1, self.tokens)
+
+
+@contextmanager
+def usage(model: nn.Module) -> Iterator[dict[str, Usage]]:
+    """Count what every converted layer of a model runs for the length of a with block."""
+    layers = moe_layers(model)
+    counted = {name: Usage(torch.zeros(moe.spec.experts, dtype=torch.long)) for name, moe in layers.items()}
+    for name, moe in layers.items():
+        moe._usage = counted[name]
+    try:
+        yield counted
+    finally:
+        for moe in layers.values():
+            moe._usage = None
+
+
+def realised_fraction(model: nn.Module, counted: dict[str, Usage]) -> float:
+    """Multiply-adds of the FFNs that ran over the dense ones, routers included, from what `usage` counted."""
+    layers = moe_layers(model)
+    sizes = {n: m.spec.neurons * (3 if m.spec.gated else 2) * counted[n].tokens for n, m in layers.items()}
+    done = sum(m.active_fraction(counted[n].experts_per_token) * sizes[n] for n, m in layers.items())
+    return done / max(1, sum(sizes.values()))
 
 
 def moe_layers(model: nn.Module) -> dict[str, MoEFFN]:

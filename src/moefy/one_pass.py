@@ -94,7 +94,7 @@ class OnePass:
         running = [_Batch(i, self._runner(b)) for i, b in enumerate(self.batches)]
         for name, module in self.sites.items():
             module.forward = self._parking_forward(name, module)
-        with tempfile.TemporaryDirectory(prefix="moefy-") as folder, torch.no_grad(), self._track:
+        with tempfile.TemporaryDirectory(prefix="moefy-") as folder, torch.no_grad():
             self._folder = Path(folder)
             try:
                 while todo:
@@ -147,7 +147,8 @@ class OnePass:
         self._restore(batch)
         self._track.batch = batch
         try:
-            batch.greenlet.switch()
+            with self._track:  # not around the caller's own work, which would pay for it at every operator
+                batch.greenlet.switch()
         finally:
             self._track.batch = None
 

@@ -8,14 +8,15 @@ import torch
 from torch import Tensor
 
 from moefy.moe import MoEFFN
-from moefy.stats import activation_mass, captured, contributions
+from moefy.stats import activation_mass, as_mask, captured, contributions
 
 
 @dataclass(frozen=True)
 class Routing:
     """How one layer routes, over `tokens` tokens.
 
-    `recall`: share of the oracle's K experts (largest squared norm of the output) that the router picks too.
+    `recall`: share of the oracle's experts (largest squared norm of the output, as many as were picked) that the
+    router picks too; `experts`: how many a token runs on average.
     `overlap`: the same against MoEfication's ground truth (largest positive activation mass).
     `mass`: share of a token's activation mass in the chosen experts; `best_mass`: in the ground truth's.
     `load` (E,) is the share of all choices that went to each expert (uniform: 1/E); `imbalance` is the
@@ -28,6 +29,7 @@ class Routing:
     best_mass: float
     load: Tensor
     tokens: int
+    experts: float
 
     @property
     def imbalance(self) -> float:
@@ -48,17 +50,19 @@ class RoutingTally:
     def add(self, x: Tensor) -> None:
         weights = self.moe.weights()
         chosen = self.moe.route(x)
-        routed, experts, k = weights.routed.to(torch.float32), weights.experts, chosen.shape[1]
-        oracle = contributions(routed, experts, x.float()).topk(k, dim=1).indices
+        routed, experts = weights.routed.to(torch.float32), weights.experts
+        picked = as_mask(chosen, experts)
+        many = picked.sum(1, keepdim=True)
+        oracle = _highest(contributions(routed, experts, x.float()), many)
         mass = activation_mass(routed, experts, x.float())
-        truth = mass.topk(k, dim=1).indices
-        shares = captured(mass, chosen)
+        truth = _highest(mass, many)
+        shares = captured(mass, picked)
         self.tokens, self.massive = self.tokens + len(x), self.massive + len(shares)
-        self.hits += _common(chosen, oracle, experts)
-        self.overlaps += _common(chosen, truth, experts)
+        self.hits += int((picked & oracle).sum())
+        self.overlaps += int((picked & truth).sum())
         self.mass += float(shares.sum())
         self.best_mass += float(captured(mass, truth).sum())
-        self.counts += torch.bincount(chosen.flatten(), minlength=experts).cpu()
+        self.counts += picked.sum(0).cpu()
 
     def result(self) -> Routing:
         choices, massive = max(1, int(self.counts.sum())), max(1, self.massive)
@@ -69,6 +73,7 @@ class RoutingTally:
             best_mass=self.best_mass / massive,
             load=self.counts / choices,
             tokens=self.tokens,
+            experts=float(self.counts.sum()) / max(1, self.tokens),
         )
 
 
@@ -77,6 +82,8 @@ def routes(moe: MoEFFN) -> bool:
     return 0 < moe.top_k < moe.spec.experts
 
 
-def _common(chosen: Tensor, truth: Tensor, experts: int) -> int:
-    true = torch.zeros(len(truth), experts, dtype=torch.bool, device=truth.device).scatter_(1, truth, True)
-    return int(true.gather(1, chosen).sum())
+def _highest(values: Tensor, many: Tensor) -> Tensor:
+    """A mask (T, E) of each row's highest values (T, E), `many` (T, 1) of them."""
+    order = values.argsort(dim=1, descending=True)
+    places = torch.arange(values.shape[1], device=values.device).expand_as(order)
+    return torch.zeros_like(values, dtype=torch.bool).scatter_(1, order, places < many)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -21,8 +22,10 @@ class Recipe(BaseModel):
     run and `active` of the others run for each token (CMoE's S{shared}A{active}E{experts}).
     With `expert_size` the count of experts follows from each FFN instead. A fraction for `shared` or
     `active` is a share of all the FFN's experts, rounded to the nearest count of at least one.
-    With `budget` both follow: half of that share of the FFN's multiply-adds goes to shared experts, and
-    what the router leaves of the other half to active ones.
+    With `budget` both follow: `shared_budget` of that share of the FFN's multiply-adds goes to shared experts,
+    and what the router leaves of the rest to active ones. With `allocation: sensitivity` the budget is that of
+    the whole model, and each FFN gets what it needs of it. With `selection: threshold` the active experts are
+    a mean over tokens, and no token runs more than `most_active` times as many.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -37,6 +40,10 @@ class Recipe(BaseModel):
     shared: int | float = Field(3, ge=0)
     active: int | float = Field(3, ge=0)
     budget: float | None = Field(None, gt=0, le=1, description="share of the multiply-adds, the router's included")
+    shared_budget: float = Field(0.5, ge=0, le=1, description="share of the budget that goes to shared experts")
+    allocation: Literal["uniform", "sensitivity"] = "uniform"
+    selection: Literal["top_k", "threshold"] = "top_k"
+    most_active: float = Field(3.0, ge=1, description="selection by threshold: most experts of a token over the mean")
     top_activated: int = Field(10, ge=1, description="CMoE's K_a: neurons marked per token")
     seed: int = Field(0, ge=0)
     chunk_tokens: int = Field(1024, ge=1, description="tokens worked on at a time")
@@ -67,23 +74,26 @@ class Recipe(BaseModel):
 
     @model_validator(mode="after")
     def _counts_fit(self) -> Recipe:
+        if self.allocation == "sensitivity" and self.budget is None:
+            raise ValueError("allocation by sensitivity divides a budget; give one, such as budget: 0.5")
         if self.expert_size is None and self.budget is None:
             self.counts(self.experts)
         return self
 
-    def _counts_within_budget(self, experts: int, ffn: FFNWeights) -> tuple[int, int]:
-        assert self.budget is not None
-        within = int(self.budget * experts)
+    def _counts_within_budget(self, experts: int, ffn: FFNWeights, budget: float) -> tuple[int, int]:
+        within = int(budget * experts + 1e-9)
         if self.construction == "shared_only" or within == experts:
             return within, 0
-        shared = within // 2
+        shared = int(self.shared_budget * within)
         # A linear router costs D multiply-adds an expert; a neuron costs 3·D with a gate and 2·D without.
         size = ffn.neurons // experts
         router = (experts - shared) / (size * (2 if ffn.gate is None else 3))
-        active = int(self.budget * experts - shared - router)
+        active = int(budget * experts - shared - router)
+        if active < 1 and self.allocation == "sensitivity":
+            return within, 0  # a layer that gets too little to route keeps what is shared
         if active < 1:
             raise ValueError(
-                f"a budget of {self.budget} leaves nothing for experts of {size} neurons beside their router; "
+                f"a budget of {budget} leaves nothing for experts of {size} neurons beside their router; "
                 f"use larger experts or the construction shared_only"
             )
         return shared, active
@@ -100,8 +110,11 @@ class Recipe(BaseModel):
             )
         return shared, active
 
-    def layer_spec(self, ffn: FFNWeights, site: str) -> LayerSpec:
-        """The shape that this recipe gives one FFN; MoefyError if the experts do not divide its neurons."""
+    def layer_spec(self, ffn: FFNWeights, site: str, budget: float | None = None) -> LayerSpec:
+        """The shape that this recipe gives one FFN; MoefyError if the experts do not divide its neurons.
+
+        `budget` is this FFN's own, where the recipe allocates by sensitivity.
+        """
         parts, unit = self.experts, "experts"
         if self.expert_size:
             parts, unit = self.expert_size, "neurons an expert"
@@ -112,25 +125,28 @@ class Recipe(BaseModel):
             )
         size = self.expert_size or ffn.neurons // parts
         try:
-            count = ffn.neurons // size
-            shared, active = self._counts_within_budget(count, ffn) if self.budget else self.counts(count)
+            count, budget = ffn.neurons // size, budget or self.budget
+            shared, active = self._counts_within_budget(count, ffn, budget) if budget else self.counts(count)
         except ValueError as error:
             raise MoefyError(f"The recipe does not fit {site}: {error}.") from None
-        routed = self.construction != "shared_only"
-        shared += 0 if routed else active
+        if self.construction == "shared_only":
+            shared, active = shared + active, 0
         experts = ffn.neurons // size - shared
+        routed = self.construction != "shared_only" and active > 0
         return LayerSpec(
             width=ffn.width,
             shared=shared * size,
             experts=experts,
             expert_size=size if experts else 0,
-            top_k=active if routed else 0,
+            top_k=active,
             router=self.router if routed and experts else None,
+            most=min(experts, math.ceil(self.most_active * active)) if routed and self.selection == "threshold" else 0,
             activation=ffn.activation,
             gated=ffn.gate is not None,
             up_bias=ffn.up_bias is not None,
             gate_bias=ffn.gate_bias is not None,
-            down_bias=ffn.down_bias is not None,
+            # A refit may add one, except in a layer that stays dense.
+            down_bias=ffn.down_bias is not None or (self.refit and experts > 0),
             activate_up=ffn.activate_up,
         )
 
@@ -209,15 +225,18 @@ RECIPES: dict[str, Recipe] = {
     "moefication": Recipe(
         name="moefication", construction="weights", router="mlp", expert_size=32, shared=0, active=0.2
     ),
-    # The best we know without training (docs/log.md): small experts, least squares for what is shared and kept.
+    # The best we know without training (docs/log.md): small experts, least squares for what is shared and kept,
+    # a threshold a layer, and to each layer what it needs.
     "reconstructed": Recipe(
         name="reconstructed",
         construction="weights",
-        router="linear",
+        router="logistic",
         sharing="reconstruction",
         refit=True,
         expert_size=8,
         budget=0.5,
+        allocation="sensitivity",
+        selection="threshold",
     ),
     "shared-only": Recipe(name="shared-only", construction="shared_only"),
 }

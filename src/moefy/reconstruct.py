@@ -13,38 +13,37 @@ import torch
 from torch import Tensor
 
 from moefy.moe import MoEFFN
-from moefy.stats import NeuronStats, token_weight
-from moefy.types import FFNWeights
+from moefy.stats import HELD_OUT, NeuronStats, as_mask
+from moefy.types import FFNWeights, products
 
 # The ridge is the one of these with the least error on the held-out tokens, relative to diag(G).
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0)
-# Every eighth token is held out to choose the ridge; the final fit uses all.
-HELD_OUT = 8
 
 
 @torch.no_grad()
 def refit(moe: MoEFFN, ffn: FFNWeights, stats: NeuronStats) -> float:
     """Replace the down-projection and the output bias of `moe` by their least-squares fit; returns the ridge.
 
-    `ffn` is the dense FFN in float32, `stats` its calibration. The bias is only fitted where the FFN has one.
+    `ffn` is the dense FFN in float32, `stats` its calibration. The bias is only fitted where the MoEFFN has one.
+    Every eighth token is held out to choose the ridge; the final fit uses all.
     """
     dense, biased = moe.to_dense().to(torch.float32), moe.down_bias is not None
-    weight = token_weight(ffn, stats)
     width = ffn.neurons + biased
     gram = torch.zeros(2, width, width, dtype=torch.float64)
     cross = torch.zeros(2, width, ffn.width, dtype=torch.float64)
     seen = 0
     for x in stats.inputs():
-        h = routed_hidden(moe, dense, x)
-        rest = ffn.forward(x) - dense.forward_hidden(h)
+        full = ffn.hidden(x)
+        y, h = ffn.forward_hidden(full), full * runs(moe, x)
+        rest = y - dense.forward_hidden(h)
         if biased:
             h = torch.cat([h, h.new_ones(len(h), 1)], dim=1)
-        scale = weight(ffn.forward(x)).sqrt()[:, None]
+        scale = stats.token_weight(y).sqrt()[:, None]
         h, rest = h * scale, rest * scale
         held = (torch.arange(seen, seen + len(x)) % HELD_OUT) == HELD_OUT - 1
         for part, rows in enumerate((~held, held)):
-            gram[part] += h[rows].t() @ h[rows]
-            cross[part] += h[rows].t() @ rest[rows]
+            gram[part] += products(h[rows], h[rows])
+            cross[part] += products(h[rows], rest[rows])
         seen += len(x)
     ridge = min(RIDGES, key=lambda r: _held_out_error(gram, cross, r))
     change = _solve(gram.sum(0), cross.sum(0), ridge).float()
@@ -58,13 +57,13 @@ def refit(moe: MoEFFN, ffn: FFNWeights, stats: NeuronStats) -> float:
     return ridge
 
 
-def routed_hidden(moe: MoEFFN, dense: FFNWeights, x: Tensor) -> Tensor:
-    """Hidden activations (t, F) in the dense order, zero for the neurons of experts that do not run."""
-    runs = x.new_zeros(len(x), moe.spec.experts).scatter_(1, moe.route(x), 1.0)
+def runs(moe: MoEFFN, x: Tensor) -> Tensor:
+    """1 for the neurons (t, F), in the dense order, that run for inputs (t, D), 0 for the others."""
     mask = x.new_ones(len(x), moe.spec.neurons)
     routed = moe.neurons.long()[moe.spec.shared :]  # type: ignore[operator]
-    mask[:, routed] = runs.repeat_interleave(max(moe.spec.expert_size, 1), dim=1)
-    return dense.hidden(x) * mask
+    picked = as_mask(moe.route(x), moe.spec.experts).to(x.dtype)
+    mask[:, routed] = picked.repeat_interleave(max(moe.spec.expert_size, 1), dim=1)
+    return mask
 
 
 def _solve(gram: Tensor, cross: Tensor, ridge: float) -> Tensor:

@@ -10,7 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moefy.types import FFNWeights, MoefyError
+from moefy.types import FFNWeights, MoefyError, Partition, linear, products
+
+# One token in eight is held out where something is chosen by what it does on tokens it was not fitted to.
+HELD_OUT, HELD_BLOCK = 8, 256
 
 
 @dataclass(frozen=True)
@@ -19,6 +22,7 @@ class NeuronStats:
 
     `ffn` is in float32; `batches()` iterates over the real tokens' inputs, each (tokens, D), as often as
     needed; `chunk` tokens are worked on at a time; `top` is CMoE's K_a, the neurons marked per token.
+    `metric` (D, D), positive semidefinite, says what an error e of the output costs: eᵀ·metric·e; None: ‖e‖².
     """
 
     ffn: FFNWeights
@@ -26,6 +30,7 @@ class NeuronStats:
     chunk: int = 1024
     top: int = 10
     name: str = field(default="this FFN")
+    metric: Tensor | None = None
 
     def inputs(self) -> Iterator[Tensor]:
         """The inputs in float32, at most `chunk` tokens (t, D) at a time."""
@@ -42,6 +47,39 @@ class NeuronStats:
     @cached_property
     def tokens(self) -> int:
         return sum(len(rows) for rows in self.batches())
+
+    def split_inputs(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The inputs (t, D) and which tokens (t,) bool are held out: every eighth block of up to 256 tokens.
+
+        Blocks, because neighbours in a text are alike; with fewer than 16 tokens every one counts as held out.
+        """
+        block, start = max(1, min(HELD_BLOCK, self.tokens // HELD_OUT)), 0
+        for x in self.inputs():
+            number = torch.arange(start, start + len(x)) // block
+            yield x, (number % HELD_OUT == HELD_OUT - 1) | (self.tokens < 2 * HELD_OUT)
+            start += len(x)
+
+    @cached_property
+    def token_weight(self) -> Callable[[Tensor], Tensor]:
+        """Weights (t,) of tokens by their output (t, D): 1, and less for outputs longer than the median.
+
+        A few tokens of a language model have outputs a thousand times as long as the others (its attention
+        sinks); unweighted, least squares fits them alone.
+        """
+        norms = torch.cat([self.ffn.forward(x).norm(dim=1) for x in _first(self.inputs(), 8)])
+        median = norms.median().clamp_min(1e-12)
+        return lambda y: (median / y.norm(dim=1).clamp_min(1e-12)).clamp_max(1.0).square()
+
+    @cached_property
+    def gram(self) -> Tensor:
+        """Gram matrix (F + 1, F + 1) float64 of the activations and, last, a constant 1; token-weighted."""
+        gram = torch.zeros(self.ffn.neurons + 1, self.ffn.neurons + 1, dtype=torch.float64)
+        for x in self.inputs():
+            h = self.ffn.hidden(x)
+            weight = self.token_weight(self.ffn.forward_hidden(h)).sqrt()[:, None]
+            h = torch.cat([h * weight, weight], dim=1)
+            gram += products(h, h)
+        return gram
 
     @cached_property
     def markers(self) -> Tensor:
@@ -98,11 +136,36 @@ def contributions(routed: FFNWeights, experts: int, x: Tensor) -> Tensor:
 
     ‖Σ h_n w_n‖² = hᵀ(W Wᵀ)h costs F·M multiply-adds a token instead of F·D when experts are narrower than D.
     """
-    tokens, (neurons, width) = len(x), routed.up.shape
-    h = routed.hidden(x).view(tokens, experts, neurons // experts).transpose(0, 1)
+    return _squared_norms(routed, experts, routed.hidden(x))
+
+
+def unrepaired(stats: NeuronStats, partition: Partition) -> Callable[[Tensor], Tensor]:
+    """A function from activations (T, F) to what losing each expert costs (T, E) after the shared neurons repair it.
+
+    An activation is replaced by what is left of it after its regression on the shared neurons and a constant,
+    which a refitted down-projection can do in its stead; the cost is in `stats.metric`.
+    """
+    shared = torch.cat([partition.shared, torch.tensor([stats.ffn.neurons])])  # the Gram's constant
+    rest = partition.experts.flatten()
+    within = stats.gram[shared][:, shared]
+    within.diagonal().add_(1e-3 * within.diagonal().mean())
+    projection = torch.cholesky_solve(stats.gram[shared][:, rest], torch.linalg.cholesky(within)).float()
+    routed, across = stats.ffn.take(rest), projection[:-1].t().contiguous()
+
+    def cost(h: Tensor) -> Tensor:
+        left = h[:, rest] - linear(h[:, partition.shared], across) - projection[-1]
+        return _squared_norms(routed, len(partition.experts), left, stats.metric)
+
+    return cost
+
+
+def _squared_norms(routed: FFNWeights, experts: int, h: Tensor, metric: Tensor | None = None) -> Tensor:
+    """Squared norm (T, E) of the outputs of experts with activations (T, E·M)."""
+    tokens, (neurons, width) = len(h), routed.up.shape
+    h = h.view(tokens, experts, neurons // experts).transpose(0, 1)
     down = routed.down.view(experts, neurons // experts, width)
-    if neurons // experts < width:
-        gram = down @ down.transpose(1, 2)
+    if neurons // experts < width or metric is not None:
+        gram = (down if metric is None else down @ metric) @ down.transpose(1, 2)
         return ((h @ gram) * h).sum(-1).clamp_min(0).t()
     return torch.stack([(h[e] @ down[e]).square().sum(-1) for e in range(experts)], dim=1)
 
@@ -125,22 +188,17 @@ def activation_mass(routed: FFNWeights, experts: int, x: Tensor) -> Tensor:
     return firing(routed, x).float().view(len(x), experts, -1).sum(-1)
 
 
-def captured(mass: Tensor, chosen: Tensor) -> Tensor:
-    """The share of each token's mass (T, E) in its chosen experts (T, K), for the tokens that have any mass."""
+def as_mask(chosen: Tensor, experts: int) -> Tensor:
+    """The chosen experts (T, K), entries below 0 choosing nothing, as a mask (T, E)."""
+    mask = torch.zeros(len(chosen), experts + 1, dtype=torch.bool, device=chosen.device)
+    return mask.scatter_(1, chosen.long().where(chosen >= 0, experts), True)[:, :experts]
+
+
+def captured(mass: Tensor, picked: Tensor) -> Tensor:
+    """The share of each token's mass (T, E) in the experts picked (T, E), for the tokens that have any mass."""
     total = mass.sum(1)
     some = total > 0
-    return mass.gather(1, chosen).sum(1)[some] / total[some]
-
-
-def token_weight(ffn: FFNWeights, stats: NeuronStats) -> Callable[[Tensor], Tensor]:
-    """Weights (t,) of tokens by their output (t, D): 1, and less for outputs longer than the median.
-
-    A few tokens of a language model have outputs a thousand times as long as the others (its attention
-    sinks); unweighted, least squares fits them alone.
-    """
-    norms = torch.cat([ffn.forward(x).norm(dim=1) for x in _first(stats.inputs(), 8)])
-    median = norms.median().clamp_min(1e-12)
-    return lambda y: (median / y.norm(dim=1).clamp_min(1e-12)).clamp_max(1.0).square()
+    return (mass * picked).sum(1)[some] / total[some]
 
 
 def _first(chunks: Iterator[Tensor], count: int) -> Iterator[Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from moefy.routers.base import Router
 from moefy.routers.linear import LinearRouter
+from moefy.routers.logistic import LogisticRouter
 from moefy.routers.mass import MassRouter
 from moefy.routers.mlp import MLPRouter
 from moefy.routers.oracle import OracleRouter
@@ -21,4 +22,5 @@ ROUTERS: dict[str, type[Router]] = {
     "similarity": SimilarityRouter,
     "mlp": MLPRouter,
     "linear": LinearRouter,
+    "logistic": LogisticRouter,
 }

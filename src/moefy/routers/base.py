@@ -16,6 +16,7 @@ class Router(nn.Module, abc.ABC):
     """Scores (T, E) in float32 for inputs (T, D); the experts with the highest scores run.
 
     `__init__(spec)` makes the router empty, ready to be loaded; `build` fills it from the calibration.
+    Where the layer selects by threshold, `threshold` () float32 holds it; `moefy.selection` sets it.
     """
 
     #: False for a router that looks at the experts' outputs: an upper bound, with nothing saved.
@@ -24,6 +25,7 @@ class Router(nn.Module, abc.ABC):
     def __init__(self, spec: LayerSpec):
         super().__init__()
         self.spec = spec
+        self.threshold = self._weight() if spec.most else None
 
     @classmethod
     @abc.abstractmethod
@@ -44,4 +46,4 @@ class Router(nn.Module, abc.ABC):
 
     def _weight(self, *shape: int) -> nn.Parameter:
         # Always float32: half precision flips near ties between experts.
-        return nn.Parameter(torch.empty(*shape, dtype=torch.float32), requires_grad=False)
+        return nn.Parameter(torch.empty(shape, dtype=torch.float32), requires_grad=False)

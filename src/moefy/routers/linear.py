@@ -42,16 +42,10 @@ class LinearRouter(Router):
             features = F.pad(x.double(), (0, 1), value=1.0)
             xx += features.t() @ features
             xy += features.t() @ target
-        # Centring takes the intercept out of the penalty.
-        mean_x, mean_y = xx[-1, :-1] / tokens, xy[-1] / tokens
-        cov = xx[:-1, :-1] - tokens * mean_x[:, None] * mean_x
-        cross = xy[:-1] - tokens * mean_x[:, None] * mean_y
-        cov.diagonal().add_(RIDGE * cov.diagonal().mean() + 1e-12)
-        solution = torch.linalg.solve(cov, cross)
-
+        weight, bias = _solve(xx, xy)
         router = cls(spec)
-        router.weight.copy_(solution.t())
-        router.bias.copy_(mean_y - mean_x @ solution)
+        router.weight.copy_(weight.t())
+        router.bias.copy_(bias)
         return router
 
     def forward(self, x: Tensor, weights: MoEWeights | None) -> Tensor:
@@ -59,3 +53,28 @@ class LinearRouter(Router):
 
     def packed(self) -> PackedRouter:
         return PackedRouter.linear(self.weight, self.bias)
+
+
+def ridge(x: Tensor, y: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The ridge regression from x (T, D) to y (T, E), tokens weighted (T,): weights (D, E) and biases (E,), float32."""
+    xx = torch.zeros(x.shape[1] + 1, x.shape[1] + 1, dtype=torch.float64)
+    xy = torch.zeros(x.shape[1] + 1, y.shape[1], dtype=torch.float64)
+    for rows, targets, w in zip(x.split(4096), y.split(4096), weight.split(4096), strict=True):
+        features = F.pad(rows, (0, 1), value=1.0)
+        weighted = (features * w[:, None]).t()
+        xx += weighted @ features
+        xy += weighted @ targets
+    w, b = _solve(xx, xy)
+    return w.float(), b.float()
+
+
+def _solve(xx: Tensor, xy: Tensor) -> tuple[Tensor, Tensor]:
+    """Ridge regression from the second moments of inputs with a constant 1 as their last column."""
+    tokens = xx[-1, -1]
+    # Centring takes the intercept out of the penalty.
+    mean_x, mean_y = xx[-1, :-1] / tokens, xy[-1] / tokens
+    cov = xx[:-1, :-1] - tokens * mean_x[:, None] * mean_x
+    cross = xy[:-1] - tokens * mean_x[:, None] * mean_y
+    cov.diagonal().add_(RIDGE * cov.diagonal().mean() + 1e-12)
+    solution = torch.linalg.solve(cov, cross)
+    return solution, mean_y - mean_x @ solution

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moefy.routers.base import Router
-from moefy.stats import NeuronStats, activation_mass, captured
+from moefy.stats import NeuronStats, activation_mass, as_mask, captured
 from moefy.types import LayerSpec, MoEWeights, Partition
 
 EPOCHS, BATCH, RATE = 30, 512, 1e-2
@@ -70,7 +70,7 @@ def _train(first: Tensor, x: Tensor, mass: Tensor, top_k: int, seed: int) -> tup
     def quality() -> float:
         with torch.no_grad():
             chosen = _scores(x[train:], *weights).topk(min(top_k, len(first)), dim=1).indices
-            shares = captured(mass[train:], chosen)
+            shares = captured(mass[train:], as_mask(chosen, mass.shape[1]))
         return float(shares.mean()) if len(shares) else 0.0
 
     best, kept, stale = quality(), [w.detach().clone() for w in weights], 0

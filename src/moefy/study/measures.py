@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moefy.stats import as_mask
+
 BINS = 50
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 # Pairs of tokens and of sequences that an overlap is averaged over.
@@ -60,7 +62,7 @@ def histogram(values: Tensor) -> list[float]:
 
 def load(chosen: Tensor, experts: int) -> dict[str, Any]:
     """How evenly choices (T, K) fall on the experts: shares, and what sums them up."""
-    counts = torch.bincount(chosen.flatten().long(), minlength=experts).double()
+    counts = torch.bincount(chosen[chosen >= 0].long(), minlength=experts).double()
     share = counts / counts.sum()
     ordered = share.sort().values
     rank = torch.arange(1, experts + 1, dtype=torch.float64)
@@ -81,8 +83,8 @@ def between_inputs(chosen: Tensor, sequences: Tensor, experts: int, seed: int = 
     `sequence_similarity` is the mean cosine of two sequences' expert loads.
     """
     generator = torch.Generator().manual_seed(seed)
-    picked = torch.zeros(len(chosen), experts).scatter_(1, chosen.long(), 1.0)
-    top_k = chosen.shape[1]
+    picked = as_mask(chosen, experts).float()
+    top_k = float(picked.sum(1).mean())
     near = (sequences[1:] == sequences[:-1]).nonzero().flatten()
     near = near[torch.randperm(len(near), generator=generator)[:PAIRS]]
     a, b = (torch.randint(len(chosen), (PAIRS,), generator=generator) for _ in range(2))
@@ -104,7 +106,7 @@ def between_layers(first: Tensor, second: Tensor, experts: tuple[int, int]) -> d
     `lift` (E1, E2) is the joint count over what independence gives; `strongest` the mean over the first
     layer's experts of their highest correlation with one of the second's.
     """
-    a, b = (torch.zeros(len(t), e).scatter_(1, t.long(), 1.0) for t, e in zip((first, second), experts, strict=True))
+    a, b = (as_mask(t, e).float() for t, e in zip((first, second), experts, strict=True))
     pa, pb = a.mean(0), b.mean(0)
     joint = a.t() @ b / len(a)
     spread = (pa * (1 - pa))[:, None].sqrt() * (pb * (1 - pb))[None].sqrt()

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moefy.stats import as_mask
+
 SHUFFLES = 400
 SIGNIFICANT = 0.05
 
@@ -29,7 +31,7 @@ def preferences(
     `q` are two-sided; `significant` is the share of (expert, class) pairs with q under 5 %.
     """
     generator = torch.Generator().manual_seed(seed)
-    picked = torch.zeros(len(chosen), experts).scatter_(1, chosen.long(), 1.0)
+    picked = as_mask(chosen, experts).float()
     observed = _counts(picked, classes, len(names))
     size = torch.bincount(classes[classes >= 0], minlength=len(names)).float()
     expected = torch.zeros_like(observed)

@@ -1,0 +1,106 @@
+"""One budget for the whole model, divided over its layers by what they lose.
+
+For each FFN `eliminate` gives the error that is left when a share of its neurons run and are refitted, and
+`sensitivity` what that error costs the model. The sum of these predicted losses is minimised at a given mean
+share; the shares of equal slope are found by bisection. The curve is that of the model without routing:
+routing multiplies the errors by a factor that hardly depends on the layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moefy.calibrate import real_tokens
+from moefy.construct.elimination import eliminate
+from moefy.one_pass import OnePass
+from moefy.sensitivity import output_metrics
+from moefy.sites import Site
+from moefy.stats import NeuronStats
+
+# Shares that a layer may get. Below a twelfth the predictions, which are of second order, mean nothing.
+GRID = 401
+LOWEST = 1 / 12
+# A layer that would get more than this stays dense: what it saves is less than what its router costs.
+DENSE = 0.97
+# Batches that are measured, evenly spread: for the Fisher information, and for the curves.
+METRIC_BATCHES, CURVE_BATCHES = 8, 12
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Predicted rise of the loss `loss` (GRID,) when 0 ... 1 of a layer's neurons run; its multiply-adds `size`."""
+
+    loss: Tensor
+    size: int
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """What was measured of a dense model's FFNs, by name: the metric of an error, and the curve of the loss."""
+
+    metrics: dict[str, Tensor]
+    curves: dict[str, Curve]
+
+    def predicted_loss(self, shares: Mapping[str, float]) -> float:
+        """The sum of the layers' predicted losses, nats a token, at these shares and without routing."""
+        return sum(float(curve.loss[round(shares[name] * (GRID - 1))]) for name, curve in self.curves.items())
+
+
+def measure(
+    model: nn.Module,
+    sites: Mapping[str, Site],
+    batches: Sequence[Mapping[str, Any]],
+    hold_bytes: int,
+    chunk: int,
+    progress: Callable[[int, str], None] | None = None,
+) -> Sensitivity:
+    """Measure a dense model, which stays as it is, on a few of the calibration batches."""
+    metrics = output_metrics(model, sites, _spread(batches, METRIC_BATCHES))
+    curves: dict[str, Curve] = {}
+    entries = {name: site.entry for name, site in sites.items()}
+    for name, inputs in OnePass(model, entries, _spread(batches, CURVE_BATCHES), real_tokens, hold_bytes):
+        ffn = sites[name].read().to(torch.float32)
+        curves[name] = loss_curve(NeuronStats(ffn, inputs, chunk, name=name, metric=metrics.get(name)))
+        if progress:
+            progress(len(curves), name)
+    return Sensitivity(metrics, curves)
+
+
+def _spread(batches: Sequence[Mapping[str, Any]], count: int) -> list[Mapping[str, Any]]:
+    step = max(1.0, len(batches) / count)
+    return [batches[int(i * step)] for i in range(min(count, len(batches)))]
+
+
+def loss_curve(stats: NeuronStats) -> Curve:
+    """The curve of one FFN from its dense inputs; nats a token if `stats.metric` is the Fisher information."""
+    found, neurons = eliminate(stats), stats.ffn.neurons
+    # With `kept` neurons the first F - kept are gone.
+    cost = torch.cat([torch.zeros(1, dtype=torch.float64), found.cost]).flip(0)
+    kept = torch.linspace(0, neurons, GRID, dtype=torch.float64)
+    low = kept.floor().long().clamp_max(neurons - 1)
+    loss = torch.lerp(cost[low], cost[low + 1], kept - low) / (2 * stats.gram[-1, -1])
+    return Curve(loss, neurons * stats.ffn.width * (2 if stats.ffn.gate is None else 3))
+
+
+def allocate(curves: Mapping[str, Curve], budget: float) -> dict[str, float]:
+    """A share for each layer, `budget` on average over multiply-adds, at the least sum of predicted losses."""
+    grid = torch.linspace(0, 1, GRID, dtype=torch.float64)
+    losses = torch.stack([curve.loss for curve in curves.values()])
+    sizes = torch.tensor([curve.size for curve in curves.values()], dtype=torch.float64)
+    weights = sizes / sizes.sum()
+    losses = losses.masked_fill(grid < min(LOWEST, budget), torch.inf)
+
+    def shares(price: float) -> Tensor:
+        found = grid[(losses + price * weights[:, None] * grid).argmin(1)]
+        return found.where(found <= DENSE, 1.0)
+
+    low, high = 1e-15, 1e6
+    for _ in range(100):
+        price = (low * high) ** 0.5
+        low, high = (price, high) if float(weights @ shares(price)) > budget else (low, price)
+    return dict(zip(curves, shares(high).tolist(), strict=True))

@@ -1,0 +1,81 @@
+"""A linear router fitted to decide: is an expert worth running for this token?
+
+Cost-sensitive logistic regression: the label is whether what losing the expert costs (`stats.unrepaired`:
+after the shared neurons have repaired what they can) is above the layer's going rate, and the weight of an
+example is how far from it, which is the squared error that a wrong decision leaves. It starts from the ridge
+regression to the cost's root. The form is that of `LinearRouter`, so what runs one runs the other.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from moefy.routers.linear import LinearRouter, ridge
+from moefy.stats import NeuronStats, unrepaired
+from moefy.types import LayerSpec, Partition
+
+EPOCHS, BATCH, RATE, DECAY = 10, 1024, 2e-3, 1e-4
+# Bytes of inputs and costs to train on; more tokens are thinned evenly. SmolLM2: 190,000 tokens.
+HOLD_BYTES = 1 << 29
+# An example counts at most as if its cost were this many times the going rate.
+CLIP = 20.0
+
+
+class LogisticRouter(LinearRouter):
+    @classmethod
+    def build(cls, spec: LayerSpec, partition: Partition, stats: NeuronStats, seed: int) -> LogisticRouter:
+        x, cost, weight = _examples(spec, partition, stats)
+        generator = torch.Generator().manual_seed(seed)
+        sample = cost.flatten()[torch.randint(cost.numel(), (1 << 20,), generator=generator)]
+        rate = sample.quantile(1 - spec.top_k / spec.experts).clamp_min(1e-30)
+        start, offset = ridge(x, cost.sqrt(), weight)
+        mean, spread = x.mean(0), x.std(0) + 1e-6
+        # Of unit inputs, centred on the going rate, with scores of a scale that the logistic loss can use.
+        scale = 2 / ((x[:4096] @ start).std() + 1e-9)
+        w, b = start * spread[:, None] * scale, (offset + mean @ start - rate.sqrt()) * scale
+        w, b = _train(w, b, (x - mean) / spread, cost / rate, weight, generator)
+        router = cls(spec)
+        router.weight.copy_((w / spread[:, None]).t())
+        router.bias.copy_(b - mean @ (w / spread[:, None]))
+        return router
+
+
+def _examples(spec: LayerSpec, partition: Partition, stats: NeuronStats) -> tuple[Tensor, Tensor, Tensor]:
+    """Inputs (T, D), costs (T, E) and weights (T,) of the tokens that are not held out, thinned to HOLD_BYTES."""
+    cost = unrepaired(stats, partition)
+    step = -(-stats.tokens * 4 * (spec.width + spec.experts) // HOLD_BYTES)
+    inputs, costs, weights = [], [], []
+    for rows, held in stats.split_inputs():
+        x = rows[~held if stats.tokens > held.sum() else held][::step]
+        h = stats.ffn.hidden(x)
+        inputs.append(x)
+        costs.append(cost(h))
+        weights.append(stats.token_weight(stats.ffn.forward_hidden(h)))
+    return torch.cat(inputs), torch.cat(costs), torch.cat(weights)
+
+
+def _train(
+    w: Tensor, b: Tensor, x: Tensor, cost: Tensor, weight: Tensor, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """The weights (D, E) and biases (E,) after Adam at a falling rate."""
+    w, b = w.clone().requires_grad_(), b.clone().requires_grad_()
+    optimizer = torch.optim.Adam([w, b], lr=RATE, betas=(0.9, 0.98))
+    batch = min(BATCH, len(x))
+    steps = EPOCHS * (len(x) // batch)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(0.0, 1 - step / steps))
+    for _ in range(EPOCHS):
+        order = torch.randperm(len(x), generator=generator)
+        for rows in order[: len(x) // batch * batch].view(-1, batch):
+            c = cost[rows]
+            importance = (c - 1).abs().clamp_max(CLIP) * weight[rows, None]
+            with torch.enable_grad():
+                scores = x[rows] @ w + b
+                loss = F.binary_cross_entropy_with_logits(scores, (c > 1).float(), importance)
+                loss = loss + DECAY * w.square().sum() / w.shape[1]
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    return w.detach(), b.detach()

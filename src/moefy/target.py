@@ -1,0 +1,123 @@
+"""The smallest budget that keeps a promise: held-out perplexity at most so much above the dense model's."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moefy.budgets import Sensitivity, allocate, measure
+from moefy.convert import Report, convert
+from moefy.evaluate import is_causal_lm, perplexity
+from moefy.moe import realised_fraction, usage
+from moefy.recipe import Recipe
+from moefy.sites import find_sites
+from moefy.types import MoefyError
+
+# Conversions at most, and how near the smallest budget the search stops.
+TRIALS, NEAR = 5, 0.02
+# The loss of a routed model over what is predicted without routing, before the first trial has measured it.
+FIRST_GUESS = 0.7
+LARGEST = 0.95
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One conversion: its budget, what ran on the held-out text, and the rise of perplexity there (0.05: 5 %)."""
+
+    budget: float
+    realised: float
+    rise: float
+
+
+def smallest_budget(
+    model: Any,
+    recipe: Recipe,
+    batches: Sequence[Mapping[str, Any]],
+    held_out: Tensor,
+    target: float,
+    *,
+    prefix: int = 0,
+    hold_bytes: int = 1 << 30,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> tuple[Any, Report, list[Trial]]:
+    """Convert copies of `model` at budgets that close in on the smallest with a rise of at most `target`.
+
+    `held_out` (N, window) token windows, with `prefix` special tokens each, are not calibrated on. Returns the
+    converted copy, its report and every trial; MoefyError if even the largest budget does not keep the target.
+    """
+    if not is_causal_lm(model):
+        raise MoefyError(f"A target loss needs a causal language model, and this is a {type(model).__name__}.")
+    if target <= 0:
+        raise MoefyError(f"A target loss is a rise of perplexity above 0, such as 0.05 for 5 %, and not {target}.")
+    recipe = Recipe.of(recipe, allocation="sensitivity", budget=recipe.budget or 0.5)
+    sites = {site.entry_name: site for site in find_sites(model)}
+    found = measure(model, sites, batches, hold_bytes, recipe.chunk_tokens)
+    dense = perplexity(model, held_out, prefix).perplexity
+    low, high, scale = 0.0, 1.0, FIRST_GUESS
+    best: tuple[Any, Report] | None = None
+    trials: list[Trial] = []
+    while len(trials) < TRIALS and high - low > NEAR:
+        budget = _predicted_budget(found, math.log1p(target) / scale)
+        if not low < budget < high:
+            budget = (low + high) / 2
+        budget = min(budget, LARGEST) if not trials or low < LARGEST else (low + high) / 2
+        copied = copy.deepcopy(model)
+        report = convert(
+            copied,
+            Recipe.of(recipe, budget=budget),
+            batches,
+            hold_bytes=hold_bytes,
+            progress=_named(progress, len(trials), budget),
+            sensitivity=found,
+        )
+        with usage(copied) as counted:
+            loss = math.log(perplexity(copied, held_out, prefix).perplexity / dense)
+        trials.append(Trial(budget, realised_fraction(copied, counted), math.expm1(loss)))
+        scale = max(loss, 1e-4) / max(found.predicted_loss(allocate(found.curves, budget)), 1e-9)
+        if trials[-1].rise <= target:
+            high, best = budget, (copied, report)
+        else:
+            low = budget
+        if low >= LARGEST:
+            break
+    if best is None:
+        least = min(trials, key=lambda t: t.rise)
+        raise MoefyError(
+            f"No budget up to {LARGEST} keeps perplexity within {target:.1%} of the dense model's on the held-out text "
+            f"(the nearest, {least.budget:.2f}, is {least.rise:.1%} above); raise the target or calibrate on more text."
+        )
+    return *best, trials
+
+
+def _predicted_budget(found: Sensitivity, loss: float) -> float:
+    """The budget at which the predicted loss without routing is `loss` nats."""
+    low, high = 0.1, 1.0
+    for _ in range(12):
+        middle = (low + high) / 2
+        too_much = found.predicted_loss(allocate(found.curves, middle)) > loss
+        low, high = (middle, high) if too_much else (low, middle)
+    return high
+
+
+def _named(
+    progress: Callable[[int, int, str], None] | None, trial: int, budget: float
+) -> Callable[[int, int, str], None] | None:
+    if progress is None:
+        return None
+    return lambda done, total, name: progress(
+        trial * total + done, TRIALS * total, f"trial {trial + 1}, budget {budget:.2f}"
+    )
+
+
+def split_held_out(batches: Sequence[Mapping[str, Any]]) -> tuple[list[Mapping[str, Any]], Tensor]:
+    """Calibration batches without every sixth, and the token windows (N, window) of those; MoefyError if too few."""
+    if len(batches) < 6:
+        raise MoefyError(f"A target loss holds windows out, and {len(batches)} are too few; give more text.")
+    held = torch.cat([batch["input_ids"] for batch in batches[5::6]])
+    return [batch for i, batch in enumerate(batches) if i % 6 != 5], held

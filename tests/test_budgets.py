@@ -1,0 +1,128 @@
+"""What layers lose and what they get: the elimination, the metric of an error, and the division of a budget."""
+
+import copy
+
+import pytest
+import torch
+
+import moefy
+import tiny
+from moefy.budgets import GRID, Curve, Sensitivity, allocate, loss_curve
+from moefy.calibrate import real_tokens
+from moefy.construct.elimination import eliminate
+from moefy.sensitivity import output_metrics
+from moefy.sites import find_sites
+from moefy.stats import NeuronStats
+from test_construct import make_stats
+
+
+def best_loss(stats, x, kept):
+    """The weighted squared error that is left when only `kept` neurons and a constant may be fitted."""
+    h, y = stats.ffn.hidden(x).double(), stats.ffn.forward(x).double()
+    w = stats.token_weight(y.float()).double().sqrt()[:, None]
+    some = torch.cat([h[:, kept], torch.ones(len(x), 1, dtype=torch.float64)], dim=1) * w
+    left = y * w - some @ torch.linalg.lstsq(some, y * w, driver="gelsd").solution
+    if stats.metric is None:
+        return left.square().sum()
+    return ((left @ stats.metric.double()) * left).sum()
+
+
+@pytest.mark.parametrize("metric", [False, True])
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_cost_of_an_elimination_is_that_of_a_least_squares_fit(metric, bias):
+    stats, x = make_stats(gated=True, activation="silu", bias=bias, tokens=800)
+    if metric:
+        root = torch.randn(stats.ffn.width, stats.ffn.width)
+        stats = NeuronStats(stats.ffn, stats.batches, metric=root @ root.t())
+    found = eliminate(stats)
+    assert torch.equal(found.order.sort().values, torch.arange(stats.ffn.neurons))
+    assert (found.cost.diff() >= -1e-9 * found.cost[-1]).all()
+    for gone in (8, 24, 40):
+        exact = best_loss(stats, x, found.order[gone:].sort().values)
+        # The damping of 1e-4 adds a little to the cost.
+        assert float(found.cost[gone - 1]) == pytest.approx(float(exact), rel=0.02)
+
+
+def test_neurons_that_others_repeat_go_first():
+    stats, _ = make_stats(activation="gelu", tokens=600)
+    ffn, half = stats.ffn, stats.ffn.neurons // 2
+    twins = moefy.FFNWeights(up=ffn.up[:half].repeat(2, 1), gate=ffn.gate[:half].repeat(2, 1), down=ffn.down)
+    found = eliminate(NeuronStats(twins, stats.batches))
+    assert len(set((found.order[:half] % half).tolist())) == half  # one of each pair
+    assert found.cost[half - 1] < 1e-3 * found.cost[-1]
+
+
+def test_a_budget_is_divided_where_it_costs_least():
+    grid = torch.linspace(0, 1, GRID, dtype=torch.float64)
+    curves = {name: Curve(scale * (1 - grid) ** 2, 100) for name, scale in (("a", 1.0), ("b", 4.0), ("c", 0.01))}
+    shares = allocate(curves, 0.5)
+    assert sum(shares.values()) / 3 == pytest.approx(0.5, abs=0.01)
+    assert shares["c"] < shares["a"] < shares["b"]
+    # Equal slopes where nothing binds: a (1 - a) * 1 = (1 - b) * 4.
+    assert (1 - shares["a"]) == pytest.approx(4 * (1 - shares["b"]), abs=0.02)
+    uniform = dict.fromkeys(curves, 0.5)
+    assert Sensitivity({}, curves).predicted_loss(shares) < Sensitivity({}, curves).predicted_loss(uniform)
+    assert set(allocate(curves, 1.0).values()) == {1.0}
+
+
+def test_a_layer_that_is_dear_stays_dense_and_sizes_weigh():
+    grid = torch.linspace(0, 1, GRID, dtype=torch.float64)
+    curves = {"dear": Curve(1e3 * (1 - grid) ** 2, 100), "big": Curve((1 - grid) ** 2, 900)}
+    shares = allocate(curves, 0.5)
+    assert shares["dear"] == 1.0
+    assert 0.1 * shares["dear"] + 0.9 * shares["big"] == pytest.approx(0.5, abs=0.01)
+
+
+def test_the_curve_starts_at_no_loss_and_ends_at_the_whole_output():
+    stats, x = make_stats(tokens=500)
+    curve = loss_curve(stats)
+    assert len(curve.loss) == GRID
+    assert curve.loss[-1] == 0
+    assert (curve.loss.diff() <= 1e-12).all()
+    weight = stats.token_weight(stats.ffn.forward(x)).sum()
+    assert float(curve.loss[0]) == pytest.approx(float(best_loss(stats, x, []) / (2 * weight)), rel=0.02)
+
+
+@pytest.mark.parametrize("family", ["llama", "bert", "t5-v1.0", "opt", "gpt2"])
+def test_the_metric_predicts_the_loss_of_a_small_error(family):
+    """½ eᵀGe is the expected divergence from the unperturbed prediction, for a small error e in one FFN's output."""
+    model, batches = tiny.tiny(family), [tiny.inputs(family, seed=i) for i in range(4)]
+    sites = {site.entry_name: site for site in find_sites(model)}
+    before = copy.deepcopy(model.state_dict())
+    grads = [p.requires_grad for p in model.parameters()]
+    found = [output_metrics(model, sites, batches, seed=s) for s in range(60)]
+    assert [p.requires_grad for p in model.parameters()] == grads
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert set(found[0]) == set(sites)
+    if "logits" not in model(**batches[0]):
+        return
+    name = next(iter(sites))
+    metric = torch.stack([f[name] for f in found]).mean(0)
+    site = sites[name]
+    down = site.owner.get_submodule(site.family.down)
+    size, draws, lost, tokens = 1e-2, 40, 0.0, 0
+    for batch in batches:
+        dense = tiny.output(model, batch).double().log_softmax(-1)
+        handle = down.register_forward_hook(lambda m, a, out: out + size * torch.randn_like(out))
+        for _ in range(draws):
+            moved = tiny.output(model, batch).double().log_softmax(-1)
+            lost += float((dense.exp() * (dense - moved)).sum()) / draws
+        handle.remove()
+        keep = real_tokens(name, batch)
+        tokens += int(keep.sum()) if keep is not None else batch["input_ids"].numel()
+    # Errors of unit variance in every direction: half the trace. The labels are drawn, 60 times.
+    assert lost / tokens == pytest.approx(size**2 * float(metric.trace()) / 2, rel=0.35)
+
+
+@pytest.mark.parametrize("family", ["llama", "t5-v1.0", "bert"])
+@pytest.mark.parametrize("budget", [0.3, 0.75])
+def test_a_budget_for_the_whole_model_is_kept(family, budget):
+    model, batches = tiny.tiny(family), [tiny.inputs(family, seed=i) for i in range(4)]
+    report = moefy.convert(model, moefy.Recipe.of("reconstructed", budget=budget, expert_size=2), batches)
+    assert report.active_fraction <= budget + 1e-6
+    assert report.predicted_loss >= 0
+
+
+def test_allocation_needs_a_budget():
+    with pytest.raises(moefy.MoefyError, match="give one"):
+        moefy.Recipe.of("cmoe", allocation="sensitivity")

@@ -1,0 +1,98 @@
+"""Selection by threshold: what it chooses, its mean and its bound, native and torch alike, and counted as it ran."""
+
+import pytest
+import torch
+
+import moefy
+import tiny
+from moefy import kernels
+from moefy.construct import construct
+from moefy.kernels import native
+from moefy.moe import MoEFFN, moe_layers, realised_fraction, usage
+from moefy.routers import ROUTERS
+from moefy.selection import above, set_threshold
+from test_construct import make_stats
+
+
+def build(stats, router="linear", active=2, most_active=2.0, **changes):
+    recipe = moefy.Recipe(
+        construction="weights", router=router, experts=12, shared=2, active=active, selection="threshold",
+        most_active=most_active, **changes,
+    )  # fmt: skip
+    spec = recipe.layer_spec(stats.ffn, "ffn")
+    partition = construct("weights", spec, stats, seed=0)
+    moe = MoEFFN.from_dense(stats.ffn, partition, spec, ROUTERS[router].build(spec, partition, stats, 0))
+    set_threshold(moe.router, stats, moe.weights())
+    return moe.requires_grad_(False)
+
+
+def test_above_takes_the_highest_and_no_more_than_most():
+    scores = torch.tensor([[0.0, 3.0, 1.0, 2.0], [0.0, 0.0, 0.0, 0.0], [9.0, 8.0, 7.0, 6.0]])
+    chosen = above(scores, 0.5, 2)
+    assert [sorted(row) for row in chosen.tolist()] == [[1, 3], [-1, -1], [0, 1]]
+    assert (above(scores, float("inf"), 4) == -1).all()
+    assert above(torch.tensor([[float("nan"), 1.0]]), 0.0, 2).tolist() == [[1, -1]]
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_the_mean_is_met_on_held_out_tokens_and_the_bound_on_all(router):
+    stats, x = make_stats(tokens=4000)
+    moe = build(stats, router, active=3)
+    held = torch.cat([mask for _, mask in stats.split_inputs()])
+    counts = (moe.route(x) >= 0).sum(1)
+    # One threshold for all: it can miss the mean by no more than one choice among the held-out tokens.
+    assert abs(counts[held].float().mean() - 3) <= 1 / held.sum() + 1e-6 or router == "random"
+    assert counts.max() <= moe.spec.most == 6
+    assert router == "random" or counts.min() < counts.max()
+
+
+def test_a_mean_above_the_bound_is_refused():
+    stats, _ = make_stats()
+    moe = build(stats)
+    moe.router.spec = moefy.LayerSpec(**{**vars(moe.spec), "most": 1})
+    with pytest.raises(ValueError, match="cannot be"):
+        set_threshold(moe.router, stats, moe.weights())
+
+
+@pytest.mark.parametrize("router", ["linear", "logistic", "mlp"])
+@pytest.mark.parametrize("most_active", [1.0, 4.0])
+def test_native_and_torch_agree_and_count_the_same(router, most_active):
+    if not native.available():
+        pytest.fail(f"the native kernel is missing: {native.why_not()}")
+    stats, x = make_stats(tokens=500)
+    moe = build(stats, router, most_active=most_active)
+    found = {}
+    for kernel in ("reference", "grouped", "native"):
+        with kernels.using(kernel), usage(moe) as counted:
+            found[kernel] = moe(x[:37]), counted[""].counts.clone(), realised_fraction(moe, counted)
+    moe.unpack()
+    for kernel in ("grouped", "native"):
+        torch.testing.assert_close(found[kernel][0], found["reference"][0], rtol=1e-4, atol=1e-4)
+        assert torch.equal(found[kernel][1], found["reference"][1])
+        assert found[kernel][2] == found["reference"][2]
+    mean = float(found["native"][1].sum()) / 37
+    assert found["native"][2] == pytest.approx(moe.active_fraction(mean))
+
+
+def test_no_expert_and_every_expert():
+    stats, x = make_stats()
+    moe = build(stats, most_active=9.0)
+    moe.router.threshold.fill_(float("inf"))
+    only_shared = stats.ffn.take(moe.neurons[: moe.spec.shared].long())
+    for kernel in ("reference", "native"):
+        with kernels.using(kernel):
+            torch.testing.assert_close(moe(x), only_shared.forward(x) + (moe.down_bias or 0), rtol=1e-4, atol=1e-4)
+    moe.router.threshold.fill_(-float("inf"))
+    assert moe.spec.most == moe.spec.experts
+    torch.testing.assert_close(moe(x), stats.ffn.forward(x), rtol=1e-4, atol=1e-3)
+
+
+def test_the_threshold_is_saved_and_loaded(tmp_path):
+    model, batches = tiny.tiny("llama"), [tiny.inputs("llama", seed=i) for i in range(4)]
+    moefy.convert(model, moefy.Recipe(experts=8, shared=2, active=2, router="linear", selection="threshold"), batches)
+    moefy.save(model, tmp_path / "out")
+    again = moefy.load(tmp_path / "out")
+    for ours, theirs in zip(moe_layers(model).values(), moe_layers(again).values(), strict=True):
+        assert float(ours.router.threshold) == float(theirs.router.threshold) != 0
+    with torch.no_grad():
+        assert torch.equal(model(**batches[0]).logits, again(**batches[0]).logits)
