@@ -21,6 +21,7 @@ ORDER = [
     "reconstruct",
     "quality",
     "hf",
+    "slim",
     "recipe",
     "one_pass",
     "convert",

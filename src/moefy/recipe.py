@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from moefy.construct import CONSTRUCTIONS
 from moefy.construct.sharing import SHARING
 from moefy.routers import ROUTERS
+from moefy.slim import slim_spec
 from moefy.types import FFNWeights, LayerSpec, MoefyError
 
 
@@ -37,6 +38,7 @@ class Recipe(BaseModel):
     shared: int | float = Field(3, ge=0)
     active: int | float = Field(3, ge=0)
     budget: float | None = Field(None, gt=0, le=1, description="share of the multiply-adds, the router's included")
+    slim: bool = Field(False, description="save an ordinary model with only the shared neurons, whole blocks of 32")
     top_activated: int = Field(10, ge=1, description="CMoE's K_a: neurons marked per token")
     seed: int = Field(0, ge=0)
     chunk_tokens: int = Field(1024, ge=1, description="tokens worked on at a time")
@@ -67,6 +69,8 @@ class Recipe(BaseModel):
 
     @model_validator(mode="after")
     def _counts_fit(self) -> Recipe:
+        if self.slim and self.construction != "shared_only":
+            raise ValueError(f"a slim model routes nothing: use the construction shared_only, not {self.construction}")
         if self.expert_size is None and self.budget is None:
             self.counts(self.experts)
         return self
@@ -74,6 +78,10 @@ class Recipe(BaseModel):
     def _counts_within_budget(self, experts: int, ffn: FFNWeights) -> tuple[int, int]:
         assert self.budget is not None
         within = int(self.budget * experts)
+        if within == 0 and not self.slim:
+            raise ValueError(
+                f"a budget of {self.budget} is less than one of {experts} experts; give more, or use smaller experts"
+            )
         if self.construction == "shared_only" or within == experts:
             return within, 0
         shared = within // 2
@@ -119,7 +127,7 @@ class Recipe(BaseModel):
         routed = self.construction != "shared_only"
         shared += 0 if routed else active
         experts = ffn.neurons // size - shared
-        return LayerSpec(
+        spec = LayerSpec(
             width=ffn.width,
             shared=shared * size,
             experts=experts,
@@ -133,6 +141,7 @@ class Recipe(BaseModel):
             down_bias=ffn.down_bias is not None,
             activate_up=ffn.activate_up,
         )
+        return slim_spec(spec, site) if self.slim else spec
 
     def control(self) -> Recipe:
         """The control at the same active fraction: as many neurons, always the same ones, no router."""
@@ -220,4 +229,14 @@ RECIPES: dict[str, Recipe] = {
         budget=0.5,
     ),
     "shared-only": Recipe(name="shared-only", construction="shared_only"),
+    # No experts: the neurons that matter most, refitted, as an ordinary model with narrower FFNs.
+    "slim": Recipe(
+        name="slim",
+        construction="shared_only",
+        sharing="reconstruction",
+        refit=True,
+        slim=True,
+        expert_size=1,
+        budget=0.5,
+    ),
 }
