@@ -30,6 +30,7 @@ ORDER = [
     "checkpoint",
     "evaluate",
     "bench",
+    "compare",
     "console",
     "tasks",
     "harness",
@@ -40,6 +41,7 @@ ORDER = [
     "demo",
     "cli_common",
     "cli_tasks",
+    "cli_compare",
     "cli",
 ]
 TOP = {"__init__", "__main__"}

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from moefy import cli_tasks
+from moefy import cli_compare, cli_tasks
 from moefy.cli_common import Calibration, Dtype, RemoteCode, TaskName, load_any, text_batches
 from moefy.types import MoefyError
 
@@ -142,6 +142,7 @@ def evaluate(
 app.command()(cli_tasks.relufy)
 app.command()(cli_tasks.inspect)
 app.command()(cli_tasks.harness)
+app.command()(cli_compare.compare)
 
 
 @app.command()
