@@ -79,7 +79,8 @@ def load(path: str | os.PathLike[str], **options: Any) -> PreTrainedModel:
         raise MoefyError(f"There is no model directory {path}.")
     check_directory(folder)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if config.get("model_type") != hf.MODEL_TYPE:
+    converted = config.get("model_type") == hf.MODEL_TYPE
+    if not converted and not _is_slim(folder):
         raise MoefyError(
             f"{path} is not a model that moefy converted (its model type is {config.get('model_type')}); "
             f"load it with transformers."
@@ -88,11 +89,19 @@ def load(path: str | os.PathLike[str], **options: Any) -> PreTrainedModel:
     base = getattr(transformers, name, None) or getattr(bamboo, name, None)
     if base is None:
         raise MoefyError(f"This transformers ({transformers.__version__}) has no {name}, which {path} needs.")
-    loaded = hf.MoefyConfig.from_pretrained(folder)
+    options = {"dtype": "auto", **options}
+    if converted:
+        options["config"] = hf.MoefyConfig.from_pretrained(folder)
+        base = hf.model_class(base, type(options["config"]))
     with quiet_transformers():
-        return hf.model_class(base, type(loaded)).from_pretrained(
-            folder, config=loaded, use_safetensors=True, **{"dtype": "auto", **options}
-        )
+        return base.from_pretrained(folder, use_safetensors=True, **options)
+
+
+def _is_slim(folder: Path) -> bool:
+    try:
+        return slim.is_slim(json.loads((folder / "report.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return False  # none, or another tool's
 
 
 def to_dense(model: PreTrainedModel) -> PreTrainedModel:

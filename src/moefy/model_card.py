@@ -27,15 +27,16 @@ def model_card(model: Any, source: str | None, figures: dict[str, float]) -> str
     base = _base_name(source)
     architecture = config.architectures[0].removeprefix("Moefy")
     auto = next((a for end, a in _AUTO.items() if architecture.endswith(end)), "AutoModel")
+    slim = is_slim(record)
+    what = "kept" if slim else "active (router included)"
     rows = [
-        ("Share of the FFN multiply-adds active (router included)", f"{record['active_fraction']:.1%}"),
+        (f"Share of the FFN multiply-adds {what}", f"{record['active_fraction']:.1%}"),
         ("Calibration tokens", f"{record['calibration']['tokens']:,}"),
         ("Calibration fingerprint", record["calibration"]["fingerprint"]),
         *((name, f"{value:.4g}") for name, value in figures.items()),
     ]
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
-    slim = is_slim(record)
     plain = slim and hasattr(transformers, architecture)
     imports = "" if plain else "import moefy  # makes transformers able to load this directory\n"
     library = f"library_name: {'transformers' if slim else 'moefy'}"
@@ -50,7 +51,7 @@ tags:
 
 # {base or architecture} {"with narrower feed-forward networks" if slim else "as a mixture of experts"}
 
-{made} Base model: {base or "not recorded"}.
+{made}Base model: {base or "not recorded"}.
 
 | | |
 |---|---|
@@ -75,7 +76,7 @@ model = {auto}.from_pretrained("path/to/this/directory")
 def _mixture(architecture: str, versions: str) -> str:
     return (
         f"{architecture} whose feed-forward networks were converted to mixtures of experts after training, with their\n"
-        f"own weights, by moefy ({versions})."
+        f"own weights, by moefy ({versions}). "
     )
 
 
@@ -85,8 +86,8 @@ def _slim(architecture: str, versions: str, record: dict[str, Any]) -> str:
     kept = " and ".join(f"{kept:,} of {dense:,}" for kept, dense in sorted(counts))
     return (
         f"{architecture} whose feed-forward networks keep {kept} neurons; chosen, and the down-projections\n"
-        f"refitted, by moefy ({versions}) without training. It is an ordinary model of its architecture.\n"
-        f"{found['output_bias']}"
+        f"refitted, by moefy ({versions})\n"
+        f"without training. It is an ordinary model of its architecture. {found['output_bias']}\n"
     )
 
 
