@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+import transformers as tf
 from typer.testing import CliRunner
 
 import moefy
@@ -171,6 +172,15 @@ def test_more_recipes_and_seeds_are_added(done, counted, tmp_path):
     assert [(recipe.name, recipe.seed) for recipe in counted] == [("slim", 2)]
 
 
+def test_a_recipe_file_that_changed_is_run_again(counted, tmp_path):
+    path = tmp_path / "mine.yaml"
+    for active in (2, 2, 3):
+        path.write_text(f"router: similarity\nexperts: 6\nshared: 0\nactive: 2\ntop_activated: {active}\n")
+        runs = plan((str(path),), (0.5,), 1)
+        compare(tiny.tiny("llama"), runs, data(), tmp_path / "x.jsonl", rounds=0)
+    assert [recipe.top_activated for recipe in counted] == [2, 3]
+
+
 @pytest.mark.parametrize("other", ["texts", "weights", "rounds", "calibration"])
 def test_lines_of_other_settings_are_not_mixed(other, done, tmp_path):
     path, model, found = tmp_path / "compare.jsonl", tiny.tiny("llama", seed=int(other == "weights")), data()
@@ -205,16 +215,19 @@ def test_only_dense_causal_models(tmp_path):
 
 def test_timing_is_beside_the_dense_model_and_not_of_oracles(tmp_path):
     runs = plan(("slim", "reconstructed:oracle"), (0.75,), 1)
-    base, lines = compare(tiny.tiny("llama"), runs, data(), tmp_path / "x.jsonl", rounds=1)
+    model = tiny._decoder(tf.LlamaConfig, tf.LlamaForCausalLM, max_position_embeddings=256).eval()
+    base, lines = compare(model, runs, data(), tmp_path / "x.jsonl", rounds=1)
     slim, oracle = lines
     assert oracle["speed"] is None
-    for by_model in (slim["speed"]["decode"],):  # the tiny model has too few positions for a prefill
+    for by_model in (slim["speed"]["decode"], slim["speed"]["prefill"]):
         assert set(by_model) == {"dense", "model"}
         assert all(v["tokens_per_second"] > 0 for v in by_model.values())
     assert slim["speed"]["weight_bytes"]["model"] < slim["speed"]["weight_bytes"]["dense"]
     head, rows = compare_page.cells(base, lines)
-    assert rows[1][head.index("decode, tokens/s")].endswith("x)")
-    assert rows[2][head.index("decode, tokens/s")] == "–"
+    for case in ("decode, tokens/s", "prefill, tokens/s"):
+        assert float(rows[0][head.index(case)]) > 0
+        assert rows[1][head.index(case)].endswith("x)")
+        assert rows[2][head.index(case)] == "–"
 
 
 def _line(recipe, seed, ratio, speed=None, text="t"):
@@ -251,7 +264,7 @@ SETTINGS = {
 
 
 def test_the_page_escapes_names_and_loads_nothing():
-    evil = '<script src="http://x">$\\frac{</script>|'
+    evil = '<script src="http://x">$\\frac{$</script>|'
     lines = [_line(evil, 0, 1.2, text=evil), {"recipe": evil, "active": 0.2, "seed": 0, "skipped": evil}]
     settings = {**SETTINGS, "model": evil, "texts": {evil: {"windows": [2, 24]}}}
     page = compare_page.page(settings, {"perplexity": {evil: 8.0}}, lines)
