@@ -22,6 +22,7 @@ ORDER = [
     "reconstruct",
     "quality",
     "hf",
+    "slim",
     "recipe",
     "one_pass",
     "sensitivity",
@@ -33,6 +34,7 @@ ORDER = [
     "evaluate",
     "target",
     "bench",
+    "compare",
     "console",
     "tasks",
     "harness",
@@ -43,6 +45,7 @@ ORDER = [
     "demo",
     "cli_common",
     "cli_tasks",
+    "cli_compare",
     "cli",
 ]
 TOP = {"__init__", "__main__"}

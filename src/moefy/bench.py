@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,15 +71,17 @@ def _decode(prompt: torch.Tensor, new_tokens: int) -> Case:
 
 
 @torch.no_grad()
-def compare(models: dict[str, Any], rounds: int = 5, progress: Progress | None = None) -> dict[str, Any]:
-    """Time every case on every model, one after the other in each round; medians in tokens a second.
+def compare(
+    models: dict[str, Any], rounds: int = 5, progress: Progress | None = None, todo: Sequence[Case] | None = None
+) -> dict[str, Any]:
+    """Time every case (`todo`, or all) on every model, one after the other in each round; medians in tokens a second.
 
     The first model is the one that speedups are relative to. Weights are the bytes each model holds.
     """
     for model in models.values():
         model.eval()
     first = next(iter(models.values()))
-    todo, results = cases(first), {}
+    todo, results = cases(first) if todo is None else todo, {}
     done = 0
     for case in todo:
         seconds: dict[str, list[float]] = {name: [] for name in models}

@@ -13,7 +13,7 @@ import transformers
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
-from moefy import hf
+from moefy import hf, slim
 from moefy.model_card import model_card
 from moefy.recipe import Recipe
 from moefy.sites import bamboo, find_sites
@@ -46,6 +46,7 @@ def save(
 ) -> Path:
     """Write a converted model: shards, config, recipe.yaml, report.json, a model card, the tokenizer.
 
+    With the recipe `slim` it is an ordinary checkpoint of the source's architecture with narrower FFNs.
     `source` names the dense model in the card, `figures` are measured numbers to print there. Everything
     is written to a hidden directory beside `path` and renamed, so a crash leaves nothing or the whole.
     Raises MoefyError if the output exists (unless `overwrite`), the disk is full or it is not writable.
@@ -78,28 +79,34 @@ def load(path: str | os.PathLike[str], **options: Any) -> PreTrainedModel:
         raise MoefyError(f"There is no model directory {path}.")
     check_directory(folder)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if config.get("model_type") != hf.MODEL_TYPE:
-        raise MoefyError(f"{path} is not a model that moefy converted (its model type is {config.get('model_type')}).")
+    converted = config.get("model_type") == hf.MODEL_TYPE
+    if not converted and not _is_slim(folder):
+        raise MoefyError(
+            f"{path} is not a model that moefy converted (its model type is {config.get('model_type')}); "
+            f"load it with transformers."
+        )
     name = config["architectures"][0].removeprefix("Moefy")
     base = getattr(transformers, name, None) or getattr(bamboo, name, None)
     if base is None:
         raise MoefyError(f"This transformers ({transformers.__version__}) has no {name}, which {path} needs.")
-    loaded = hf.MoefyConfig.from_pretrained(folder)
+    options = {"dtype": "auto", **options}
+    if converted:
+        options["config"] = hf.MoefyConfig.from_pretrained(folder)
+        base = hf.model_class(base, type(options["config"]))
     with quiet_transformers():
-        return hf.model_class(base, type(loaded)).from_pretrained(
-            folder, config=loaded, use_safetensors=True, **{"dtype": "auto", **options}
-        )
+        return base.from_pretrained(folder, use_safetensors=True, **options)
+
+
+def _is_slim(folder: Path) -> bool:
+    try:
+        return slim.is_slim(json.loads((folder / "report.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return False  # none, or another tool's
 
 
 def to_dense(model: PreTrainedModel) -> PreTrainedModel:
     """The dense model again, with the weights that the converted one holds, in their own order."""
-    base = hf.base_class(model)
-    config = base.config_class.from_dict({**model.config.to_dict(), "model_type": model.config.base_model_type})
-    del config.moefy, config.base_model_type
-    dense = base(config).to(model.dtype)
-    state = model.state_dict()
-    dense.load_state_dict({k: v for k, v in state.items() if k in dense.state_dict()}, strict=False)
-    dense.tie_weights()
+    dense = hf.bare_model(model)
     for site in find_sites(dense):
         site.write(model.get_submodule(site.entry_name).to_dense())
     return dense.eval()
@@ -114,7 +121,7 @@ def _write(
     record: dict[str, Any],
 ) -> None:
     with quiet_transformers():
-        model.save_pretrained(folder)
+        (slim.ordinary(model) if slim.is_slim(record) else model).save_pretrained(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
     for name in _COMPANIONS:
@@ -122,7 +129,7 @@ def _write(
         if source and companion.is_file() and not (folder / name).exists():
             shutil.copyfile(companion, folder / name)
     (folder / "recipe.yaml").write_text(Recipe.of(record["recipe"]).to_yaml(), encoding="utf-8")
-    report = {**record, "figures": figures or {}}
+    report = {**record, **({"slim": slim.summary(record)} if slim.is_slim(record) else {}), "figures": figures or {}}
     (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     (folder / "README.md").write_text(model_card(model, source, figures or {}), encoding="utf-8")
 

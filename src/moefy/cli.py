@@ -1,4 +1,4 @@
-"""The command line: convert, eval, relufy, inspect, harness, generate, demo. A mistake is one sentence, status 2."""
+"""The command line: convert models, measure and compare them. A mistake is one sentence, status 2."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from moefy import cli_tasks
+from moefy import cli_compare, cli_tasks
 from moefy.cli_common import Calibration, Dtype, RemoteCode, TaskName, load_any, text_batches
 from moefy.types import MoefyError
 
@@ -23,7 +23,8 @@ def convert(
     source: Annotated[str, typer.Argument(help="A Hugging Face directory or hub name, or a GGUF file.")],
     output: Annotated[Path, typer.Argument(help="The directory to write.")],
     recipe: Annotated[
-        str | None, typer.Option(help="cmoe (the default), moefication, reconstructed, shared-only, or a YAML file.")
+        str | None,
+        typer.Option(help="cmoe (the default), moefication, reconstructed, shared-only, slim, or a YAML file."),
     ] = None,
     experts: Annotated[int | None, typer.Option(help="Experts in all, shared ones included.")] = None,
     expert_size: Annotated[int | None, typer.Option(help="Neurons of an expert, instead of --experts.")] = None,
@@ -47,8 +48,8 @@ def convert(
     overwrite: Annotated[bool, typer.Option(help="Replace the output if it is a model directory.")] = False,
     trust_remote_code: RemoteCode = False,
 ) -> None:
-    """Convert a dense model's FFNs to mixtures of experts and save the result."""
-    from moefy import checkpoint, console, tasks, texts
+    """Convert a dense model's FFNs to mixtures of experts, or slim them, and save the result."""
+    from moefy import checkpoint, console, slim, tasks, texts
     from moefy.convert import convert as convert_model
     from moefy.recipe import Recipe
     from moefy.sources import load_source
@@ -94,6 +95,9 @@ def convert(
             ["peak memory", f"{report.peak_bytes / 2**30:.2f} GiB"],
         ],
     )
+    if wanted.slim:
+        note = slim.summary(model.config.moefy)["output_bias"]
+        console.out.print(f"{output} is an ordinary model of its architecture. {note}")
 
 
 @app.command("eval")
@@ -138,6 +142,7 @@ def evaluate(
 app.command()(cli_tasks.relufy)
 app.command()(cli_tasks.inspect)
 app.command()(cli_tasks.harness)
+app.command()(cli_compare.compare)
 
 
 @app.command()

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moefy import kernels
+from moefy import kernels, slim
 from moefy.budgets import Sensitivity, allocate, measure
 from moefy.calibrate import CalibrationInfo, check_batches, real_tokens
 from moefy.construct import construct
@@ -114,6 +114,8 @@ def convert(
         raise MoefyError("This model is converted already; start from the dense model it came from.")
     sites = {site.entry_name: site for site in find_sites(model)}
     specs = {name: _checked_spec(site, recipe) for name, site in sites.items()}
+    if recipe.slim:
+        slim.config_sizes(model, specs)  # refused now rather than when it is saved
     report = Report(recipe, CalibrationInfo.of(batches))
     planned = recipe.allocation == "sensitivity"
     before = len(sites) if planned and sensitivity is None else 0

@@ -151,6 +151,28 @@ def base_class(model: PreTrainedModel) -> Any:
     return next(c for c in type(model).__mro__ if c.__module__ != __name__)
 
 
+def bare_model(model: PreTrainedModel, sizes: Mapping[str, int] | None = None) -> PreTrainedModel:
+    """A new dense model of the source's class with a converted model's weights, those of its FFNs excepted.
+
+    `sizes` are changes to its config, such as {"intermediate_size": 768}.
+    """
+    base = base_class(model)
+    config = base.config_class.from_dict({**model.config.to_dict(), "model_type": model.config.base_model_type})
+    del config.moefy, config.base_model_type
+    for attribute, size in (sizes or {}).items():
+        setattr(config_part(config, attribute), attribute, size)
+    bare = base._from_config(config, dtype=model.dtype)
+    own = bare.state_dict().keys()
+    bare.load_state_dict({k: v for k, v in model.state_dict().items() if k in own}, strict=False)
+    bare.tie_weights()
+    return bare
+
+
+def config_part(config: Any, attribute: str) -> Any:
+    """The config that holds an attribute: the model's own, or that of its text part."""
+    return config if hasattr(config, attribute) else config.get_text_config()
+
+
 def versions() -> dict[str, str]:
     """Versions that decide a conversion's numbers."""
     return {"moefy": __version__, "torch": torch.__version__, "transformers": transformers.__version__}

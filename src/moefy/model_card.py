@@ -5,7 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import transformers
+
 from moefy.recipe import Recipe
+from moefy.slim import is_slim, summary
 
 _AUTO = {
     "ForCausalLM": "AutoModelForCausalLM",
@@ -24,26 +27,31 @@ def model_card(model: Any, source: str | None, figures: dict[str, float]) -> str
     base = _base_name(source)
     architecture = config.architectures[0].removeprefix("Moefy")
     auto = next((a for end, a in _AUTO.items() if architecture.endswith(end)), "AutoModel")
+    slim = is_slim(record)
+    what = "kept" if slim else "active (router included)"
     rows = [
-        ("Share of the FFN multiply-adds active (router included)", f"{record['active_fraction']:.1%}"),
+        (f"Share of the FFN multiply-adds {what}", f"{record['active_fraction']:.1%}"),
         ("Calibration tokens", f"{record['calibration']['tokens']:,}"),
         ("Calibration fingerprint", record["calibration"]["fingerprint"]),
         *((name, f"{value:.4g}") for name, value in figures.items()),
     ]
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
-    metadata = "\n".join([*([f"base_model: {base}"] if base and "/" in base else []), "library_name: moefy"])
+    plain = slim and hasattr(transformers, architecture)
+    imports = "" if plain else "import moefy  # makes transformers able to load this directory\n"
+    library = f"library_name: {'transformers' if slim else 'moefy'}"
+    metadata = "\n".join([*([f"base_model: {base}"] if base and "/" in base else []), library])
+    made = _slim(architecture, versions, record) if slim else _mixture(architecture, versions)
     return f"""---
 {metadata}
 tags:
-- mixture-of-experts
+- {"pruning" if slim else "mixture-of-experts"}
 - moefy
 ---
 
-# {base or architecture} as a mixture of experts
+# {base or architecture} {"with narrower feed-forward networks" if slim else "as a mixture of experts"}
 
-{architecture} whose feed-forward networks were converted to mixtures of experts after training, with their
-own weights, by moefy ({versions}). Base model: {base or "not recorded"}.
+{made}Base model: {base or "not recorded"}.
 
 | | |
 |---|---|
@@ -58,12 +66,29 @@ own weights, by moefy ({versions}). Base model: {base or "not recorded"}.
 ## Use
 
 ```python
-import moefy  # makes transformers able to load this directory
-from transformers import {auto}
+{imports}from transformers import {auto}
 
 model = {auto}.from_pretrained("path/to/this/directory")
 ```
 """
+
+
+def _mixture(architecture: str, versions: str) -> str:
+    return (
+        f"{architecture} whose feed-forward networks were converted to mixtures of experts after training, with their\n"
+        f"own weights, by moefy ({versions}). "
+    )
+
+
+def _slim(architecture: str, versions: str, record: dict[str, Any]) -> str:
+    found = summary(record)
+    counts = {(n["kept"], n["dense"]) for n in found["neurons"].values()}
+    kept = " and ".join(f"{kept:,} of {dense:,}" for kept, dense in sorted(counts))
+    return (
+        f"{architecture} whose feed-forward networks keep {kept} neurons; chosen, and the down-projections\n"
+        f"refitted, by moefy ({versions})\n"
+        f"without training. It is an ordinary model of its architecture. {found['output_bias']}\n"
+    )
 
 
 def _base_name(source: str | None) -> str | None:

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from moefy.construct import CONSTRUCTIONS
 from moefy.construct.sharing import SHARING
 from moefy.routers import ROUTERS
+from moefy.slim import slim_spec
 from moefy.types import FFNWeights, LayerSpec, MoefyError
 
 
@@ -44,6 +45,7 @@ class Recipe(BaseModel):
     allocation: Literal["uniform", "sensitivity"] = "uniform"
     selection: Literal["top_k", "threshold"] = "top_k"
     most_active: float = Field(3.0, ge=1, description="selection by threshold: most experts of a token over the mean")
+    slim: bool = Field(False, description="save an ordinary model with only the shared neurons, whole blocks of 32")
     top_activated: int = Field(10, ge=1, description="CMoE's K_a: neurons marked per token")
     seed: int = Field(0, ge=0)
     chunk_tokens: int = Field(1024, ge=1, description="tokens worked on at a time")
@@ -76,12 +78,18 @@ class Recipe(BaseModel):
     def _counts_fit(self) -> Recipe:
         if self.allocation == "sensitivity" and self.budget is None:
             raise ValueError("allocation by sensitivity divides a budget; give one, such as budget: 0.5")
+        if self.slim and self.construction != "shared_only":
+            raise ValueError(f"a slim model routes nothing: use the construction shared_only, not {self.construction}")
         if self.expert_size is None and self.budget is None:
             self.counts(self.experts)
         return self
 
     def _counts_within_budget(self, experts: int, ffn: FFNWeights, budget: float) -> tuple[int, int]:
         within = int(budget * experts + 1e-9)
+        if within == 0 and not self.slim:
+            raise ValueError(
+                f"a budget of {budget} is less than one of {experts} experts; give more, or use smaller experts"
+            )
         if self.construction == "shared_only" or within == experts:
             return within, 0
         shared = int(self.shared_budget * within)
@@ -133,7 +141,7 @@ class Recipe(BaseModel):
             shared, active = shared + active, 0
         experts = ffn.neurons // size - shared
         routed = self.construction != "shared_only" and active > 0
-        return LayerSpec(
+        spec = LayerSpec(
             width=ffn.width,
             shared=shared * size,
             experts=experts,
@@ -145,10 +153,11 @@ class Recipe(BaseModel):
             gated=ffn.gate is not None,
             up_bias=ffn.up_bias is not None,
             gate_bias=ffn.gate_bias is not None,
-            # A refit may add one, except in a layer that stays dense.
-            down_bias=ffn.down_bias is not None or (self.refit and experts > 0),
+            # A refit may add one, except in a layer that stays dense and where the architecture must hold it.
+            down_bias=ffn.down_bias is not None or (self.refit and experts > 0 and not self.slim),
             activate_up=ffn.activate_up,
         )
+        return slim_spec(spec, site) if self.slim else spec
 
     def control(self) -> Recipe:
         """The control at the same active fraction: as many neurons, always the same ones, no router."""
@@ -239,4 +248,14 @@ RECIPES: dict[str, Recipe] = {
         selection="threshold",
     ),
     "shared-only": Recipe(name="shared-only", construction="shared_only"),
+    # No experts: the neurons that matter most, refitted, as an ordinary model with narrower FFNs.
+    "slim": Recipe(
+        name="slim",
+        construction="shared_only",
+        sharing="reconstruction",
+        refit=True,
+        slim=True,
+        expert_size=1,
+        budget=0.5,
+    ),
 }

@@ -2,40 +2,24 @@
 
 from __future__ import annotations
 
-import base64
 import json
-import os
-from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from moefy.report import plots
+from moefy.report.html import document, image, table, write_whole
 from moefy.study.preferences import SIGNIFICANT
 
 # Rows of the tables of preferences, the strongest first.
 TOKENS_SHOWN, EXPERTS_SHOWN = 5, 6
 
-_STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
-h1, h2, h3 { line-height: 1.2; } h2 { margin-top: 2.5rem; border-bottom: 1px solid #ccc; }
-img { max-width: 100%; height: auto; } figure { margin: 1rem 0; } figcaption { color: #555; font-size: 0.9rem; }
-table { border-collapse: collapse; font-size: 0.9rem; } .wide { overflow-x: auto; }
-th, td { padding: 0.2rem 0.6rem; border-bottom: 1px solid #ddd; text-align: right; }
-th:first-child, td:first-child { text-align: left; } td.text { text-align: left; }
-code { background: #f2f2f2; padding: 0 0.2em; white-space: pre-wrap; } summary { cursor: pointer; margin: 0.4rem 0; }
-"""
-
 
 def write(result: dict[str, Any], folder: Path, title: str) -> tuple[Path, Path]:
     """Write study.json and study.html into `folder`, each beside its place first and then renamed."""
     folder.mkdir(parents=True, exist_ok=True)
-    made = (folder / "study.json", json.dumps(result, indent=1) + "\n"), (folder / "study.html", page(result, title))
-    for path, text in made:
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-    return made[0][0], made[1][0]
+    study = write_whole(folder / "study.json", json.dumps(result, indent=1) + "\n")
+    return study, write_whole(folder / "study.html", page(result, title))
 
 
 def page(result: dict[str, Any], title: str) -> str:
@@ -47,15 +31,7 @@ def page(result: dict[str, Any], title: str) -> str:
         *_neurons(names, layers),
         *(_experts(result, names, layers) if result["converted"] else []),
     ]
-    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
-        + "\n".join(parts)
-        + "\n</body>\n</html>\n"
-    )
+    return document(title, parts)
 
 
 def _facts(result: dict[str, Any]) -> str:
@@ -83,14 +59,14 @@ def _neurons(names: list[str], layers: list[dict[str, Any]]) -> list[str]:
     head = ["", "FFN", "neurons", "active, mean", "tokens under 5 %", "never fire", "bimodality", "of the top 10"]
     return [
         "<h2>Neurons</h2>",
-        _table(head, rows),
+        table(head, rows),
         "<p>A neuron is active where its activation is positive (in a gated FFN the gate's). Bimodality is Sarle's "
         "coefficient of the neurons' activation rates, and of how often they are among a token's ten strongest "
         "(CMoE's marker); above 0.56 a distribution has two humps or a long tail.</p>",
-        _image(plots.bands(layers), "How many neurons a token activates."),
-        _image(plots.cumulative(layers), "Share of tokens that activate at most a share of the neurons."),
-        _image(plots.rates(layers, "activation_rates", "activation rate of a neuron"), "Activation rates."),
-        _image(plots.rates(layers, "marker_rates", "rate among a token's ten strongest"), "Marker rates."),
+        image(plots.bands(layers), "How many neurons a token activates."),
+        image(plots.cumulative(layers), "Share of tokens that activate at most a share of the neurons."),
+        image(plots.rates(layers, "activation_rates", "activation rate of a neuron"), "Activation rates."),
+        image(plots.rates(layers, "marker_rates", "rate among a token's ten strongest"), "Marker rates."),
     ]
 
 
@@ -112,16 +88,16 @@ def _experts(result: dict[str, Any], names: list[str], layers: list[dict[str, An
     head = ["", "active", "busiest / mean", "Gini", "evenness", "never chosen", *_KINDS.values()]
     found = [
         "<h2>Experts</h2>",
-        _table(head, rows),
+        table(head, rows),
         "<p>The last columns: of all pairs of an expert and a class of tokens, the share whose count differs from "
         f"chance (permutation test, false discovery rate {SIGNIFICANT:.0%}).</p>",
-        _image(plots.loads(only), "Load of the experts."),
-        _image(plots.overlaps(only), "Experts that two tokens have in common."),
+        image(plots.loads(only), "Load of the experts."),
+        image(plots.overlaps(only), "Experts that two tokens have in common."),
         "<h2>From layer to layer</h2>",
     ]
     for pair in result["between_layers"]:
         caption = f"{pair['first']} (down) and {pair['second']} (across); strongest correlation {pair['strongest']:.2f}"
-        picture = _image(plots.matrix(pair["lift"], "expert of the next layer", "expert"), "Joint choices over chance.")
+        picture = image(plots.matrix(pair["lift"], "expert of the next layer", "expert"), "Joint choices over chance.")
         found.append(f"<details><summary>{escape(caption)}</summary>{picture}</details>")
     found.append("<h2>What experts prefer</h2>")
     for i, name, layer in routed:
@@ -142,13 +118,13 @@ def _kind(found: dict[str, Any], title: str) -> str:
             [f"{e}", *(_lift(v, q) for v, q in zip(lifts, qs, strict=True))]
             for e, lifts, qs in _strongest(found, EXPERTS_SHOWN)
         ]
-        return f"<h3>{escape(title.capitalize())}</h3>" + _table(["expert", *map(escape, found["classes"])], rows)
+        return f"<h3>{escape(title.capitalize())}</h3>" + table(["expert", *map(escape, found["classes"])], rows)
     rows = []
     for e, lifts, qs in _strongest(found, EXPERTS_SHOWN):
         order = [c for c in sorted(range(len(lifts)), key=lambda c: -lifts[c]) if qs[c] < SIGNIFICANT][:TOKENS_SHOWN]
         shown = " ".join(f"<code>{escape(found['classes'][c])}</code> {lifts[c]:.1f}x" for c in order)
         rows.append([str(e), shown or "none"])
-    return f"<h3>{escape(title.capitalize())}</h3>" + _table(["expert", "preferred, over its mean"], rows, text=True)
+    return f"<h3>{escape(title.capitalize())}</h3>" + table(["expert", "preferred, over its mean"], rows, text=True)
 
 
 def _strongest(found: dict[str, Any], count: int) -> list[tuple[int, list[float], list[float]]]:
@@ -163,19 +139,3 @@ def _strongest(found: dict[str, Any], count: int) -> list[tuple[int, list[float]
 
 def _lift(value: float, q: float) -> str:
     return f"<b>{value:.2f}</b>" if q < SIGNIFICANT else f"{value:.2f}"
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], text: bool = False) -> str:
-    """Cells are HTML already: what is not a number is escaped where the cell is made."""
-    cells = "".join(f"<th>{h}</th>" for h in head)
-    kind = ' class="text"' if text else ""
-    body = "".join("<tr>" + "".join(f"<td{kind}>{c}</td>" for c in row) + "</tr>" for row in rows)
-    return f'<div class="wide"><table><tr>{cells}</tr>{body}</table></div>'
-
-
-def _image(png: bytes, caption: str) -> str:
-    data = base64.b64encode(png).decode()
-    return (
-        f'<figure><img alt="{escape(caption)}" src="data:image/png;base64,{data}">'
-        f"<figcaption>{escape(caption)}</figcaption></figure>"
-    )

@@ -1,4 +1,4 @@
-"""The study's figures, drawn by matplotlib as PNG. Text of the model's never becomes part of a picture."""
+"""The figures, drawn by matplotlib as PNG. Text of the model's never becomes part of a picture."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from moefy.types import MoefyError
 
 WIDTH, DPI = 8.0, 110
 _BLUE, _ORANGE = "#2f5d8a", "#d9822b"
+_COLORS = (_BLUE, _ORANGE, "#3c8d5a", "#a94442", "#7a5ca8", "#555555")
+_MARKERS = "os^DvPX"
 
 
 def _figure(height: float, **options: Any) -> tuple[Any, Any]:
@@ -130,3 +132,50 @@ def _layer_scale(figure: Any, axes: Any, count: int) -> None:
 
     shades = matplotlib.colors.ListedColormap([_shade(i, count) for i in range(count)])
     figure.colorbar(ScalarMappable(Normalize(0.5, count + 0.5), shades), ax=axes, label="layer")
+
+
+def require() -> None:
+    """Raise MoefyError now if there is nothing to draw with, rather than after hours of work."""
+    _figure(1.0)
+
+
+def ratios(groups: Sequence[dict[str, Any]], text: str, dense_speed: float | None) -> bytes:
+    """Perplexity over the dense model's on one text, a line a recipe: by active fraction, and by decoding speed.
+
+    `groups` as `compare_page.summarise` makes them.
+    """
+    figure, axes = _figure(4.2, ncols=2, sharey=True)
+    from matplotlib.ticker import LogFormatter
+
+    for i, recipe in enumerate(dict.fromkeys(group["recipe"] for group in groups)):
+        style: dict[str, Any] = {"color": _COLORS[i % len(_COLORS)], "marker": _MARKERS[i % len(_MARKERS)]}
+        style |= {"markersize": 4, "linewidth": 1.2, "capsize": 2}
+        mine = [group for group in groups if group["recipe"] == recipe]
+        timed = [group for group in mine if group["decode"]]
+        for panel, chosen, x in (
+            (axes[0], mine, [group["realised"][0] for group in mine]),
+            (axes[1], timed, [group["decode"]["tokens_per_second"][0] for group in timed]),
+        ):
+            y = [group["ratio"][text] for group in chosen]
+            bars = [deviation or 0.0 for _, deviation in y]
+            if chosen:
+                panel.errorbar(x, [mean for mean, _ in y], yerr=bars, label=_short(recipe), **style)
+    axes[0].plot([1], [1], color="black", marker="*", markersize=9, linestyle="")
+    if dense_speed:
+        axes[1].plot([dense_speed], [1], color="black", marker="*", markersize=9, linestyle="")
+    axes[0].set_yscale("log")
+    axes[0].yaxis.set_major_formatter(LogFormatter())
+    axes[0].yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
+    axes[0].set(xlabel="share of FFN multiply-adds active", ylabel="perplexity over dense (star)")
+    axes[1].set_xlabel("decode, tokens a second")
+    for panel in axes:
+        panel.grid(alpha=0.3, which="both")
+    if groups:
+        # A name with dollar signs is a name and no formula.
+        for label in axes[0].legend(frameon=False, fontsize="small").get_texts():
+            label.set_parse_math(False)
+    return _png(figure)
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 32 else f"…{name[-31:]}"

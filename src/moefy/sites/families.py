@@ -15,7 +15,8 @@ from typing import Any
 class Family:
     """How one family of architectures lays out its FFN.
 
-    `activation` names the config attribute that holds the ACT2FN name; `fused` means that `up` holds the
+    `activation` names the config attribute that holds the ACT2FN name, `sizes` the one that holds the count of
+    neurons (an encoder-decoder may have two, the encoder's and the decoder's); `fused` means that `up` holds the
     gate's rows and then the up rows in one matrix; `activate_up` is Bamboo's relu(gate) * relu(up).
     """
 
@@ -28,6 +29,7 @@ class Family:
     activate_up: bool = False
     mount: str = ""
     bypass: tuple[str, ...] = ()
+    sizes: tuple[str, ...] = ("intermediate_size",)
 
 
 _LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3", "olmo2", "olmo", "olmo3", "smollm3", "granite", "helium")
@@ -51,9 +53,15 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(("gemma",), gate="gate_proj", up="up_proj", down="down_proj"),
     Family(("phi3",), up="gate_up_proj", down="down_proj", fused=True),
-    Family(("falcon",), up="dense_h_to_4h", down="dense_4h_to_h", activation="activation"),
+    Family(
+        ("falcon",),
+        up="dense_h_to_4h",
+        down="dense_4h_to_h",
+        activation="activation",
+        sizes=("ffn_hidden_size",),
+    ),
     Family(("gpt_neox",), up="dense_h_to_4h", down="dense_4h_to_h"),
-    Family(("gpt2",), up="c_fc", down="c_proj", activation="activation_function"),
+    Family(("gpt2",), up="c_fc", down="c_proj", activation="activation_function", sizes=("n_inner",)),
     Family(("phi",), up="fc1", down="fc2"),
     Family(
         ("opt",),
@@ -62,6 +70,7 @@ FAMILIES: tuple[Family, ...] = (
         activation="activation_function",
         mount="fc1",
         bypass=("activation_fn", "fc2"),
+        sizes=("ffn_dim",),
     ),
     Family(
         ("whisper", "bart", "mbart", "m2m_100", "marian", "pegasus"),
@@ -70,11 +79,12 @@ FAMILIES: tuple[Family, ...] = (
         activation="activation_function",
         mount="fc1",
         bypass=("activation_fn", "fc2"),
+        sizes=("encoder_ffn_dim", "decoder_ffn_dim"),
     ),
-    Family(("t5", "mt5", "umt5"), up="wi", down="wo", activation="dense_act_fn"),
-    Family(("t5", "mt5", "umt5"), gate="wi_0", up="wi_1", down="wo", activation="dense_act_fn"),
+    Family(("t5", "mt5", "umt5"), up="wi", down="wo", activation="dense_act_fn", sizes=("d_ff",)),
+    Family(("t5", "mt5", "umt5"), gate="wi_0", up="wi_1", down="wo", activation="dense_act_fn", sizes=("d_ff",)),
     Family(_BERT_LIKE, **_SPLIT_IN_TWO),
-    Family(("distilbert",), up="lin1", down="lin2", activation="activation"),
+    Family(("distilbert",), up="lin1", down="lin2", activation="activation", sizes=("hidden_dim",)),
     Family(("vit",), up="fc1", down="fc2"),
     # transformers before 5.4 kept ViT's FFN in the layout of BERT.
     Family(("vit",), **_SPLIT_IN_TWO),

@@ -1,0 +1,280 @@
+"""Recipes side by side on one model: several active fractions and seeds, quality and speed, a line of JSON for each.
+
+Every run converts a copy of the dense model. Lines are appended as runs end, so a comparison that was cut off
+goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moefy import bench
+from moefy.convert import convert
+from moefy.evaluate import is_causal_lm, perplexity
+from moefy.hf import versions
+from moefy.recipe import RECIPES, Recipe
+from moefy.routers import ROUTERS
+from moefy.slim import ordinary
+from moefy.types import MoefyError
+
+Progress = Callable[[int, int], None]
+
+OURS = "reconstructed"
+#: "NAME:ROUTER" is the recipe NAME with another router.
+DEFAULT_RECIPES = ("cmoe", "moefication", "shared-only", "slim", OURS, f"{OURS}:oracle")
+DEFAULT_ACTIVE = (0.75, 0.5, 0.25)
+# Neurons of an expert of the control, which is never routed: fine enough for any fraction.
+_FINE = 8
+
+
+@dataclass(frozen=True)
+class Run:
+    """One conversion of a comparison; `active` is the share of FFN multiply-adds that is asked for."""
+
+    recipe: str
+    active: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a comparison runs on, as token windows (N, window) int64.
+
+    `pool` is calibrated on, `take` windows of it, drawn by the seed; `texts` are measured on, by name;
+    `prefix` special tokens open each window.
+    """
+
+    pool: Tensor
+    take: int
+    texts: Mapping[str, Tensor]
+    prefix: int = 0
+
+    def calibration(self, seed: int) -> list[dict[str, Tensor]]:
+        """The seed's windows of the pool, in their order, one a batch."""
+        order = torch.randperm(len(self.pool), generator=torch.Generator().manual_seed(seed))
+        rows = self.pool[order[: self.take].sort().values]
+        return [{"input_ids": ids[None], "attention_mask": torch.ones_like(ids)[None]} for ids in rows]
+
+
+def plan(recipes: Sequence[str], active: Sequence[float], seeds: int) -> list[Run]:
+    """The runs of a comparison: all recipes at all fractions with the first seed, then with the next.
+
+    MoefyError if there is no such recipe or router, or a fraction is not above 0 and at most 1.
+    """
+    for fraction in active:
+        if not 0 < fraction <= 1:
+            raise MoefyError(
+                f"The active fraction {fraction:g} is not a share of the FFNs; give one above 0, at most 1."
+            )
+    for name in recipes:
+        _base(name)
+    if not recipes or not active:
+        raise MoefyError("There is nothing to compare; give at least one recipe and one active fraction.")
+    wanted = [Run(r, a, s) for s in range(seeds) for a in active for r in recipes]
+    return list(dict.fromkeys(wanted))
+
+
+def recipe_at(name: str, active: float, seed: int = 0) -> Recipe:
+    """The recipe `name` ("NAME", "NAME:ROUTER" or a YAML file) at an active fraction.
+
+    A recipe with a budget gets that budget; one with shared experts as many shared as active ones, as CMoE's
+    S3A3E8; any other that share of active experts.
+    """
+    recipe = _base(name)
+    if recipe.construction == "shared_only":
+        size = recipe.expert_size or _FINE
+        return Recipe.of(recipe, name=name, seed=seed, budget=active, expert_size=size)
+    if recipe.budget is not None:
+        return Recipe.of(recipe, name=name, seed=seed, budget=active)
+    if recipe.shared:
+        half, experts = _halves(active)
+        return Recipe.of(recipe, name=name, seed=seed, experts=experts, shared=half, active=half)
+    return Recipe.of(recipe, name=name, seed=seed, active=float(active), shared=0)
+
+
+def _base(name: str) -> Recipe:
+    base, colon, router = name.rpartition(":")
+    if not colon or (name not in RECIPES and Path(name).is_file()):
+        return Recipe.of(name)
+    return Recipe.of(base, router=router)
+
+
+def _halves(active: float) -> tuple[int, int]:
+    """(H, E): H shared and H active experts of the least E, of 8 to 64, at which 2·H / E is the fraction to 1 %."""
+    for experts in (8, 16, 32, 64):
+        half = round(active * experts / 2)
+        if half > 1 and abs(2 * half / experts - active) <= 0.01:
+            return half, experts
+    return max(1, round(active * 32)), 64
+
+
+@torch.no_grad()
+def compare(
+    dense: Any,
+    runs: Sequence[Run],
+    data: Data,
+    path: Path,
+    *,
+    rounds: int = 3,
+    model_name: str = "model",
+    progress: Progress | None = None,
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Do the runs that `path` (JSON lines) does not hold yet; returns the dense model's line and one line a run.
+
+    `rounds` of interleaved timing beside the dense model follow each conversion (0: none). `progress(done,
+    total)` counts runs. MoefyError if the model is not a causal language model or `path` holds a comparison
+    of something else; a recipe that does not fit the model is a line with a sentence, `skipped`.
+    """
+    if not is_causal_lm(dense):
+        raise MoefyError(f"Recipes are compared by perplexity, and a {type(dense).__name__} has none.")
+    if getattr(dense.config, "moefy", None):
+        raise MoefyError("This model is converted already; compare recipes on the dense model it came from.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    journal = Journal(path, settings(dense, data, rounds, model_name))
+    base = journal.find({"dense": True}) or journal.append({"dense": True, "perplexity": _perplexities(dense, data)})
+    done = []
+    for i, run in enumerate(runs):
+        if progress:
+            progress(i, len(runs))
+        line = _wanted(run)
+        done.append(journal.find(line) or journal.append({**line, **_measure(dense, run, line, data, base, rounds)}))
+    if progress:
+        progress(len(runs), len(runs))
+    return base, done
+
+
+def settings(dense: Any, data: Data, rounds: int, model_name: str) -> dict[str, Any]:
+    """What all lines of one comparison have in common; lines of other settings are not mixed with them."""
+    return {
+        "model": model_name,
+        "weights": _digest(_samples(dense)),
+        "calibration": {"pool": list(data.pool.shape), "taken": data.take, "tokens": _digest([data.pool])},
+        "texts": {name: {"windows": list(t.shape), "tokens": _digest([t])} for name, t in data.texts.items()},
+        "prefix": data.prefix,
+        "rounds": rounds,
+        "versions": versions(),
+        "machine": bench.machine(),
+    }
+
+
+class Journal:
+    """JSON lines in a file: the settings first, then what is done, each line appended whole.
+
+    A last line that was cut off is dropped. MoefyError if the file is not a comparison, or one with other settings.
+    """
+
+    def __init__(self, path: Path, settings: dict[str, Any]):
+        self.path, self.lines = path, self._read(path)
+        if not self.lines:
+            self.append({"settings": settings})
+            return
+        theirs = self.lines[0].get("settings", {})
+        other = [key for key in settings if theirs.get(key) != json.loads(json.dumps(settings[key]))]
+        if other:
+            raise MoefyError(
+                f"{path} holds a comparison with other settings ({other[0]}); choose another directory, or remove it."
+            )
+
+    def _read(self, path: Path) -> list[dict[str, Any]]:
+        if not path.exists():
+            return []
+        raw = path.read_bytes()
+        whole = raw[: raw.rfind(b"\n") + 1]
+        try:
+            lines = [json.loads(line) for line in whole.decode("utf-8").splitlines()]
+            if not all(isinstance(line, dict) for line in lines) or (lines and "settings" not in lines[0]):
+                raise ValueError
+            if not lines and not b'{"settings": '.startswith(raw[:13]):
+                raise ValueError
+        except ValueError:
+            raise MoefyError(f"{path} is not a comparison of moefy's; choose another directory.") from None
+        if len(whole) < len(raw):
+            os.truncate(path, len(whole))
+        return lines
+
+    def find(self, wanted: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The last line that has all of `wanted`, or None."""
+        wanted = json.loads(json.dumps(wanted))
+        matches = [line for line in self.lines if all(k in line and line[k] == v for k, v in wanted.items())]
+        return matches[-1] if matches else None
+
+    def append(self, line: dict[str, Any]) -> dict[str, Any]:
+        """Write a line to the disk; returns it."""
+        with self.path.open("ab") as file:
+            file.write(json.dumps(line).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self.lines.append(line)
+        return line
+
+
+def _wanted(run: Run) -> dict[str, Any]:
+    """What identifies a run's line; `fields` are the recipe's, None if there is none at that fraction."""
+    line = {"recipe": run.recipe, "active": run.active, "seed": run.seed}
+    try:
+        return {**line, "fields": recipe_at(run.recipe, run.active, run.seed).model_dump()}
+    except MoefyError:
+        return {**line, "fields": None}
+
+
+def _measure(
+    dense: Any, run: Run, line: dict[str, Any], data: Data, base: dict[str, Any], rounds: int
+) -> dict[str, Any]:
+    model = copy.deepcopy(dense)
+    try:
+        recipe = recipe_at(run.recipe, run.active, run.seed)
+        report = convert(model, recipe, data.calibration(run.seed))
+        model = ordinary(model) if recipe.slim else model
+    except MoefyError as error:
+        return {"skipped": str(error)}
+    found = _perplexities(model, data)
+    return {
+        "realised": report.active_fraction,
+        "perplexity": found,
+        "ratio": {name: value / base["perplexity"][name] for name, value in found.items()},
+        "layer_error": sum(x.error for x in report.layers) / len(report.layers),
+        "calibration_tokens": report.calibration.tokens,
+        "convert_seconds": report.seconds,
+        "speed": _speed(dense, model, rounds) if rounds and _ships(recipe) else None,
+    }
+
+
+def _ships(recipe: Recipe) -> bool:
+    """Whether the recipe's speed says anything: an oracle computes all experts to choose some."""
+    return recipe.construction == "shared_only" or ROUTERS[recipe.router].ships
+
+
+def _speed(dense: Any, model: Any, rounds: int) -> dict[str, Any]:
+    """Decode and the first case of prefill, both models in turns: {case: {"dense" or "model": ...}}."""
+    cases = bench.cases(dense)
+    prefill = [case for case in cases if case.name.startswith("prefill")][:1]
+    timed = bench.compare({"dense": dense, "model": model}, rounds, todo=[cases[0], *prefill])
+    return {**{name.split()[0]: case for name, case in timed["cases"].items()}, "weight_bytes": timed["weight_bytes"]}
+
+
+def _perplexities(model: nn.Module, data: Data) -> dict[str, float]:
+    return {name: perplexity(model, windows, data.prefix).perplexity for name, windows in data.texts.items()}
+
+
+def _samples(model: nn.Module) -> list[Tensor]:
+    """Some 64 weights of each parameter: enough to tell checkpoints apart without reading them twice."""
+    flat = [p.detach().flatten() for _, p in sorted(model.named_parameters())]
+    return [p[:: max(1, p.numel() // 64)].float() for p in flat]
+
+
+def _digest(tensors: Sequence[Tensor]) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(f"{tuple(tensor.shape)}".encode())
+        digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
