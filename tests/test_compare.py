@@ -135,9 +135,9 @@ def counted(monkeypatch):
     """Conversions made."""
     made = []
 
-    def convert(model, recipe, batches):
+    def convert(model, recipe, batches, **options):
         made.append(recipe)
-        return moefy.convert(model, recipe, batches)
+        return moefy.convert(model, recipe, batches, **options)
 
     monkeypatch.setattr(comparison, "convert", convert)
     return made

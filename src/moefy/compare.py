@@ -18,20 +18,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moefy import bench
+from moefy import bench, budgets
+from moefy.budgets import Sensitivity
 from moefy.convert import convert
 from moefy.evaluate import is_causal_lm, perplexity
 from moefy.hf import versions
-from moefy.recipe import RECIPES, Recipe
+from moefy.moe import realised_fraction, usage
+from moefy.recipe import DEFAULT, RECIPES, Recipe
 from moefy.routers import ROUTERS
+from moefy.sites import find_sites
 from moefy.slim import ordinary
 from moefy.types import MoefyError
 
 Progress = Callable[[int, int], None]
 
-OURS = "reconstructed"
-#: "NAME:ROUTER" is the recipe NAME with another router.
-DEFAULT_RECIPES = ("cmoe", "moefication", "shared-only", "slim", OURS, f"{OURS}:oracle")
+OURS = DEFAULT
+#: "NAME:ROUTER" is the recipe NAME with another router, "NAME:control" the same without routing.
+DEFAULT_RECIPES = ("cmoe", "moefication", "shared-only", "slim", f"{OURS}:control", OURS, f"{OURS}:oracle")
 DEFAULT_ACTIVE = (0.75, 0.5, 0.25)
 # Neurons of an expert of the control, which is never routed: fine enough for any fraction.
 _FINE = 8
@@ -106,7 +109,7 @@ def _base(name: str) -> Recipe:
     base, colon, router = name.rpartition(":")
     if not colon or (name not in RECIPES and Path(name).is_file()):
         return Recipe.of(name)
-    return Recipe.of(base, router=router)
+    return Recipe.of(base).control() if router == "control" else Recipe.of(base, router=router)
 
 
 def _halves(active: float) -> tuple[int, int]:
@@ -142,12 +145,12 @@ def compare(
     path.parent.mkdir(parents=True, exist_ok=True)
     journal = Journal(path, settings(dense, data, rounds, model_name))
     base = journal.find({"dense": True}) or journal.append({"dense": True, "perplexity": _perplexities(dense, data)})
-    done = []
+    done, known = [], _Sensitivities(dense, data)
     for i, run in enumerate(runs):
         if progress:
             progress(i, len(runs))
         line = _wanted(run)
-        done.append(journal.find(line) or journal.append({**line, **_measure(dense, run, line, data, base, rounds)}))
+        done.append(journal.find(line) or journal.append({**line, **_measure(dense, run, data, base, rounds, known)}))
     if progress:
         progress(len(runs), len(runs))
     return base, done
@@ -227,19 +230,39 @@ def _wanted(run: Run) -> dict[str, Any]:
         return {**line, "fields": None}
 
 
+class _Sensitivities:
+    """What recipes that allocate a budget need of the dense model, measured once a seed."""
+
+    def __init__(self, dense: Any, data: Data):
+        self.dense, self.data = dense, data
+        self.known: dict[int, Sensitivity] = {}
+
+    def of(self, recipe: Recipe, seed: int) -> Sensitivity | None:
+        if recipe.allocation == "uniform":
+            return None
+        if seed not in self.known:
+            sites = {site.entry_name: site for site in find_sites(self.dense)}
+            self.known[seed] = budgets.measure(
+                self.dense, sites, self.data.calibration(seed), 1 << 30, recipe.chunk_tokens
+            )
+        return self.known[seed]
+
+
 def _measure(
-    dense: Any, run: Run, line: dict[str, Any], data: Data, base: dict[str, Any], rounds: int
+    dense: Any, run: Run, data: Data, base: dict[str, Any], rounds: int, known: _Sensitivities
 ) -> dict[str, Any]:
     model = copy.deepcopy(dense)
     try:
         recipe = recipe_at(run.recipe, run.active, run.seed)
-        report = convert(model, recipe, data.calibration(run.seed))
+        report = convert(model, recipe, data.calibration(run.seed), sensitivity=known.of(recipe, run.seed))
+        with usage(model) as counted:
+            found = _perplexities(model, data)
+        realised = realised_fraction(model, counted)
         model = ordinary(model) if recipe.slim else model
     except MoefyError as error:
         return {"skipped": str(error)}
-    found = _perplexities(model, data)
     return {
-        "realised": report.active_fraction,
+        "realised": realised,
         "perplexity": found,
         "ratio": {name: value / base["perplexity"][name] for name, value in found.items()},
         "layer_error": sum(x.error for x in report.layers) / len(report.layers),
