@@ -19,11 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from moefy import bench
+from moefy.budgets import Sensitivity, measure
 from moefy.convert import convert
 from moefy.evaluate import is_causal_lm, perplexity
 from moefy.hf import versions
+from moefy.moe import realised_fraction, usage
 from moefy.recipe import RECIPES, Recipe
 from moefy.routers import ROUTERS
+from moefy.sites import find_sites
 from moefy.slim import ordinary
 from moefy.types import MoefyError
 
@@ -35,6 +38,7 @@ DEFAULT_RECIPES = ("cmoe", "moefication", "shared-only", "slim", OURS, f"{OURS}:
 DEFAULT_ACTIVE = (0.75, 0.5, 0.25)
 # Neurons of an expert of the control, which is never routed: fine enough for any fraction.
 _FINE = 8
+_HOLD_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -142,15 +146,35 @@ def compare(
     path.parent.mkdir(parents=True, exist_ok=True)
     journal = Journal(path, settings(dense, data, rounds, model_name))
     base = journal.find({"dense": True}) or journal.append({"dense": True, "perplexity": _perplexities(dense, data)})
-    done = []
+    done, measured = [], Measured(dense, data)
     for i, run in enumerate(runs):
         if progress:
             progress(i, len(runs))
         line = _wanted(run)
-        done.append(journal.find(line) or journal.append({**line, **_measure(dense, run, line, data, base, rounds)}))
+        done.append(journal.find(line) or journal.append({**line, **_measure(run, measured, base, rounds)}))
     if progress:
         progress(len(runs), len(runs))
     return base, done
+
+
+class Measured:
+    """The dense model, the data, and what converting needs of both, which all runs of a seed share."""
+
+    def __init__(self, dense: Any, data: Data):
+        self.dense, self.data = dense, data
+        self._key: tuple[int, int] | None = None
+        self._found: Sensitivity | None = None
+
+    def sensitivity(self, recipe: Recipe) -> Sensitivity | None:
+        """What dividing the recipe's budget over the layers needs; None if it gives all the same share."""
+        if recipe.allocation != "sensitivity":
+            return None
+        key = recipe.seed, recipe.chunk_tokens
+        if self._found is None or self._key != key:
+            sites = {site.entry_name: site for site in find_sites(self.dense)}
+            batches = self.data.calibration(recipe.seed)
+            self._key, self._found = key, measure(self.dense, sites, batches, _HOLD_BYTES, recipe.chunk_tokens)
+        return self._found
 
 
 def settings(dense: Any, data: Data, rounds: int, model_name: str) -> dict[str, Any]:
@@ -227,19 +251,24 @@ def _wanted(run: Run) -> dict[str, Any]:
         return {**line, "fields": None}
 
 
-def _measure(
-    dense: Any, run: Run, line: dict[str, Any], data: Data, base: dict[str, Any], rounds: int
-) -> dict[str, Any]:
+def _measure(run: Run, measured: Measured, base: dict[str, Any], rounds: int) -> dict[str, Any]:
+    dense, data = measured.dense, measured.data
     model = copy.deepcopy(dense)
     try:
         recipe = recipe_at(run.recipe, run.active, run.seed)
-        report = convert(model, recipe, data.calibration(run.seed))
+        known = measured.sensitivity(recipe)
+        report = convert(model, recipe, data.calibration(run.seed), sensitivity=known)
         model = ordinary(model) if recipe.slim else model
     except MoefyError as error:
         return {"skipped": str(error)}
-    found = _perplexities(model, data)
+    found, realised = {}, {}
+    for name, windows in data.texts.items():
+        with usage(model) as counted:
+            found[name] = perplexity(model, windows, data.prefix).perplexity
+        # A threshold runs more experts on one text than on another; without one the share is the recipe's.
+        realised[name] = realised_fraction(model, counted) if counted else report.active_fraction
     return {
-        "realised": report.active_fraction,
+        "realised": realised,
         "perplexity": found,
         "ratio": {name: value / base["perplexity"][name] for name, value in found.items()},
         "layer_error": sum(x.error for x in report.layers) / len(report.layers),
