@@ -141,6 +141,12 @@ MISTAKES = {
     "cut gzip": (["convert", "good", "out", "--calibration", "cut.txt.gz"], "cannot be read"),
     "short text": (["convert", "good", "out", "--calibration", "short.txt"], "shorter than a window"),
     "missing text": (["convert", "good", "out", "--calibration", "nowhere.txt"], "no text file 'nowhere.txt'"),
+    "budget above one": (["convert", "good", "out", "--active", "1.5"], "budget"),
+    "target below nothing": (["convert", "good", "out", "--target-loss", "-1", "--window", "32"], "above 0"),
+    "too little to hold out": (
+        ["convert", "good", "out", "--target-loss", "0.1", "--windows", "3", "--window", "32"],
+        "too few",
+    ),
     "active too large": (["convert", "good", "out", "--active", "9"], "9 active experts"),
     "indivisible": (["convert", "good", "out", "--experts", "7", "--window", "32"], "7 experts do not divide"),
     "no such recipe": (["convert", "good", "out", "--recipe", "dish"], "no recipe 'dish'"),

@@ -223,7 +223,7 @@ def test_on_the_command_line_and_again(tmp_path):
         return done.stdout
 
     out, twice = tmp_path / "out", tmp_path / "twice"
-    shown = run("convert", tmp_path / "dense", out, "--recipe", "slim", "--budget", "0.75")
+    shown = run("convert", tmp_path / "dense", out, "--recipe", "slim", "--active", "0.75")
     assert "ordinary model" in " ".join(shown.split())
     figures = json.loads(run("eval", out, "--against", tmp_path / "dense", "--json"))
     assert figures["perplexity"] > 0

@@ -24,14 +24,24 @@ def convert(
     output: Annotated[Path, typer.Argument(help="The directory to write.")],
     recipe: Annotated[
         str | None,
-        typer.Option(help="cmoe (the default), moefication, reconstructed, shared-only, slim, or a YAML file."),
+        typer.Option(
+            help="reconstructed (the default, and the best), cmoe (the default with --experts, --shared, "
+            "--construction or --router), moefication, slim, shared-only, or a YAML file."
+        ),
     ] = None,
     experts: Annotated[int | None, typer.Option(help="Experts in all, shared ones included.")] = None,
     expert_size: Annotated[int | None, typer.Option(help="Neurons of an expert, instead of --experts.")] = None,
     shared: Annotated[str | None, typer.Option(help="Experts that always run, or their share such as 0.1.")] = None,
-    active: Annotated[str | None, typer.Option(help="Routed experts that run for each token, or 0.2 of all.")] = None,
-    budget: Annotated[
-        float | None, typer.Option(help="Share of FFN multiply-adds, router included; implies --recipe reconstructed.")
+    active: Annotated[
+        str | None,
+        typer.Option(
+            help="0.5: the share of FFN multiply-adds that run, router included. Where a recipe counts experts: "
+            "how many routed ones run for each token, or their share of all."
+        ),
+    ] = None,
+    target_loss: Annotated[
+        float | None,
+        typer.Option(help="0.05: the smallest budget whose held-out perplexity rises by at most 5 %, instead."),
     ] = None,
     construction: Annotated[str | None, typer.Option(help="How neurons are grouped.")] = None,
     router: Annotated[str | None, typer.Option(help="How experts are picked.")] = None,
@@ -42,14 +52,17 @@ def convert(
     calibration: Calibration = "pydoc",
     task: TaskName = None,
     window: Annotated[int, typer.Option(help="Tokens in a calibration window.")] = 1024,
-    windows: Annotated[int, typer.Option(help="Calibration windows at most.")] = 16,
+    windows: Annotated[
+        int | None, typer.Option(help="Calibration windows at most; by default 48 where a recipe refits, else 16.")
+    ] = None,
     memory: Annotated[float, typer.Option(help="GiB of activations to hold between layers; more goes to disk.")] = 1.0,
     dtype: Dtype = "auto",
     overwrite: Annotated[bool, typer.Option(help="Replace the output if it is a model directory.")] = False,
     trust_remote_code: RemoteCode = False,
 ) -> None:
     """Convert a dense model's FFNs to mixtures of experts, or slim them, and save the result."""
-    from moefy import checkpoint, console, slim, tasks, texts
+    from moefy import checkpoint, console, slim, target, tasks, texts
+    from moefy.calibrate import special_prefix
     from moefy.convert import convert as convert_model
     from moefy.recipe import Recipe
     from moefy.sources import load_source
@@ -59,14 +72,13 @@ def convert(
         "expert_size": expert_size,
         "shared": _number(shared),
         "active": _number(active),
-        "budget": budget,
         "construction": construction,
         "router": router,
         "refit": refit,
         "seed": seed,
     }
-    recipe = recipe or ("reconstructed" if budget is not None else "cmoe")
-    wanted = Recipe.of(recipe, **{k: v for k, v in changes.items() if v is not None})
+    wanted = Recipe.chosen(recipe, **{k: v for k, v in changes.items() if v is not None})
+    windows = windows or (48 if wanted.refit else 16)
     checkpoint.check_output(output, overwrite)
     text = None if task else texts.read_text(calibration)
     if task:
@@ -77,8 +89,16 @@ def convert(
         batches = tasks.task_calibration(model, tokenizer, task, calibration, tokens=window * windows)
     else:
         batches = text_batches(model, tokenizer, text or "", window, windows)
+    trials: list[target.Trial] = []
     with console.progress("Converting layers") as update:
-        report = convert_model(model, wanted, batches, hold_bytes=int(memory * 2**30), progress=update)
+        if target_loss is None:
+            report = convert_model(model, wanted, batches, hold_bytes=int(memory * 2**30), progress=update)
+        else:
+            kept, held_out = target.split_held_out(batches)
+            model, report, trials = target.smallest_budget(
+                model, wanted, kept, held_out, target_loss,
+                prefix=len(special_prefix(tokenizer)), hold_bytes=int(memory * 2**30), progress=update,
+            )  # fmt: skip
     with console.status(f"Saving {output}"):
         checkpoint.save(model, output, tokenizer, overwrite=overwrite, source=source)
     console.table(
@@ -86,8 +106,13 @@ def convert(
         ["", ""],
         [
             ["recipe", wanted.name],
+            *(
+                [f"budget {t.budget:.3f}", f"{t.realised:.1%} ran, perplexity {t.rise:+.1%} on held-out text"]
+                for t in trials
+            ),
             ["layers converted", str(len(report.layers))],
             ["share of FFN multiply-adds active", f"{report.active_fraction:.1%}"],
+            *_share_rows(report.layers),
             *_routing_rows(report.layers),
             ["mean error of a layer's output", f"{sum(x.error for x in report.layers) / len(report.layers):.3f}"],
             ["calibration tokens", f"{report.calibration.tokens:,}"],
@@ -233,6 +258,17 @@ def demo(
     from moefy.demo import run
 
     run(output, recipe, windows)
+
+
+def _share_rows(layers: list[Any]) -> list[list[str]]:
+    """What each layer got of the budget, if not all the same: the least, the most, and those left dense."""
+    least, most = (f(layers, key=lambda x: x.active_fraction) for f in (min, max))
+    if most.active_fraction - least.active_fraction < 0.02:
+        return []
+    rows = [["most", most], ["least", least]]
+    shown = [[f"{what} active", f"{x.active_fraction:.1%} ({x.name})"] for what, x in rows]
+    dense = [x.name for x in layers if x.experts == 0]
+    return shown + ([["layers left dense", ", ".join(dense)]] if dense else [])
 
 
 def _routing_rows(layers: list[Any]) -> list[list[str]]:

@@ -86,6 +86,8 @@ class Report:
             "recipe": self.recipe.model_dump(),
             "calibration": asdict(self.calibration),
             "active_fraction": self.active_fraction,
+            "predicted_loss": self.predicted_loss,
+            "active": {layer.name: layer.active_fraction for layer in self.layers},
             "errors": {layer.name: layer.error for layer in self.layers},
         }
 

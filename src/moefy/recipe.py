@@ -190,6 +190,20 @@ class Recipe(BaseModel):
             raise MoefyError(f"The recipe is not valid: {_sentence(error)}.") from None
 
     @classmethod
+    def chosen(cls, recipe: str | None, **changes: Any) -> Recipe:
+        """The recipe that a user's words mean: the default is the best one, and CMoE for who counts experts.
+
+        A share for `active` is the whole budget in a recipe that has one.
+        """
+        counted = any(isinstance(changes.get(k), int) for k in ("experts", "active")) or changes.keys() & _COUNTING
+        base = cls.of(recipe or ("cmoe" if counted else DEFAULT))
+        if base.budget is not None and "active" in changes:
+            changes["budget"] = changes.pop("active")
+            if isinstance(changes["budget"], int):
+                raise MoefyError(f"The recipe {base.name} takes a share such as --active 0.5, and not a count.")
+        return cls.of(base, **changes)
+
+    @classmethod
     def _named_or_file(cls, recipe: str | Path) -> Recipe:
         if str(recipe) in RECIPES:
             return RECIPES[str(recipe)]
@@ -200,6 +214,10 @@ class Recipe(BaseModel):
             return cls.from_yaml(path.read_text(encoding="utf-8"))
         except UnicodeDecodeError:
             raise MoefyError(f"The recipe {path} is not a text file.") from None
+
+
+#: The recipe for who asks for nothing else.
+DEFAULT = "reconstructed"
 
 
 def _count(value: int | float, experts: int) -> int:
@@ -226,6 +244,9 @@ def _sentence(error: ValidationError) -> str:
         parts.append(f"{where}: {message}" if where else message)
     return "; ".join(parts)
 
+
+# Words of who wants to cut and route in a certain way.
+_COUNTING = {"shared", "construction", "router"}
 
 RECIPES: dict[str, Recipe] = {
     # arXiv 2502.04416, its S3A3E8: 75 % of the neurons run.

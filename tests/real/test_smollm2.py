@@ -37,7 +37,9 @@ def converted(data, tmp_path_factory):
     """`moefy convert` as a user runs it, 16k tokens; its peak memory is measured from outside."""
     out = tmp_path_factory.mktemp("smollm2") / "cmoe"
     before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-    done = command("convert", smollm2_gguf(), out, "--calibration", data / "wikitext-2" / "train.txt.gz")
+    done = command(
+        "convert", smollm2_gguf(), out, "--recipe", "cmoe", "--calibration", data / "wikitext-2" / "train.txt.gz"
+    )
     assert done.returncode == 0, done.stderr
     print(done.stdout)
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024

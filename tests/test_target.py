@@ -1,0 +1,94 @@
+"""The smallest budget that keeps a promise, and what a user's words mean."""
+
+import pytest
+import torch
+
+import moefy
+import tiny
+from moefy.evaluate import perplexity
+from moefy.recipe import DEFAULT, Recipe
+from moefy.target import LARGEST, TRIALS, smallest_budget, split_held_out
+
+
+def trained(seed=0):
+    """A tiny model with something to lose: it has learnt to count."""
+    model = tiny.tiny("llama", seed)
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for _ in range(150):
+        ids = counting(16)
+        loss = model(input_ids=ids, labels=ids).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return model.eval().requires_grad_(False)
+
+
+def counting(rows, length=24):
+    return (torch.randint(3, 90, (rows, 1)) + torch.arange(length) * torch.randint(1, 4, (rows, 1))) % 87 + 3
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return trained()
+
+
+def batches(count=12):
+    return [{"input_ids": ids} for ids in counting(4 * count).split(4)]
+
+
+def test_the_target_is_kept_and_less_would_not_be_found_to_keep_it(model):
+    kept, held_out = split_held_out(batches(24))
+    recipe = Recipe.of(DEFAULT, expert_size=2)
+    converted, report, trials = smallest_budget(model, recipe, kept, held_out, 0.1)
+    assert not getattr(model.config, "moefy", None)
+    rise = perplexity(converted, held_out).perplexity / perplexity(model, held_out).perplexity - 1
+    best = min((t for t in trials if t.rise <= 0.1), key=lambda t: t.budget)
+    assert rise == pytest.approx(best.rise, abs=1e-4)
+    assert report.recipe.budget == best.budget
+    assert all(t.rise > 0.1 for t in trials if t.budget < best.budget)
+    assert 1 <= len(trials) <= TRIALS
+
+
+def test_a_target_that_no_budget_keeps_is_a_sentence(model):
+    kept, held_out = split_held_out(batches())
+    with pytest.raises(moefy.MoefyError, match="keeps perplexity within"):
+        smallest_budget(model, Recipe.of(DEFAULT, expert_size=2), kept, held_out, 1e-9)
+    assert LARGEST < 1
+
+
+def test_held_out_windows_are_not_calibrated_on():
+    made = batches()
+    kept, held_out = split_held_out(made)
+    assert len(kept) == 10
+    assert torch.equal(held_out, torch.cat([made[5]["input_ids"], made[11]["input_ids"]]))
+    with pytest.raises(moefy.MoefyError, match="too few"):
+        split_held_out(made[:5])
+
+
+@pytest.mark.parametrize("target", [0, -0.1])
+def test_a_target_of_nothing_is_refused(model, target):
+    with pytest.raises(moefy.MoefyError, match="above 0"):
+        smallest_budget(model, Recipe.of(DEFAULT), batches(), counting(2), target)
+
+
+def test_a_model_without_perplexity_is_refused():
+    with pytest.raises(moefy.MoefyError, match="causal language model"):
+        smallest_budget(tiny.tiny("bert"), Recipe.of(DEFAULT), batches(), counting(2), 0.1)
+
+
+def test_what_words_mean():
+    assert Recipe.chosen(None).name == DEFAULT
+    assert Recipe.chosen(None, active=0.6).budget == 0.6
+    assert Recipe.chosen(None, seed=3).name == DEFAULT
+    assert Recipe.chosen("slim", active=0.25).budget == 0.25
+    assert Recipe.chosen(None, experts=16, shared=2, active=2).name == "cmoe"
+    assert Recipe.chosen(None, router="linear").name == "cmoe"
+    assert Recipe.chosen(None, active=2).active == 2
+    assert Recipe.chosen("moefication", active=0.3).active == 0.3
+    with pytest.raises(moefy.MoefyError, match="takes a share"):
+        Recipe.chosen("reconstructed", active=3)
+    with pytest.raises(moefy.MoefyError, match="budget"):
+        Recipe.chosen(None, active=1.5)
