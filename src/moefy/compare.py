@@ -24,7 +24,7 @@ from moefy.convert import convert
 from moefy.evaluate import is_causal_lm, perplexity
 from moefy.hf import versions
 from moefy.moe import realised_fraction, usage
-from moefy.recipe import RECIPES, Recipe
+from moefy.recipe import DEFAULT, RECIPES, Recipe
 from moefy.routers import ROUTERS
 from moefy.sites import find_sites
 from moefy.slim import ordinary
@@ -32,9 +32,8 @@ from moefy.types import MoefyError
 
 Progress = Callable[[int, int], None]
 
-OURS = "reconstructed"
 #: "NAME:ROUTER" is the recipe NAME with another router.
-DEFAULT_RECIPES = ("cmoe", "moefication", "shared-only", "slim", OURS, f"{OURS}:oracle")
+DEFAULT_RECIPES = ("cmoe", "moefication", "shared-only", "slim", DEFAULT, f"{DEFAULT}:oracle")
 DEFAULT_ACTIVE = (0.75, 0.5, 0.25)
 # Neurons of an expert of the control, which is never routed: fine enough for any fraction.
 _FINE = 8
