@@ -56,7 +56,7 @@ def test_other_recipes_at_a_fraction():
     assert recipe_at("reconstructed", 0.25).budget == 0.25
     oracle = recipe_at("reconstructed:oracle", 0.25)
     assert oracle == moefy.Recipe.of("reconstructed", name="reconstructed:oracle", budget=0.25, router="oracle")
-    for name in ("shared-only", "slim"):
+    for name in ("shared-only", "slim", "reconstructed:control"):
         assert recipe_at(name, 0.25).layer_spec(FFN, "here").shared == 384
     assert not recipe_at("shared-only", 0.25).refit
 

@@ -32,8 +32,8 @@ from moefy.types import MoefyError
 
 Progress = Callable[[int, int], None]
 
-#: "NAME:ROUTER" is the recipe NAME with another router.
-DEFAULT_RECIPES = ("cmoe", "moefication", "shared-only", "slim", DEFAULT, f"{DEFAULT}:oracle")
+#: "NAME:ROUTER" is the recipe NAME with another router, "NAME:control" the same without routing.
+DEFAULT_RECIPES = ("cmoe", "moefication", "shared-only", "slim", f"{DEFAULT}:control", DEFAULT, f"{DEFAULT}:oracle")
 DEFAULT_ACTIVE = (0.75, 0.5, 0.25)
 # Neurons of an expert of the control, which is never routed: fine enough for any fraction.
 _FINE = 8
@@ -88,7 +88,7 @@ def plan(recipes: Sequence[str], active: Sequence[float], seeds: int) -> list[Ru
 
 
 def recipe_at(name: str, active: float, seed: int = 0) -> Recipe:
-    """The recipe `name` ("NAME", "NAME:ROUTER" or a YAML file) at an active fraction.
+    """The recipe `name` ("NAME", "NAME:ROUTER", "NAME:control" or a YAML file) at an active fraction.
 
     A recipe with a budget gets that budget; one with shared experts as many shared as active ones, as CMoE's
     S3A3E8; any other that share of active experts.
@@ -109,7 +109,7 @@ def _base(name: str) -> Recipe:
     base, colon, router = name.rpartition(":")
     if not colon or (name not in RECIPES and Path(name).is_file()):
         return Recipe.of(name)
-    return Recipe.of(base, router=router)
+    return Recipe.of(base).control() if router == "control" else Recipe.of(base, router=router)
 
 
 def _halves(active: float) -> tuple[int, int]:
