@@ -12,9 +12,11 @@ from typer.testing import CliRunner
 
 import moefy
 import tiny
+from moefy import budgets
 from moefy import compare as comparison
 from moefy.cli import app, main
 from moefy.compare import DEFAULT_RECIPES, Data, Run, compare, plan, recipe_at
+from moefy.moe import realised_fraction, usage
 from moefy.report import compare_page
 from test_cli import tokenizer
 
@@ -54,7 +56,7 @@ def test_other_recipes_at_a_fraction():
     assert recipe_at("reconstructed", 0.25).budget == 0.25
     oracle = recipe_at("reconstructed:oracle", 0.25)
     assert oracle == moefy.Recipe.of("reconstructed", name="reconstructed:oracle", budget=0.25, router="oracle")
-    for name in ("shared-only", "slim"):
+    for name in ("shared-only", "slim", "reconstructed:control"):
         assert recipe_at(name, 0.25).layer_spec(FFN, "here").shared == 384
     assert not recipe_at("shared-only", 0.25).refit
 
@@ -109,7 +111,7 @@ def test_every_run_has_a_line_with_figures_or_a_sentence(done):
             for text, ratio in line["ratio"].items():
                 assert math.isclose(ratio, line["perplexity"][text] / base["perplexity"][text])
             assert line["speed"] is None
-            assert 0 < line["realised"] <= 0.75
+            assert all(0 < share < 1 for share in line["realised"].values())
             assert line["calibration_tokens"] == 96
 
 
@@ -118,7 +120,7 @@ def test_a_line_is_what_converting_by_hand_gives(done):
     line = next(x for x in lines if x["recipe"] == "slim" and x["seed"] == 1 and x["active"] == 0.75)
     model, found = tiny.tiny("llama"), data()
     report = moefy.convert(model, moefy.Recipe.of("slim", budget=0.75, seed=1), found.calibration(1))
-    assert line["realised"] == report.active_fraction
+    assert set(line["realised"].values()) == {report.active_fraction}
     ours = comparison.perplexity(model, found.texts["other"]).perplexity
     assert math.isclose(ours, line["perplexity"]["other"], rel_tol=1e-4)
 
@@ -128,6 +130,29 @@ def test_seeds_change_the_figures(done):
     for name in RECIPES:
         ratios = {line["ratio"]["known"] for line in lines if line["recipe"] == name and "ratio" in line}
         assert len(ratios) == 2
+
+
+def test_what_is_measured_once_for_a_seed_changes_no_figure(done, monkeypatch, tmp_path):
+    _, _, lines = done
+    seeds = []
+
+    def measure(model, sites, batches, *options):
+        seeds.append(len(batches))
+        return budgets.measure(model, sites, batches, *options)
+
+    monkeypatch.setattr(comparison, "measure", measure)
+    runs = plan(("reconstructed", "reconstructed:oracle"), (0.75, 0.7), 2)
+    _, found = compare(tiny.tiny("llama"), runs, data(), tmp_path / "x.jsonl", rounds=0)
+    assert len(seeds) == 2
+    line = next(x for x in lines if x["recipe"] == "reconstructed" and x["seed"] == 1 and x["active"] == 0.75)
+    mine = next(x for x in found if x["recipe"] == "reconstructed" and x["seed"] == 1 and x["active"] == 0.75)
+    assert {**mine, "convert_seconds": 0} == {**line, "convert_seconds": 0}
+    model, own = tiny.tiny("llama"), data()
+    moefy.convert(model, recipe_at("reconstructed", 0.75, 1), own.calibration(1))
+    with usage(model) as ran:
+        ours = comparison.perplexity(model, own.texts["other"]).perplexity
+    assert math.isclose(ours, line["perplexity"]["other"], rel_tol=1e-6)
+    assert math.isclose(realised_fraction(model, ran), line["realised"]["other"], rel_tol=1e-6)
 
 
 @pytest.fixture
@@ -231,7 +256,14 @@ def test_timing_is_beside_the_dense_model_and_not_of_oracles(tmp_path):
 
 
 def _line(recipe, seed, ratio, speed=None, text="t"):
-    return {"recipe": recipe, "active": 0.5, "seed": seed, "realised": 0.5, "ratio": {text: ratio}, "speed": speed}
+    return {
+        "recipe": recipe,
+        "active": 0.5,
+        "seed": seed,
+        "realised": {text: 0.5},
+        "ratio": {text: ratio},
+        "speed": speed,
+    }
 
 
 def test_mean_and_spread_over_seeds():

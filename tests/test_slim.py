@@ -113,9 +113,11 @@ def test_a_budget_that_keeps_nothing_is_refused():
         moefy.Recipe.of("slim", budget=0.01).layer_spec(ffn, "here")
 
 
-def test_a_slim_recipe_routes_nothing():
+def test_a_slim_recipe_routes_nothing_and_has_one_width():
     with pytest.raises(moefy.MoefyError, match="routes nothing"):
         moefy.Recipe.of("reconstructed", slim=True)
+    with pytest.raises(moefy.MoefyError, match="one width"):
+        moefy.Recipe.of("slim", allocation="sensitivity")
     model = tiny.tiny("llama")
     moefy.convert(model, moefy.Recipe(experts=6, shared=1, active=2, top_activated=4), [tiny.inputs("llama")])
     with pytest.raises(moefy.MoefyError, match="has routed experts"):

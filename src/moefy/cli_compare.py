@@ -27,7 +27,8 @@ def compare(
     ] = None,
     calibration: Calibration = "pydoc",
     recipes: Annotated[
-        str | None, typer.Option(help="Recipes or YAML files, with commas; NAME:ROUTER for another router.")
+        str | None,
+        typer.Option(help="Recipes or YAML files, with commas; NAME:ROUTER for another router, NAME:control for none."),
     ] = None,
     active: Annotated[str, typer.Option(help="Shares of the FFNs' multiply-adds, with commas.")] = "0.75,0.5,0.25",
     seeds: Annotated[int, typer.Option(min=1, help="Conversions of each kind.")] = 3,

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moefy import bench, budgets
-from moefy.budgets import Sensitivity
+from moefy import bench
+from moefy.budgets import Sensitivity, measure
 from moefy.convert import convert
 from moefy.evaluate import is_causal_lm, perplexity
 from moefy.hf import versions
@@ -32,12 +32,12 @@ from moefy.types import MoefyError
 
 Progress = Callable[[int, int], None]
 
-OURS = DEFAULT
 #: "NAME:ROUTER" is the recipe NAME with another router, "NAME:control" the same without routing.
-DEFAULT_RECIPES = ("cmoe", "moefication", "shared-only", "slim", f"{OURS}:control", OURS, f"{OURS}:oracle")
+DEFAULT_RECIPES = ("cmoe", "moefication", "shared-only", "slim", f"{DEFAULT}:control", DEFAULT, f"{DEFAULT}:oracle")
 DEFAULT_ACTIVE = (0.75, 0.5, 0.25)
 # Neurons of an expert of the control, which is never routed: fine enough for any fraction.
 _FINE = 8
+_HOLD_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def plan(recipes: Sequence[str], active: Sequence[float], seeds: int) -> list[Ru
 
 
 def recipe_at(name: str, active: float, seed: int = 0) -> Recipe:
-    """The recipe `name` ("NAME", "NAME:ROUTER" or a YAML file) at an active fraction.
+    """The recipe `name` ("NAME", "NAME:ROUTER", "NAME:control" or a YAML file) at an active fraction.
 
     A recipe with a budget gets that budget; one with shared experts as many shared as active ones, as CMoE's
     S3A3E8; any other that share of active experts.
@@ -145,15 +145,35 @@ def compare(
     path.parent.mkdir(parents=True, exist_ok=True)
     journal = Journal(path, settings(dense, data, rounds, model_name))
     base = journal.find({"dense": True}) or journal.append({"dense": True, "perplexity": _perplexities(dense, data)})
-    done, known = [], _Sensitivities(dense, data)
+    done, measured = [], Measured(dense, data)
     for i, run in enumerate(runs):
         if progress:
             progress(i, len(runs))
         line = _wanted(run)
-        done.append(journal.find(line) or journal.append({**line, **_measure(dense, run, data, base, rounds, known)}))
+        done.append(journal.find(line) or journal.append({**line, **_measure(run, measured, base, rounds)}))
     if progress:
         progress(len(runs), len(runs))
     return base, done
+
+
+class Measured:
+    """The dense model, the data, and what converting needs of both, which all runs of a seed share."""
+
+    def __init__(self, dense: Any, data: Data):
+        self.dense, self.data = dense, data
+        self._key: tuple[int, int] | None = None
+        self._found: Sensitivity | None = None
+
+    def sensitivity(self, recipe: Recipe) -> Sensitivity | None:
+        """What dividing the recipe's budget over the layers needs; None if it gives all the same share."""
+        if recipe.allocation != "sensitivity":
+            return None
+        key = recipe.seed, recipe.chunk_tokens
+        if self._found is None or self._key != key:
+            sites = {site.entry_name: site for site in find_sites(self.dense)}
+            batches = self.data.calibration(recipe.seed)
+            self._key, self._found = key, measure(self.dense, sites, batches, _HOLD_BYTES, recipe.chunk_tokens)
+        return self._found
 
 
 def settings(dense: Any, data: Data, rounds: int, model_name: str) -> dict[str, Any]:
@@ -230,37 +250,22 @@ def _wanted(run: Run) -> dict[str, Any]:
         return {**line, "fields": None}
 
 
-class _Sensitivities:
-    """What recipes that allocate a budget need of the dense model, measured once a seed."""
-
-    def __init__(self, dense: Any, data: Data):
-        self.dense, self.data = dense, data
-        self.known: dict[int, Sensitivity] = {}
-
-    def of(self, recipe: Recipe, seed: int) -> Sensitivity | None:
-        if recipe.allocation == "uniform":
-            return None
-        if seed not in self.known:
-            sites = {site.entry_name: site for site in find_sites(self.dense)}
-            self.known[seed] = budgets.measure(
-                self.dense, sites, self.data.calibration(seed), 1 << 30, recipe.chunk_tokens
-            )
-        return self.known[seed]
-
-
-def _measure(
-    dense: Any, run: Run, data: Data, base: dict[str, Any], rounds: int, known: _Sensitivities
-) -> dict[str, Any]:
+def _measure(run: Run, measured: Measured, base: dict[str, Any], rounds: int) -> dict[str, Any]:
+    dense, data = measured.dense, measured.data
     model = copy.deepcopy(dense)
     try:
         recipe = recipe_at(run.recipe, run.active, run.seed)
-        report = convert(model, recipe, data.calibration(run.seed), sensitivity=known.of(recipe, run.seed))
-        with usage(model) as counted:
-            found = _perplexities(model, data)
-        realised = realised_fraction(model, counted)
+        known = measured.sensitivity(recipe)
+        report = convert(model, recipe, data.calibration(run.seed), sensitivity=known)
         model = ordinary(model) if recipe.slim else model
     except MoefyError as error:
         return {"skipped": str(error)}
+    found, realised = {}, {}
+    for name, windows in data.texts.items():
+        with usage(model) as counted:
+            found[name] = perplexity(model, windows, data.prefix).perplexity
+        # A threshold runs more experts on one text than on another; without one the share is the recipe's.
+        realised[name] = realised_fraction(model, counted) if counted else report.active_fraction
     return {
         "realised": realised,
         "perplexity": found,

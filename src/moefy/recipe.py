@@ -80,6 +80,8 @@ class Recipe(BaseModel):
             raise ValueError("allocation by sensitivity divides a budget; give one, such as budget: 0.5")
         if self.slim and self.construction != "shared_only":
             raise ValueError(f"a slim model routes nothing: use the construction shared_only, not {self.construction}")
+        if self.slim and self.allocation != "uniform":
+            raise ValueError("all layers of a slim model have one width: use the allocation uniform")
         if self.expert_size is None and self.budget is None:
             self.counts(self.experts)
         return self

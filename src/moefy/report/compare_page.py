@@ -47,15 +47,15 @@ def markdown(base: dict[str, Any], lines: Sequence[dict[str, Any]]) -> str:
 
 _LEGEND = (
     "Texts: perplexity of the dense model, and over it for the others; ± is the sample standard deviation over seeds. "
-    "Active: share of FFN multiply-adds asked for, and realised with the router."
+    "Active: share of FFN multiply-adds asked for, and realised on the texts, routers included."
 )
 
 
 def summarise(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """The runs that were measured, seeds put together: one entry for each recipe and active fraction.
 
-    Each figure is (mean, sample standard deviation), the latter None for one seed; `decode` and `prefill` are
-    tokens a second with their speedup, None where nothing was timed.
+    `realised` and `ratio` are by text. Each figure is (mean, sample standard deviation), the latter None for
+    one seed; `decode` and `prefill` are tokens a second with their speedup, None where nothing was timed.
     """
     measured = [line for line in lines if "ratio" in line]
     recipes = list(dict.fromkeys(line["recipe"] for line in measured))
@@ -72,8 +72,10 @@ def summarise(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 def _figures(group: list[dict[str, Any]]) -> dict[str, Any]:
     speeds = [line["speed"] for line in group if line["speed"]]
     found: dict[str, Any] = {
-        "realised": _spread([line["realised"] for line in group]),
-        "ratio": {name: _spread([line["ratio"][name] for line in group]) for name in group[0]["ratio"]},
+        **{
+            key: {name: _spread([line[key][name] for line in group]) for name in group[0][key]}
+            for key in ("realised", "ratio")
+        },
         "weight_bytes": speeds[0]["weight_bytes"]["model"] if speeds else None,
     }
     for case in ("decode", "prefill"):
@@ -107,7 +109,7 @@ def cells(base: dict[str, Any], lines: Sequence[dict[str, Any]]) -> tuple[list[s
             [
                 group["recipe"],
                 f"{group['active']:.0%}",
-                f"{group['realised'][0]:.1%}",
+                " / ".join(dict.fromkeys(f"{group['realised'][text][0]:.1%}" for text in texts)),
                 *(f"{_mean(group['ratio'][text], 3)}" for text in texts),
                 *(_speed(group[case]) for case in ("decode", "prefill")),
                 _mebibytes(group["weight_bytes"]),

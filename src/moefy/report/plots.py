@@ -153,7 +153,7 @@ def ratios(groups: Sequence[dict[str, Any]], text: str, dense_speed: float | Non
         mine = [group for group in groups if group["recipe"] == recipe]
         timed = [group for group in mine if group["decode"]]
         for panel, chosen, x in (
-            (axes[0], mine, [group["realised"][0] for group in mine]),
+            (axes[0], mine, [group["realised"][text][0] for group in mine]),
             (axes[1], timed, [group["decode"]["tokens_per_second"][0] for group in timed]),
         ):
             y = [group["ratio"][text] for group in chosen]
