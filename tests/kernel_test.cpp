@@ -1,6 +1,6 @@
 // The kernel without Python: every instruction set of the machine, weight type and a range of shapes against loops in
 // double. Made for the sanitizers: all buffers have their exact size, so that any access beyond them is seen, and y
-// is filled with NaN and followed by a guard.
+// is filled with NaN, with guards before and after it.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -85,8 +85,10 @@ void check(const Kernels& kernels, const Problem& p, int threads) {
   std::vector<uint16_t> half(p.bf16 ? x.size() : 0);
   for (size_t i = 0; i < half.size(); ++i) half[i] = to_bf16(x[i]), x[i] = from_bf16(half[i]);
   constexpr int kGuard = 64;
-  std::vector<float> y(p.bf16 ? 0 : x.size() + kGuard, NAN);
-  std::vector<uint16_t> y_half(p.bf16 ? x.size() + kGuard : 0, 0x7fc1);
+  std::vector<float> y_room(p.bf16 ? kGuard : x.size() + 2 * kGuard, NAN);
+  std::vector<uint16_t> half_room(p.bf16 ? x.size() + 2 * kGuard : kGuard, 0x7fc1);
+  float* y = y_room.data() + kGuard;
+  uint16_t* y_half = half_room.data() + kGuard;
   std::vector<int32_t> chosen(size_t(p.T) * p.K);
   std::vector<int64_t> counts(p.E);
 
@@ -98,7 +100,7 @@ void check(const Kernels& kernels, const Problem& p, int threads) {
   c.down_bias = bias.data();
   c.width = p.D, c.x_row = p.D, c.tokens = p.T, c.bf16 = p.bf16, c.threads = threads;
   c.x = p.bf16 ? static_cast<const void*>(half.data()) : x.data();
-  c.y = p.bf16 ? static_cast<void*>(y_half.data()) : y.data();
+  c.y = p.bf16 ? static_cast<void*>(y_half) : y;
   c.capacity = p.K, c.rule.top_k = p.K;
   c.chosen_out = chosen.data(), c.counts_out = counts.data();
   bool good = forward(c);
@@ -118,7 +120,9 @@ void check(const Kernels& kernels, const Problem& p, int threads) {
       good &= std::fabs(got - want[k]) <= relative * size[k] + (p.bf16 ? std::fabs(want[k]) / 128 : 0);
     }
   }
-  for (size_t i = x.size(); i < x.size() + kGuard; ++i) good &= p.bf16 ? y_half[i] == 0x7fc1 : std::isnan(y[i]);
+  for (int i = 0; i < kGuard; ++i)
+    for (const ptrdiff_t at : {ptrdiff_t(i) - kGuard, ptrdiff_t(x.size()) + i})
+      good &= p.bf16 ? y_half[at] == 0x7fc1 : std::isnan(y[at]);
   ++checks;
   if (good) return;
   ++failures;
