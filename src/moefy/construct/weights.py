@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from moefy.construct.balanced import balanced_assignment, rows_of
 from moefy.stats import NeuronStats
+from moefy.types import linear
 
 # Centroids of 1,536 x 8 settle in 5 to 8 rounds; later rounds move a handful of neurons.
 ROUNDS = 10
@@ -26,7 +27,7 @@ def group(stats: NeuronStats, members: Tensor, experts: int, seed: int) -> Tenso
     assignment = torch.full((len(members),), -1)
     for _ in range(ROUNDS):
         # For rows of unit length the squared distance is 1 + |c|² - 2 x·c.
-        cost = centroids.square().sum(1) - 2 * rows @ centroids.t()
+        cost = centroids.square().sum(1) - 2 * linear(rows, centroids)
         before, assignment = assignment, balanced_assignment(cost)
         if torch.equal(before, assignment):
             break
@@ -36,11 +37,15 @@ def group(stats: NeuronStats, members: Tensor, experts: int, seed: int) -> Tenso
 
 
 def _spread_seeds(rows: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """k-means++ seeding: each further seed is drawn with probability proportional to its squared distance."""
+    """k-means++ seeding of unit rows: the further from the seeds so far, the likelier (by squared distance)."""
+
+    def distance(to: int) -> Tensor:
+        return (2 - 2 * rows @ rows[to]).clamp_min(0)
+
     chosen = [int(torch.randint(len(rows), (), generator=generator))]
-    nearest = (rows - rows[chosen[0]]).square().sum(1)
+    nearest = distance(chosen[0])
     for _ in range(count - 1):
         weights = nearest if nearest.sum() > 0 else torch.ones(len(rows))
         chosen.append(int(torch.multinomial(weights, 1, generator=generator)))
-        nearest = torch.minimum(nearest, (rows - rows[chosen[-1]]).square().sum(1))
+        nearest = torch.minimum(nearest, distance(chosen[-1]))
     return rows[chosen]
