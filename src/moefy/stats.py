@@ -139,24 +139,27 @@ def contributions(routed: FFNWeights, experts: int, x: Tensor) -> Tensor:
     return _squared_norms(routed, experts, routed.hidden(x))
 
 
+def left_unpredicted(stats: NeuronStats, shared: Tensor, rest: Tensor) -> Callable[[Tensor], Tensor]:
+    """A function from activations (T, F) to those of the neurons `rest` less their regression on the neurons `shared`.
+
+    The regression has a constant and the token weights of the refit, which can put it in their stead.
+    """
+    known = torch.cat([shared, torch.tensor([stats.ffn.neurons])])  # the Gram's constant
+    within = stats.gram[known][:, known]
+    within.diagonal().add_(1e-3 * within.diagonal().mean() + 1e-30)
+    projection = torch.cholesky_solve(stats.gram[known][:, rest], torch.linalg.cholesky(within)).float()
+    across = projection[:-1].t().contiguous()
+    return lambda h: h[:, rest] - linear(h[:, shared], across) - projection[-1]
+
+
 def unrepaired(stats: NeuronStats, partition: Partition) -> Callable[[Tensor], Tensor]:
     """A function from activations (T, F) to what losing each expert costs (T, E) after the shared neurons repair it.
 
-    An activation is replaced by what is left of it after its regression on the shared neurons and a constant,
-    which a refitted down-projection can do in its stead; the cost is in `stats.metric`.
+    Of an activation counts what they do not predict; the cost is in `stats.metric`.
     """
-    shared = torch.cat([partition.shared, torch.tensor([stats.ffn.neurons])])  # the Gram's constant
     rest = partition.experts.flatten()
-    within = stats.gram[shared][:, shared]
-    within.diagonal().add_(1e-3 * within.diagonal().mean())
-    projection = torch.cholesky_solve(stats.gram[shared][:, rest], torch.linalg.cholesky(within)).float()
-    routed, across = stats.ffn.take(rest), projection[:-1].t().contiguous()
-
-    def cost(h: Tensor) -> Tensor:
-        left = h[:, rest] - linear(h[:, partition.shared], across) - projection[-1]
-        return _squared_norms(routed, len(partition.experts), left, stats.metric)
-
-    return cost
+    left, routed = left_unpredicted(stats, partition.shared, rest), stats.ffn.take(rest)
+    return lambda h: _squared_norms(routed, len(partition.experts), left(h), stats.metric)
 
 
 def _squared_norms(routed: FFNWeights, experts: int, h: Tensor, metric: Tensor | None = None) -> Tensor:

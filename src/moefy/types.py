@@ -31,7 +31,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     The operator is private to torch: without it, or with gradients, other types and devices, this is `F.linear`.
     """
     plain = x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu" and x.ndim == 2
-    if not plain or len(x) < _MANY_ROWS or (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)):
+    graded = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    if not plain or graded or len(x) < _MANY_ROWS or not weight.numel():
         return F.linear(x, weight, bias)
     try:
         onednn = torch.ops.mkldnn._linear_pointwise

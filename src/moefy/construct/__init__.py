@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from moefy.construct import activation, coactivation, random, weights
+from moefy.construct import activation, coactivation, contribution, random, weights
 from moefy.construct.sharing import SHARING
 from moefy.stats import NeuronStats
 from moefy.types import LayerSpec, Partition
@@ -22,6 +22,7 @@ CONSTRUCTIONS: dict[str, Group] = {
     "activation": activation.group,
     "weights": weights.group,
     "coactivation": coactivation.group,
+    "contribution": contribution.group,
     "random": random.group,
     # The control: the neurons that are not shared are never run, so how they are grouped is of no matter.
     "shared_only": random.group,
