@@ -54,7 +54,10 @@ def test_the_logistic_router_leaves_less_than_ridge_and_chance():
     assert lost["logistic"] < lost["linear"] < lost["random"]
 
 
-@pytest.mark.parametrize(("tokens", "k", "n"), [(64, 3, 5), (65, 17, 1), (300, 48, 33), (5, 7, 9), (0, 4, 4), (80, 0, 3), (80, 4, 0)])
+SIZES = [(64, 3, 5), (65, 17, 1), (300, 48, 33), (5, 7, 9), (0, 4, 4), (80, 0, 3), (80, 4, 0)]
+
+
+@pytest.mark.parametrize(("tokens", "k", "n"), SIZES)
 def test_products_are_those_of_torch(tokens, k, n):
     x, w, b = torch.randn(tokens, k), torch.randn(n, k), torch.randn(n)
     torch.testing.assert_close(linear(x, w, b), torch.nn.functional.linear(x, w, b))

@@ -251,13 +251,16 @@ def bench(
 @app.command()
 def demo(
     output: Annotated[Path | None, typer.Option(help="Keep the converted model here.")] = None,
-    recipe: Annotated[str, typer.Option(help="A recipe's name or a YAML file.")] = "cmoe",
+    recipe: Annotated[str | None, typer.Option(help="A recipe's name or a YAML file.")] = None,
+    active: Annotated[float, typer.Option(help="Share of FFN multiply-adds, where the recipe takes one.")] = 0.75,
     windows: Annotated[int, typer.Option(help="Windows of 1,024 tokens to measure on.")] = 6,
 ) -> None:
     """Convert SmolLM2-135M on text that ships with Python, reload it from disk and measure it."""
     from moefy.demo import run
+    from moefy.recipe import Recipe
 
-    run(output, recipe, windows)
+    chosen = Recipe.chosen(recipe)
+    run(output, Recipe.of(chosen, budget=active) if chosen.budget else chosen, windows)
 
 
 def _share_rows(layers: list[Any]) -> list[list[str]]:

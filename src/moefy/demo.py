@@ -10,19 +10,24 @@ from typing import Any
 
 import torch
 
-from moefy import checkpoint, console, texts
+from moefy import budgets, checkpoint, console, texts
 from moefy.calibrate import special_prefix, text_calibration, token_windows
 from moefy.convert import Report, convert
 from moefy.evaluate import perplexity
+from moefy.moe import realised_fraction, usage
 from moefy.recipe import Recipe
+from moefy.sites import find_sites
 from moefy.sources import load_source, smollm2_gguf
 
 NEW_TOKENS = 48
 
 
-def run(output: Path | None, recipe_name: str, windows: int) -> None:
+# Calibration windows of 1,024 tokens: what two conversions can look at in the demo's few minutes.
+CALIBRATION = 12
+
+
+def run(output: Path | None, recipe: Recipe, windows: int) -> None:
     """Convert SmolLM2-135M, save it, reload it, and print it beside the dense model and the control."""
-    recipe = Recipe.of(recipe_name)
     if output is not None:
         checkpoint.check_output(output, overwrite=True)
     with tempfile.TemporaryDirectory(prefix="moefy-demo-") as scratch:
@@ -33,18 +38,19 @@ def _run(recipe: Recipe, output: Path, control: Path, windows: int) -> None:
     calibrate_on, measure_on = texts.halves(texts.builtin_text())
     with console.status("Loading SmolLM2-135M from its GGUF"):
         model, tokenizer = load_source(smollm2_gguf())
-    batches = text_calibration(tokenizer, calibrate_on)
+    batches = text_calibration(tokenizer, calibrate_on, windows=CALIBRATION)
     test = token_windows(tokenizer, measure_on, 1024, windows)
     measure = _Measure(test, len(special_prefix(tokenizer)))
-    rows = [measure("dense", model, 1.0)]
-    report = _convert(f"Converting ({recipe.name})", model, recipe, batches)
+    rows = [measure("dense", model)]
+    sensitivity = _sensitivity(model, batches, recipe)
+    report = _convert(f"Converting ({recipe.name})", model, recipe, batches, sensitivity)
     checkpoint.save(model, output, tokenizer, overwrite=True, source=str(smollm2_gguf()))
     del model
-    rows.append(measure(f"{recipe.name}, reloaded from disk", checkpoint.load(output), report.active_fraction))
+    rows.append(measure(f"{recipe.name}, reloaded from disk", checkpoint.load(output)))
     with console.status("Loading SmolLM2-135M again"):
         model, _ = load_source(smollm2_gguf())
-    shared = _convert("Converting the control without routing", model, recipe.control(), batches)
-    rows.append(measure("all-shared control", model, shared.active_fraction))
+    _convert("Converting the control without routing", model, recipe.control(), batches, sensitivity)
+    rows.append(measure("all-shared control", model))
     console.table(
         "SmolLM2-135M-Instruct on CPython's documentation",
         ["model", "perplexity", "FFN active", "s (eval)", "prefill tok/s", "decode tok/s"],
@@ -56,9 +62,24 @@ def _run(recipe: Recipe, output: Path, control: Path, windows: int) -> None:
     )
 
 
-def _convert(what: str, model: Any, recipe: Recipe, batches: list[dict[str, Any]]) -> Report:
+def _sensitivity(model: Any, batches: list[dict[str, Any]], recipe: Recipe) -> budgets.Sensitivity | None:
+    """What both conversions need to know of the layers, if they divide a budget."""
+    if recipe.allocation == "uniform":
+        return None
+    sites = {site.entry_name: site for site in find_sites(model)}
+    with console.progress("Measuring what each layer needs") as update:
+
+        def step(done: int, name: str) -> None:
+            update(done, len(sites), name)
+
+        return budgets.measure(model, sites, batches, 1 << 30, recipe.chunk_tokens, step)
+
+
+def _convert(
+    what: str, model: Any, recipe: Recipe, batches: list[dict[str, Any]], sensitivity: budgets.Sensitivity | None
+) -> Report:
     with console.progress(what) as update:
-        return convert(model, recipe, batches, progress=update)
+        return convert(model, recipe, batches, progress=update, sensitivity=sensitivity)
 
 
 class _Measure:
@@ -67,9 +88,9 @@ class _Measure:
     def __init__(self, test: torch.Tensor, prefix: int):
         self.test, self.prefix, self.protocol = test, prefix, ""
 
-    def __call__(self, name: str, model: Any, active: float) -> list[str]:
+    def __call__(self, name: str, model: Any) -> list[str]:
         start = time.perf_counter()
-        with console.progress(f"Measuring {name}") as update:
+        with console.progress(f"Measuring {name}") as update, usage(model) as counted:
             result = perplexity(model, self.test, self.prefix, update)
         seconds = time.perf_counter() - start
         self.protocol = f"Perplexity: {result.protocol()}"
@@ -77,7 +98,7 @@ class _Measure:
         return [
             name,
             f"{result.perplexity:.2f}",
-            f"{active:.1%}",
+            f"{realised_fraction(model, counted) if counted else 1:.1%}",
             f"{seconds:.1f}",
             f"{self.test.numel() / seconds:.0f}",
             f"{decode:.1f}",
