@@ -23,6 +23,9 @@ from moefy.sites import find_sites
 from moefy.sources import load_source, smollm2_gguf
 from moefy.texts import read_text
 
+# Activations held in memory: what 64 windows of SmolLM2 take.
+HOLD = 4 << 30
+
 
 def recipe_of(name: str) -> moefy.Recipe:
     shape, *methods = name.split(":")
@@ -81,8 +84,8 @@ def main() -> None:
             start = time.perf_counter()
             if each.allocation == "sensitivity" and measured is None:
                 sites = {site.entry_name: site for site in find_sites(model)}
-                measured = measure(model, sites, batches, 1 << 30, each.chunk_tokens)
-            report = moefy.convert(model, each, batches, sensitivity=measured)
+                measured = measure(model, sites, batches, HOLD, each.chunk_tokens)
+            report = moefy.convert(model, each, batches, hold_bytes=HOLD, sensitivity=measured)
             show(
                 each.name,
                 model,
