@@ -266,7 +266,7 @@ RECIPES: dict[str, Recipe] = {
         sharing="reconstruction",
         refit=True,
         expert_size=8,
-        budget=0.5,
+        budget=0.75,
         allocation="sensitivity",
         selection="threshold",
     ),
