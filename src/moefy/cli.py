@@ -35,8 +35,8 @@ def convert(
     active: Annotated[
         str | None,
         typer.Option(
-            help="0.5: the share of FFN multiply-adds that run, router included (0.75 by default). Where a recipe counts experts: "
-            "how many routed ones run for each token, or their share of all."
+            help="0.5: the share of FFN multiply-adds that run, router included (0.75 by default). Where a recipe "
+            "counts experts: how many routed ones run for each token, or their share of all."
         ),
     ] = None,
     target_loss: Annotated[
