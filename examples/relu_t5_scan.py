@@ -4,8 +4,8 @@
     python examples/relu_t5_scan.py --train tasks_train_simple.txt --dev tasks_test_simple.txt --output t5-scan
 
 The files are SCAN's (`IN: jump twice OUT: I_JUMP I_JUMP`; .gz is fine). The vocabulary is the words of the
-training file; 1,960 steps. Cut it off whenever you like, the same command goes on. The output
-is an ordinary Hugging Face checkpoint:
+training file; 3,920 steps, 0.15 s each on one core of a Zen 5 virtual machine. Cut it off whenever you like,
+the same command goes on. The output is an ordinary Hugging Face checkpoint:
 
     moefy eval t5-scan --task t2t --data tasks_test_simple.txt --limit 1000
     moefy convert t5-scan t5-moe --recipe moefication --task t2t --calibration tasks_train_simple.txt
