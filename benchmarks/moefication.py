@@ -1,12 +1,12 @@
 """MoEfication's table: every construction with every selection at 10, 20 and 30 % of the neurons, on one task.
 
-    python benchmarks/moefication.py minilm-sst2 --task sst2 --train train.tsv.gz --data dev.tsv.gz --out sst2.jsonl
-    python benchmarks/moefication.py minilm-sst2 --task sst2 --train train.tsv.gz --data dev.tsv.gz --out sst2.jsonl --speed
-    python benchmarks/moefication.py minilm-sst2 --out sst2.jsonl --table
+    python benchmarks/moefication.py minilm-sst2 --out s.jsonl --task sst2 --train train.tsv.gz --data dev.tsv.gz
+    python benchmarks/moefication.py minilm-sst2 --out s.jsonl --table
 
 Each cell is a line of JSON, appended when it is done; the same command goes on where it was cut off, and with
---seconds it stops by itself. The models are what examples/ trains. --speed times the dense model and one cell of
-each selection that ships, at 20 %, in turns, and appends a line each. --table prints what is there as Markdown.
+--seconds it stops by itself. The models are what examples/ trains. With --speed the first command only times the
+dense model and one cell of each selection that ships, at 20 %, in turns, and appends a line each. --table prints
+what is there as Markdown.
 """
 
 from __future__ import annotations

@@ -107,7 +107,7 @@ def test_a_relative_rate_moves_every_parameter_by_its_own_size(tmp_path, data):
     schedule = Schedule(8, 8, rate=1e-2, weight_decay=0.0, relative=True)
     finetune(model, features, 0, schedule, state=tmp_path / "state")
     sizes = {name: float(p.square().mean().sqrt()) for name, p in before.items()}
-    assert min(sizes.values()) == 0 < 0.9 < max(sizes.values())
+    assert min(sizes.values()) < 0.1 < 0.9 < max(sizes.values())
     for name, p in model.named_parameters():
         # Adam's first step is the rate wherever the gradient is well above its epsilon.
         moved = float((p.detach() - before[name]).abs().max())
