@@ -30,6 +30,7 @@ from moefy.tasks import evaluate_task, task_calibration
 CONSTRUCTIONS = ("random", "weights", "coactivation")
 # The paper's four; the linear one is moefy's own and runs only if --routers names it.
 SELECTIONS = {"mass": "ground truth", "random": "random", "similarity": "similarity", "mlp": "MLP", "linear": "linear"}
+CONTROL = "shared_only"
 SHARES = (0.1, 0.2, 0.3)
 TIMED = 0.2
 Batches = list[dict[str, torch.Tensor]]
@@ -39,6 +40,9 @@ def cells(args: argparse.Namespace) -> list[dict[str, Any]]:
     """The cells in the order they run: the paper's table, then the same selections after the refit."""
     size = args.expert_size
     found: list[dict[str, Any]] = [dense_cell()]
+    if args.control:
+        control = {"construction": CONTROL, "router": "", "refit": True, "expert_size": size}
+        return found + [{**control, "active": active} for active in (0.2, 0.1, 0.3)]
     for again in (False,) if args.paper_only else (True,) if args.refit_only else (False, True):
         for active in (0.2, 0.1, 0.3):
             for construction in args.constructions:
@@ -58,7 +62,8 @@ def converted(cell: dict[str, Any], dense: Any, batches: Batches) -> tuple[Any, 
     model = copy.deepcopy(dense)
     if cell["construction"] == "dense":
         return model, {}
-    report = moefy.convert(model, moefy.Recipe.of("moefication", **cell), batches)
+    changes = {name: value for name, value in cell.items() if value != ""}
+    report = moefy.convert(model, moefy.Recipe.of("moefication", **changes), batches)
     return model, {
         "seconds": round(report.seconds, 1),
         "seconds_layer": round(statistics.mean(x.seconds for x in report.layers), 2),
@@ -147,14 +152,16 @@ def table(lines: list[dict[str, Any]]) -> str:
     ]
     sizes = sorted({line["expert_size"] for line in cells_done if line["expert_size"]}, reverse=True)
     rows = [(s, c, r, a) for s in sizes for c in CONSTRUCTIONS for r in SELECTIONS for a in (False, True)]
+    rows += [(s, CONTROL, "", True) for s in sizes]
     for size, construction, router, again in rows:
         row = [by_key.get((construction, router, active, again, size)) for active in SHARES]
         if not any(row):
             continue
         figures = [f"{r[main]:.4f} ({r[main] / dense[main]:.1%})" if r else "" for r in row]
-        masses = [f"{r['mass']:.3f}" if r else "" for r in row]
-        overlap = f"{row[1]['overlap']:.2f}" if row[1] else ""
-        shown = [str(size), construction, SELECTIONS[router], "yes" if again else "", *figures, *masses, overlap]
+        masses = [f"{r['mass']:.3f}" if r and router else "" for r in row]
+        overlap = f"{row[1]['overlap']:.2f}" if row[1] and router else ""
+        names = [construction, SELECTIONS[router]] if router else ["none: the same neurons for all tokens", ""]
+        shown = [str(size), *names, "yes" if again else "", *figures, *masses, overlap]
         out.append(f"| {' | '.join([*shown, speed(lines, router, size)])} |")
     return "\n".join(out)
 
@@ -162,7 +169,7 @@ def table(lines: list[dict[str, Any]]) -> str:
 def speed(lines: list[dict[str, Any]], router: str, size: int) -> str:
     """How often faster than dense, batches / one sentence, by the last speed lines of this selection."""
     timed = {(line["router"], line["expert_size"]): line for line in lines if line.get("speed")}
-    if (router, size) not in timed or ("", 0) not in timed:
+    if not router or (router, size) not in timed or ("", 0) not in timed:
         return ""
     dense, ours = timed["", 0], timed[router, size]
     return " / ".join(f"{dense[k] / ours[k]:.2f}x" for k in ("batch_seconds", "single_seconds"))
@@ -185,6 +192,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--routers", nargs="+", choices=list(SELECTIONS), default=list(SELECTIONS)[:4])
     parser.add_argument("--paper-only", action="store_true", help="leave out the refitted cells")
     parser.add_argument("--refit-only", action="store_true", help="only the refitted cells")
+    parser.add_argument("--control", action="store_true", help="only the control: no routing, the refit")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start no cell after so long")
     return parser.parse_args()
 
