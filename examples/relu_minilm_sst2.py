@@ -4,8 +4,8 @@
     python examples/relu_minilm_sst2.py --train train.tsv --dev dev.tsv --output minilm-sst2
 
 The files are GLUE's SST-2 (a header, then sentence and label separated by a tab; .gz is fine). The GELUs are
-swapped for ReLU and 24,000 phrases are seen twice, 1,500 steps. Cut it off whenever you like, the
-same command goes on. The output is an ordinary Hugging Face checkpoint:
+swapped for ReLU and 24,000 phrases are seen twice: 1,500 steps, 0.46 s each on one core of a Zen 5 virtual
+machine. Cut it off whenever you like, the same command goes on. The output is an ordinary Hugging Face checkpoint:
 
     moefy eval minilm-sst2 --task sst2 --data dev.tsv
     moefy convert minilm-sst2 minilm-moe --recipe moefication --task sst2 --calibration train.tsv

@@ -4,8 +4,8 @@
     python examples/relu_t5_scan.py --train tasks_train_simple.txt --dev tasks_test_simple.txt --output t5-scan
 
 The files are SCAN's (`IN: jump twice OUT: I_JUMP I_JUMP`; .gz is fine). The vocabulary is the words of the
-training file; 1,960 steps. Cut it off whenever you like, the same command goes on. The output
-is an ordinary Hugging Face checkpoint:
+training file; 3,920 steps, 0.15 s each on one core of a Zen 5 virtual machine. Cut it off whenever you like,
+the same command goes on. The output is an ordinary Hugging Face checkpoint:
 
     moefy eval t5-scan --task t2t --data tasks_test_simple.txt --limit 1000
     moefy convert t5-scan t5-moe --recipe moefication --task t2t --calibration tasks_train_simple.txt
@@ -50,10 +50,10 @@ def small_t5(tokenizer: Any) -> T5ForConditionalGeneration:
             d_model=128,
             d_kv=32,
             num_heads=4,
-            d_ff=1280,
+            d_ff=768,
             num_layers=2,
             num_decoder_layers=2,
-            dropout_rate=0.05,
+            dropout_rate=0.0,
             feed_forward_proj="relu",
             decoder_start_token_id=0,
             pad_token_id=0,
@@ -67,7 +67,9 @@ def train(args: argparse.Namespace) -> bool:
     tokenizer = word_tokenizer(pairs)
     model, out = small_t5(tokenizer), Path(args.output).absolute()
     state = out.parent / f".{out.name}.training.safetensors"
-    schedule = Schedule(round(len(pairs) * args.epochs), batch_size=128, rate=1e-3, weight_decay=0.0)
+    schedule = Schedule(
+        round(len(pairs) * args.epochs), batch_size=64, rate=1e-2, warmup=0.03, weight_decay=0.0, relative=True
+    )
     features = task.encode(model, tokenizer, pairs)
     with console.progress("Training") as update:
         trained = finetune(model, features, 0, schedule, state=state, seconds=args.seconds, progress=update)

@@ -1,7 +1,9 @@
-"""ReLU checkpoints that need no ReLU-fication: ReluLLaMA, ReluFalcon and Bamboo, by their real configs.
+"""ReLU checkpoints that need no ReLU-fication: ReluLLaMA, ReluFalcon and Bamboo, by their shapes.
 
-The shapes are the released models'; for the conversion they shrink in width and depth and get random weights,
-written and read as a checkpoint is. Full-sized they are looked at without memory, on the meta device.
+The configs here are those of the dense models that these were tuned from (Llama 2 7B, Falcon 40B, Mistral 7B),
+with ReLU under the key that transformers reads; the released config.json files were not at hand. For the
+conversion they shrink in width and depth and get random weights, written and read as a checkpoint is. Full-sized
+they are looked at without memory, on the meta device.
 """
 
 import json
@@ -32,7 +34,8 @@ RELU_LLAMA = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-# SparseLLM/ReluFalcon-40B: Falcon 40B with ReLU for GELU.
+# SparseLLM/ReluFalcon-40B: Falcon 40B with ReLU for GELU. It is older than Falcon's `activation` in transformers:
+# if its config.json lacks the key, the model runs GELU until the key is added.
 RELU_FALCON = {
     "architectures": ["FalconForCausalLM"],
     "model_type": "falcon",
@@ -51,7 +54,7 @@ RELU_FALCON = {
     "bos_token_id": 11,
     "eos_token_id": 11,
 }
-# PowerInfer/Bamboo-base-v0.1: Mistral 7B whose gate and up branch both pass through ReLU.
+# PowerInfer/Bamboo-base-v0_1: Mistral 7B whose gate and up branch both pass through ReLU.
 BAMBOO = {
     "architectures": ["BambooForCausalLM"],
     "model_type": "bamboo",
@@ -111,3 +114,11 @@ def test_full_sized_shapes_fit_experts_of_32(name, tmp_path):
     assert (spec.neurons, spec.expert_size, spec.activation) == (neurons, 32, "relu")
     assert spec.top_k == round(0.2 * neurons / 32)
     assert spec.activate_up == name.startswith("Bamboo")
+
+
+def test_a_falcon_without_the_key_is_a_gelu_model(tmp_path):
+    config = {k: v for k, v in RELU_FALCON.items() if k != "activation"} | SMALL | {"num_kv_heads": 2}
+    for added, expected in ({}, "gelu"), ({"activation": "relu"}, "relu"):
+        (tmp_path / "config.json").write_text(json.dumps({**config, **added}))
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path))
+        assert {site.activation for site in find_sites(model)} == {expected}

@@ -100,6 +100,21 @@ def test_a_loss_that_is_not_finite_stops_the_training(tmp_path, data):
         finetune(model, features, 0, Schedule(16, 8), state=tmp_path / "state")
 
 
+def test_a_relative_rate_moves_every_parameter_by_its_own_size(tmp_path, data):
+    model = tiny.tiny("bert")
+    features = TASKS["sst2"].encode(model, words.tokenizer(), TASKS["sst2"].examples(_rows(data)))[:8]
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    schedule = Schedule(8, 8, rate=1e-2, weight_decay=0.0, relative=True)
+    finetune(model, features, 0, schedule, state=tmp_path / "state")
+    sizes = {name: float(p.square().mean().sqrt()) for name, p in before.items()}
+    assert min(sizes.values()) < 0.1 < 0.9 < max(sizes.values())
+    for name, p in model.named_parameters():
+        # Adam's first step is the rate wherever the gradient is well above its epsilon.
+        moved = float((p.detach() - before[name]).abs().max())
+        if not name.endswith("key.bias"):  # softmax does not see it
+            assert moved == pytest.approx(schedule.rate_at(0) * max(1e-3, sizes[name]), rel=0.05), name
+
+
 def test_a_language_model_learns_its_targets(tmp_path):
     model, tokenizer = tiny.tiny("t5-v1.0"), words.tokenizer("t5")
     task, pairs = TASKS["t2t"], [("w1", "jump"), ("w2", "jump jump")] * 16

@@ -132,6 +132,22 @@ def test_tokens_and_names_are_escaped(tmp_path):
     assert "&lt;script&gt;" in page
 
 
+def test_the_page_lists_what_experts_prefer_and_not_what_they_avoid():
+    model, feed = converted()
+    result = study(model, words.tokenizer("bert"), [feed])
+    lifts, qs = [[3.0] + [0.0] * 8, [1.0] * 8 + [5.0], [0.5] * 9], [[0.01] * 9, [0.9] * 9, [0.01] * 9]
+    for layer in result["layers"].values():
+        names = [f"word{i}" for i in range(9)]
+        layer["preferences"] = {"token": {"classes": names, "lift": lifts, "q": qs, "significant": 0.5}}
+    page = report.page(result, "A model")
+    assert "<code>word0</code> 3.0x" in page
+    assert not any(f"<code>word{i}</code>" in page for i in range(1, 9))  # avoided, or preferred by chance
+    assert "<th>label</th>" not in page
+    for layer in result["layers"].values():
+        layer["preferences"]["token"]["q"] = [[1.0] * 9] * 3
+    assert "Nothing beyond chance" in report.page(result, "A model")
+
+
 def test_dense_models_are_studied_without_experts(tmp_path):
     result = study(tiny.tiny("t5-v1.0"), None, [tiny.inputs("t5-v1.0")])
     assert not result["converted"]

@@ -30,7 +30,11 @@ BUCKET = 50
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long and how fast: `examples` are seen in all; the rate rises over `warmup` and then falls to 0."""
+    """How long and how fast: `examples` are seen in all; the rate rises over `warmup` and then falls to 0.
+
+    With `relative` the rate counts in root mean squares of each parameter as it starts (Adafactor's way, which
+    T5's initialisation is made for: its embeddings start at 1 and its queries at 0.02).
+    """
 
     examples: int
     batch_size: int = 32
@@ -38,6 +42,7 @@ class Schedule:
     warmup: float = 0.06
     weight_decay: float = 0.01
     seed: int = 0
+    relative: bool = False
 
     @property
     def steps(self) -> int:
@@ -81,7 +86,8 @@ def finetune(
     if not features:
         raise MoefyError("There is nothing to train on; give data with some examples.")
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(trained.values(), lr=0.0, weight_decay=schedule.weight_decay, fused=True)
+    groups = [{"params": [p], "scale": _size(p) if schedule.relative else 1.0} for p in trained.values()]
+    optimizer = torch.optim.AdamW(groups, lr=0.0, weight_decay=schedule.weight_decay, fused=True)
     step = _restore(state, trained, optimizer, schedule, len(features))
     start = saved = time.monotonic()
     losses: list[float] = []
@@ -117,7 +123,7 @@ def _step(
 ) -> float:
     torch.manual_seed(schedule.seed * 1_000_003 + step)  # dropout
     for group in optimizer.param_groups:
-        group["lr"] = schedule.rate_at(step)
+        group["lr"] = schedule.rate_at(step) * group["scale"]
     with torch.enable_grad():
         loss = model(**batch).loss
         value = float(loss.detach())
@@ -128,6 +134,11 @@ def _step(
     nn.utils.clip_grad_norm_(trained.values(), 1.0)
     optimizer.step()
     return value
+
+
+def _size(parameter: Tensor) -> float:
+    """The root mean square, at least 1e-3 so that what starts at 0 can move."""
+    return max(1e-3, float(parameter.detach().square().mean().sqrt()))
 
 
 def _epoch(features: Sequence[dict[str, Any]], schedule: Schedule, epoch: int) -> list[list[int]]:

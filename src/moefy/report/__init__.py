@@ -59,7 +59,7 @@ def _neurons(names: list[str], layers: list[dict[str, Any]]) -> list[str]:
     head = ["", "FFN", "neurons", "active, mean", "tokens under 5 %", "never fire", "bimodality", "of the top 10"]
     return [
         "<h2>Neurons</h2>",
-        table(head, rows),
+        table(head, rows, "named"),
         "<p>A neuron is active where its activation is positive (in a gated FFN the gate's). Bimodality is Sarle's "
         "coefficient of the neurons' activation rates, and of how often they are among a token's ten strongest "
         "(CMoE's marker); above 0.56 a distribution has two humps or a long tail.</p>",
@@ -73,6 +73,7 @@ def _neurons(names: list[str], layers: list[dict[str, Any]]) -> list[str]:
 def _experts(result: dict[str, Any], names: list[str], layers: list[dict[str, Any]]) -> list[str]:
     routed = [(i, n, x) for i, (n, x) in enumerate(zip(names, layers, strict=True)) if "load" in x]
     only = [x for _, _, x in routed]
+    kinds = {k: title for k, title in _KINDS.items() if any(k in x["preferences"] for x in only)}
     rows = [
         [
             str(i + 1),
@@ -81,11 +82,11 @@ def _experts(result: dict[str, Any], names: list[str], layers: list[dict[str, An
             f"{x['load']['gini']:.2f}",
             f"{x['load']['evenness']:.2f}",
             str(x["load"]["never_chosen"]),
-            *(f"{x['preferences'][k]['significant']:.0%}" if k in x["preferences"] else "" for k in _KINDS),
+            *(f"{x['preferences'][k]['significant']:.0%}" if k in x["preferences"] else "" for k in kinds),
         ]
         for i, _, x in routed
     ]
-    head = ["", "active", "busiest / mean", "Gini", "evenness", "never chosen", *_KINDS.values()]
+    head = ["", "active", "busiest / mean", "Gini", "evenness", "never chosen", *kinds.values()]
     found = [
         "<h2>Experts</h2>",
         table(head, rows),
@@ -99,7 +100,10 @@ def _experts(result: dict[str, Any], names: list[str], layers: list[dict[str, An
         caption = f"{pair['first']} (down) and {pair['second']} (across); strongest correlation {pair['strongest']:.2f}"
         picture = image(plots.matrix(pair["lift"], "expert of the next layer", "expert"), "Joint choices over chance.")
         found.append(f"<details><summary>{escape(caption)}</summary>{picture}</details>")
-    found.append("<h2>What experts prefer</h2>")
+    found.append(
+        "<h2>What experts prefer</h2><p>How much oftener than over all tokens the experts with the strongest "
+        "preferences run for a class of tokens. Bold: more or less than chance, as above.</p>"
+    )
     for i, name, layer in routed:
         found.append(
             f"<details{' open' if i == routed[0][0] else ''}><summary>{escape(f'Layer {i + 1}: {name}')}</summary>"
@@ -113,28 +117,29 @@ _KINDS = {"part": "part of the sequence", "frequency": "frequency", "label": "la
 
 
 def _kind(found: dict[str, Any], title: str) -> str:
+    strongest, heading = _strongest(found, EXPERTS_SHOWN), f"<h3>{escape(title.capitalize())}</h3>"
+    if not strongest:
+        return f"{heading}<p>Nothing beyond chance.</p>"
     if len(found["classes"]) <= 8:
-        rows = [
-            [f"{e}", *(_lift(v, q) for v, q in zip(lifts, qs, strict=True))]
-            for e, lifts, qs in _strongest(found, EXPERTS_SHOWN)
-        ]
-        return f"<h3>{escape(title.capitalize())}</h3>" + table(["expert", *map(escape, found["classes"])], rows)
+        rows = [[f"{e}", *(_lift(v, q) for v, q in zip(lifts, qs, strict=True))] for e, lifts, qs in strongest]
+        return heading + table(["expert", *map(escape, found["classes"])], rows)
     rows = []
-    for e, lifts, qs in _strongest(found, EXPERTS_SHOWN):
-        order = [c for c in sorted(range(len(lifts)), key=lambda c: -lifts[c]) if qs[c] < SIGNIFICANT][:TOKENS_SHOWN]
+    for e, lifts, qs in strongest:
+        preferred = [c for c in range(len(lifts)) if lifts[c] > 1 and qs[c] < SIGNIFICANT]
+        order = sorted(preferred, key=lambda c: -lifts[c])[:TOKENS_SHOWN]
         shown = " ".join(f"<code>{escape(found['classes'][c])}</code> {lifts[c]:.1f}x" for c in order)
-        rows.append([str(e), shown or "none"])
-    return f"<h3>{escape(title.capitalize())}</h3>" + table(["expert", "preferred, over its mean"], rows, text=True)
+        rows.append([str(e), shown])
+    return heading + table(["expert", "preferred, over its mean"], rows, "text")
 
 
 def _strongest(found: dict[str, Any], count: int) -> list[tuple[int, list[float], list[float]]]:
-    """The experts with the highest significant lift: number, lifts, q-values."""
+    """The experts that prefer anything beyond chance, the highest lift first: number, lifts, q-values."""
     rows = [(e, lift, q) for e, (lift, q) in enumerate(zip(found["lift"], found["q"], strict=True))]
 
     def strength(row: tuple[int, list[float], list[float]]) -> float:
         return max((v for v, q in zip(row[1], row[2], strict=True) if q < SIGNIFICANT), default=0.0)
 
-    return sorted(rows, key=lambda row: -strength(row))[:count]
+    return sorted((row for row in rows if strength(row) > 1), key=lambda row: -strength(row))[:count]
 
 
 def _lift(value: float, q: float) -> str:

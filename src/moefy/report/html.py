@@ -14,7 +14,7 @@ h1, h2, h3 { line-height: 1.2; } h2 { margin-top: 2.5rem; border-bottom: 1px sol
 img { max-width: 100%; height: auto; } figure { margin: 1rem 0; } figcaption { color: #555; font-size: 0.9rem; }
 table { border-collapse: collapse; font-size: 0.9rem; } .wide { overflow-x: auto; }
 th, td { padding: 0.2rem 0.6rem; border-bottom: 1px solid #ddd; text-align: right; }
-th:first-child, td:first-child { text-align: left; } td.text { text-align: left; }
+th:first-child, td:first-child, .text th, .text td, .named :nth-child(2) { text-align: left; }
 code { background: #f2f2f2; padding: 0 0.2em; white-space: pre-wrap; } summary { cursor: pointer; margin: 0.4rem 0; }
 """
 
@@ -32,12 +32,14 @@ def document(title: str, parts: Sequence[str]) -> str:
     )
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]], text: bool = False) -> str:
-    """Cells are HTML already: what is not a number is escaped where the cell is made."""
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "") -> str:
+    """Cells are HTML already: what is not a number is escaped where the cell is made.
+
+    Numbers are aligned to the right; `kind` is "text" for a table of words, "named" for words in the second column.
+    """
     cells = "".join(f"<th>{h}</th>" for h in head)
-    kind = ' class="text"' if text else ""
-    body = "".join("<tr>" + "".join(f"<td{kind}>{c}</td>" for c in row) + "</tr>" for row in rows)
-    return f'<div class="wide"><table><tr>{cells}</tr>{body}</table></div>'
+    body = "".join("<tr>" + "".join(f"<td>{c}</td>" for c in row) + "</tr>" for row in rows)
+    return f'<div class="wide"><table class="{kind}"><tr>{cells}</tr>{body}</table></div>'
 
 
 def image(png: bytes, caption: str) -> str:

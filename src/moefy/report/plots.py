@@ -51,12 +51,14 @@ def cumulative(layers: Sequence[dict[str, Any]]) -> bytes:
     import numpy as np
 
     figure, axes = _figure(3.2)
+    right = 0.1
     for i, layer in enumerate(layers):
         total = np.cumsum(layer["sparsity"]["histogram"])
         edges = np.linspace(0, 1, len(total) + 1)
         axes.plot(edges, [0, *total], color=_shade(i, len(layers)), linewidth=1.2)
+        right = max(right, float(edges[1:][total < 0.9999].max(initial=0)) + 2 / len(total))
     axes.axvline(0.05, color="grey", linewidth=0.8, linestyle=":")
-    axes.set(xlabel="share of neurons (dotted: 5 %)", ylabel="share of tokens that activate at most so many")
+    axes.set(xlabel="share of neurons (dotted: 5 %)", ylabel="share of tokens", xlim=(0, min(1, right)))
     _layer_scale(figure, axes, len(layers))
     return _png(figure)
 
@@ -69,7 +71,9 @@ def rates(layers: Sequence[dict[str, Any]], key: str, what: str) -> bytes:
     for i, layer in enumerate(layers):
         values = np.asarray(layer[key]["histogram"])
         centres = (np.arange(len(values)) + 0.5) / len(values)
-        axes.plot(centres, np.where(values > 0, values, np.nan), color=_shade(i, len(layers)), linewidth=1.2)
+        # The points are for bins that stand alone, which have no line.
+        shown = np.where(values > 0, values, np.nan)
+        axes.plot(centres, shown, color=_shade(i, len(layers)), linewidth=1.2, marker=".", markersize=4)
     axes.set_yscale("log")
     axes.set(xlabel=what, ylabel="share of neurons")
     _layer_scale(figure, axes, len(layers))
@@ -131,7 +135,8 @@ def _layer_scale(figure: Any, axes: Any, count: int) -> None:
     from matplotlib.colors import Normalize
 
     shades = matplotlib.colors.ListedColormap([_shade(i, count) for i in range(count)])
-    figure.colorbar(ScalarMappable(Normalize(0.5, count + 0.5), shades), ax=axes, label="layer")
+    ticks = range(1, count + 1, -(-count // 12))
+    figure.colorbar(ScalarMappable(Normalize(0.5, count + 0.5), shades), ax=axes, label="layer", ticks=list(ticks))
 
 
 def require() -> None:
