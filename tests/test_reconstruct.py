@@ -22,7 +22,7 @@ def test_refit_lowers_the_error(method, gated, bias):
     moe = build(stats, method)
     before = weighted_error(moe, stats, x)
     refit(moe, stats.ffn, stats)
-    assert weighted_error(moe, stats, x) < 0.9 * before
+    assert weighted_error(moe, stats, x) < 0.95 * before
     assert moe.down_bias is None or not torch.equal(moe.down_bias, stats.ffn.down_bias)
 
 
