@@ -123,6 +123,15 @@ def test_a_budget_for_the_whole_model_is_kept(family, budget):
     assert report.predicted_loss >= 0
 
 
+def test_a_model_whose_logits_are_not_finite_is_a_sentence():
+    model, batch = tiny.tiny("llama"), tiny.inputs("llama")
+    model.lm_head.weight.data[3] = float("inf")
+    sites = {site.entry_name: site for site in find_sites(model)}
+    with pytest.raises(moefy.MoefyError, match="NaN or infinite logits"):
+        output_metrics(model, sites, [batch])
+    assert not any(module._forward_hooks for module in model.modules())
+
+
 def test_allocation_needs_a_budget():
     with pytest.raises(moefy.MoefyError, match="give one"):
         moefy.Recipe.of("cmoe", allocation="sensitivity")

@@ -7,39 +7,21 @@ import random
 import shutil
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 import tiny
 from moefy.cli import main
 from moefy.texts import builtin_text
+from words import pydoc_tokenizer
 
 
 def moefy(*args, cwd=None, text=True):
     return subprocess.run(
         [sys.executable, "-m", "moefy", *map(str, args)], capture_output=True, text=text, cwd=cwd, timeout=300
     )
-
-
-def tokenizer():
-    words = [word for word, _ in Counter(builtin_text().split()).most_common(tiny.VOCAB - 3)]
-    vocabulary = {word: i for i, word in enumerate(["<pad>", "<s>", "<unk>", *words])}
-    made = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", bos_token="<s>", unk_token="<unk>")
-
-
-@pytest.fixture(scope="module")
-def dense(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("source") / "dense"
-    tiny.tiny("llama").save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +94,7 @@ def sources(dense, tmp_path):
     broken = tiny.tiny("llama")
     broken.model.layers[0].mlp.up_proj.weight.data[1, 1] = float("nan")
     broken.save_pretrained(tmp_path / "nan")
-    tokenizer().save_pretrained(tmp_path / "nan")
+    pydoc_tokenizer().save_pretrained(tmp_path / "nan")
     (tmp_path / "empty").mkdir()
     (tmp_path / "cut.gguf").write_bytes(b"GGUF" + bytes(200))
     (tmp_path / "plain.gguf").write_text("not a gguf")
@@ -146,6 +128,10 @@ MISTAKES = {
     "too little to hold out": (
         ["convert", "good", "out", "--target-loss", "0.1", "--windows", "3", "--window", "32"],
         "too few",
+    ),
+    "target of a task": (
+        ["convert", "good", "out", "--target-loss", "0.1", "--task", "t2t", "--calibration", "t2t.txt"],
+        "without --task",
     ),
     "active too large": (["convert", "good", "out", "--active", "9"], "9 active experts"),
     "indivisible": (["convert", "good", "out", "--experts", "7", "--window", "32"], "7 experts do not divide"),

@@ -18,7 +18,6 @@ from moefy.cli import app, main
 from moefy.compare import DEFAULT_RECIPES, Data, Run, compare, plan, recipe_at
 from moefy.moe import realised_fraction, usage
 from moefy.report import compare_page
-from test_cli import tokenizer
 
 FFN = moefy.FFNWeights(up=torch.zeros(1536, 576), down=torch.zeros(1536, 576), gate=torch.zeros(1536, 576))
 # Their experts divide the 48 neurons of the tiny models; no timing, no training.
@@ -311,14 +310,6 @@ def test_the_page_escapes_names_and_loads_nothing():
 def test_a_page_of_skipped_runs_or_infinite_ratios_is_drawn():
     for line in ({"recipe": "a", "active": 0.5, "skipped": "No."}, _line("a", 0, math.inf)):
         assert "data:image/png" in compare_page.page(SETTINGS, {"perplexity": {"t": 8.0}}, [line])
-
-
-@pytest.fixture(scope="module")
-def dense(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("source") / "dense"
-    tiny.tiny("llama").save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
-    return folder
 
 
 def test_on_the_command_line(dense, tmp_path):

@@ -3,144 +3,23 @@
 from __future__ import annotations
 
 import math
-import os
 import subprocess
 import sys
 import textwrap
 import threading
-from dataclasses import dataclass, field
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
-from torch.nn import functional as F
 
 from moefy.kernels import native
+from native_problem import ISAS, REFERENCE, Problem, needs_native
 
-if not native.available() and os.environ.get("CI") and os.environ.get("MOEFY_NATIVE") != "0":
-    pytest.fail(f"CI must have the native kernel: {native.why_not()}", pytrace=False)
-pytestmark = pytest.mark.skipif(not native.available(), reason=f"no native kernel: {native.why_not()}")
+pytestmark = needs_native
 
-ISAS = native.instruction_sets() or ["generic"]
 ODD = [(1, 1, 0), (1, 17, 1), (3, 5, 2), (8, 16, 8), (9, 31, 33), (17, 130, 300), (300, 601, 0)]  # M, D, S
 BATCHES = [0, 1, 2, 3, 5, 17, 64, 257]
-REFERENCE = {
-    "linear": lambda a: a,
-    "relu": F.relu,
-    "relu2": lambda a: F.relu(a) ** 2,
-    "gelu": F.gelu,
-    "gelu_pytorch_tanh": lambda a: F.gelu(a, approximate="tanh"),
-    "silu": F.silu,
-    "quick_gelu": lambda a: a * torch.sigmoid(1.702 * a),
-    "sigmoid": torch.sigmoid,
-    "tanh": torch.tanh,
-}
-
-
-@dataclass
-class Problem:
-    """Random weights of one shape, and what the FFN of x must be, with the rounding error it may have."""
-
-    E: int = 5
-    M: int = 20
-    D: int = 36
-    S: int = 19
-    activation: str = "silu"
-    gated: bool = True
-    bias: bool = True
-    activate_up: bool = False
-    precision: str = "fp32"
-    isa: str = ISAS[-1]
-    seed: int = 0
-    weights: dict[str, Tensor] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        g = torch.Generator().manual_seed(self.seed)
-        self.generator = g
-
-        def random(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=g) / math.sqrt(max(1, shape[-1]))
-
-        E, M, D, S = self.E, self.M, self.D, self.S
-        for part, shape in (("experts_", (E, M, D)), ("shared_", (S, D))):
-            for name in ("gate", "up", "down") if self.gated else ("up", "down"):
-                self.weights[part + name] = random(*shape)
-                if self.bias and name != "down":
-                    self.weights[f"{part}{name}_bias"] = random(*shape[:-1])
-        if self.bias:
-            self.weights["down_bias"] = random(D)
-        self.router = torch.randn(E, D, generator=g)
-        self.packed = native.PackedFFN(
-            **self.weights,
-            activation=self.activation,
-            activate_up=self.activate_up,
-            precision=self.precision,
-            isa=self.isa,
-        )
-
-    def x(self, T: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.randn(T, self.D, generator=self.generator).to(dtype)
-
-    def part(self, x: Tensor, weights: dict[str, Tensor], rounded: float) -> tuple[Tensor, Tensor]:
-        """act(x·gate) * (x·up) · down of some neurons in float64, and a bound of the kernel's error."""
-        eps = torch.finfo(torch.float32).eps
-
-        def length(n: int) -> float:  # of a chain of n roundings: they partly cancel, 4 sigma
-            return (4 * math.sqrt(n) + 16) * eps
-
-        act = REFERENCE[self.activation]
-
-        def branch(name: str, activated: bool) -> tuple[Tensor, Tensor]:
-            w, b = weights[name], weights.get(name + "_bias", torch.zeros(1, dtype=torch.float64))
-            a, error = x @ w.T + b, length(self.D) * (x.abs() @ w.T.abs() + b.abs())
-            if not activated:
-                return a, error
-            slope = 2 * a.abs() + 1 if self.activation == "relu2" else 1.8
-            return act(a), slope * error + 8 * eps * (act(a).abs() + error + eps)
-
-        h, error = branch("up", not self.gated or self.activate_up)
-        if self.gated:
-            g, gate_error = branch("gate", True)
-            error = error * g.abs() + gate_error * h.abs() + error * gate_error
-            h = h * g
-        error = error + (rounded + 4 * eps) * h.abs()
-        down = weights["down"]
-        return h @ down, error @ down.abs() + length(len(down)) * (h.abs() @ down.abs())
-
-    def reference(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """weight (T, E): 0 where an expert is not chosen."""
-        w = {k: v.double() for k, v in self.packed.unpack().items()}
-        dot = self.isa == "avx512bf16" and self.precision == "bf16" and x.dtype == torch.bfloat16
-        rounded = 2**-8 if dot else 0.0
-        y = torch.zeros(len(x), self.D, dtype=torch.float64) + w.get("down_bias", 0)
-        error = torch.zeros_like(y) + 1e-37  # the smallest normal numbers may be flushed
-        for e in range(-1 if self.S else 0, self.E):
-            part = "shared_" if e < 0 else "experts_"
-            mine = {k.removeprefix(part): v if e < 0 else v[e] for k, v in w.items() if k.startswith(part)}
-            more, uncertain = self.part(x.double(), mine, rounded)
-            scale = 1 if e < 0 else weight[:, e : e + 1]
-            y, error = y + scale * more, error + abs(scale) * uncertain
-        length = (4 * math.sqrt(self.E * self.M + self.S) + 16) * torch.finfo(torch.float32).eps
-        error = error * (1 + length) + length * y.abs()
-        if x.dtype == torch.bfloat16:
-            error = error + 2**-8 * y.abs()
-        return y, error
-
-    def check(self, x: Tensor, weight: Tensor, **routing: object) -> Tensor:
-        y = self.packed.forward(x, **routing)
-        expected, error = self.reference(x, weight)
-        assert y.dtype == x.dtype
-        assert y.shape == x.shape
-        excess = ((y.double() - expected).abs() - error).amax() if y.numel() else 0
-        assert excess <= 0, f"{excess} over the bound, largest value {expected.abs().amax()}"
-        return y
-
-    def choose(self, T: int, K: int) -> tuple[Tensor, Tensor]:
-        """Random experts (T, K) and their weights (T, E)."""
-        chosen = torch.rand(T, self.E, generator=self.generator).topk(K).indices
-        return chosen, torch.zeros(T, self.E, dtype=torch.float64).scatter(1, chosen, 1.0)
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -212,93 +91,6 @@ def test_shapes_without_experts_or_width(isa: str) -> None:
     Problem(E=0, S=0, isa=isa).check(Problem(E=0).x(3), torch.zeros(3, 0), top_k=2)
     problem = Problem(D=0, isa=isa)
     assert problem.packed.forward(torch.empty(4, 0), chosen=torch.zeros(4, 1)).shape == (4, 0)
-
-
-@pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("E", [1, 8, 15, 33, 128])
-def test_top_k_is_that_of_torch(isa: str, E: int) -> None:
-    problem = Problem(E=E, M=4, D=24, S=0, isa=isa)
-    for T in (1, 65):
-        x = problem.x(T)
-        for K in {1, E // 3, E - 1, E, E + 2} - {0}:
-            scores = x @ problem.router.T
-            kept = min(K, E)
-            counts = torch.zeros(E, dtype=torch.int64)
-            y, chosen = problem.packed.forward_with_chosen(
-                x, router=native.PackedRouter.linear(problem.router), top_k=K, counts=counts
-            )
-            assert torch.equal(chosen.long(), scores.topk(kept).indices.sort().values)
-            assert torch.equal(counts, torch.bincount(chosen.flatten().long(), minlength=E))
-            assert torch.equal(y, problem.packed.forward(x, scores=scores, top_k=K))
-
-
-@pytest.mark.parametrize("isa", ISAS)
-def test_ties_and_values_without_order(isa: str) -> None:
-    problem = Problem(E=40, M=2, D=8, isa=isa)
-    x = problem.x(4)
-    nan, inf = math.nan, math.inf
-    scores = torch.zeros(4, 40)
-    scores[1] = nan
-    scores[2, ::2], scores[2, 1::2] = nan, torch.arange(20.0)
-    scores[3, :4] = torch.tensor([inf, -inf, -0.0, nan])
-    _, chosen = problem.packed.forward_with_chosen(x, scores=scores, top_k=5)
-    assert chosen[0].tolist() == [0, 1, 2, 3, 4]
-    assert chosen[1].tolist() == [0, 1, 2, 3, 4]
-    assert chosen[2].tolist() == [31, 33, 35, 37, 39]
-    assert chosen[3].tolist() == [0, 4, 5, 6, 7]
-    _, chosen = problem.packed.forward_with_chosen(x, scores=scores, threshold=0.0, most=7)
-    assert (chosen[:2] == -1).all()
-    assert chosen[2].tolist() == [27, 29, 31, 33, 35, 37, 39]
-    assert chosen[3].tolist() == [0, -1, -1, -1, -1, -1, -1]
-
-
-@pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize(("least", "most"), [(0, None), (2, 5), (4, 4), (0, 0)])
-def test_threshold(isa: str, least: int, most: int | None) -> None:
-    problem = Problem(E=12, M=4, isa=isa)
-    x = problem.x(90)
-    scores = x.double() @ problem.router.double().T
-    rank = scores.argsort(1, descending=True).argsort(1)
-    wanted = ((scores > 1.5) | (rank < least)) & (rank < (12 if most is None else most))
-    router = native.PackedRouter.linear(problem.router)
-    routing = {"router": router, "threshold": 1.5, "least": least, "most": most}
-    problem.check(x, wanted.double(), **routing)
-    _, chosen = problem.packed.forward_with_chosen(x, **routing)
-    found = torch.zeros(90, 13, dtype=torch.bool).scatter(1, chosen.long() % 13, True)[:, :12]  # -1 % 13 = 12
-    assert torch.equal(found, wanted)
-
-
-@pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("gated", [True, False])
-def test_representative_router_and_gate_scale(isa: str, gated: bool) -> None:
-    problem = Problem(E=21, M=4, gated=gated, isa=isa)
-    up = problem.weights["experts_up"][:, 0]
-    gate = problem.weights["experts_gate"][:, 0] if gated else up
-    router = native.PackedRouter.representative(up, gate if gated else None, activation="silu")
-    scale = torch.randn(21, generator=problem.generator)
-    for T in (1, 80):
-        x = problem.x(T)
-        a = x.double() @ up.double().T
-        scores = (F.silu(x.double() @ gate.double().T) * a if gated else F.silu(a)).abs()
-        chosen = torch.zeros(T, 21, dtype=torch.float64).scatter(1, scores.topk(4).indices, 1.0)
-        problem.check(x, chosen, router=router, top_k=4)
-        weight = chosen * (1 + scores.softmax(1) * scale)
-        problem.check(x, weight, router=router, top_k=4, expert_scale=scale)
-
-
-@pytest.mark.parametrize("isa", ISAS)
-def test_linear_router_with_bias_and_gate_weights(isa: str) -> None:
-    problem = Problem(E=10, isa=isa)
-    x, bias = problem.x(33), torch.arange(10.0)
-    router = native.PackedRouter.linear(problem.router, bias)
-    _, chosen = problem.packed.forward_with_chosen(x, router=router, top_k=3)
-    best = (x.double() @ problem.router.double().T + bias).topk(3).indices
-    assert torch.equal(chosen.long(), best.sort().values)
-    chosen = best.clone()
-    chosen[3, 1] = -5
-    weights = torch.rand(33, 3, generator=problem.generator)
-    dense = torch.zeros(33, 11, dtype=torch.float64).scatter(1, chosen.clamp(min=-1) % 11, weights.double())
-    problem.check(x, dense[:, :10], chosen=chosen, gate_weights=weights)
 
 
 @pytest.mark.parametrize("isa", ISAS)

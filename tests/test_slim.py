@@ -16,8 +16,8 @@ from moefy.cli import app
 from moefy.moe import moe_layers
 from moefy.sites import find_sites
 from moefy.sources import load_source
-from test_cli import tokenizer
 from test_families import close
+from words import pydoc_tokenizer
 
 KEPT = 32  # of 48: a budget of 0.75 is 36, and whole blocks of 32 are kept
 RECIPE = moefy.Recipe.of("slim", budget=0.75)
@@ -217,7 +217,7 @@ def test_a_slim_model_does_not_share_memory_with_the_converted_one():
 
 def test_on_the_command_line_and_again(tmp_path):
     tiny.tiny("llama").save_pretrained(tmp_path / "dense")
-    tokenizer().save_pretrained(tmp_path / "dense")
+    pydoc_tokenizer().save_pretrained(tmp_path / "dense")
 
     def run(*arguments):
         done = CliRunner().invoke(app, [*map(str, arguments), "--window", "32", "--windows", "4"])

@@ -74,6 +74,15 @@ def test_a_target_of_nothing_is_refused(model, target):
         smallest_budget(model, Recipe.of(DEFAULT), batches(), counting(2), target)
 
 
+def test_a_recipe_without_a_budget_and_a_converted_model_are_refused(model):
+    with pytest.raises(moefy.MoefyError, match="recipe with a budget"):
+        smallest_budget(model, Recipe.of("cmoe"), batches(), counting(2), 0.1)
+    converted = tiny.tiny("llama")
+    moefy.convert(converted, Recipe(experts=8, shared=2, active=2), batches())
+    with pytest.raises(moefy.MoefyError, match="converted already"):
+        smallest_budget(converted, Recipe.of(DEFAULT), batches(), counting(2), 0.1)
+
+
 def test_a_model_without_perplexity_is_refused():
     with pytest.raises(moefy.MoefyError, match="causal language model"):
         smallest_budget(tiny.tiny("bert"), Recipe.of(DEFAULT), batches(), counting(2), 0.1)

@@ -1,7 +1,12 @@
-"""A tokenizer of whole words for the tiny models: 90 words, BERT's or T5's special tokens."""
+"""Tokenizers of whole words for the tiny models: 90 made-up ones, or the commonest of the built-in text."""
+
+from collections import Counter
 
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
+
+import tiny
+from moefy.texts import builtin_text
 
 WORDS = [f"w{i}" for i in range(60)] + [
     "negative",
@@ -40,3 +45,12 @@ def tokenizer(kind: str = "bert") -> PreTrainedTokenizerFast:
         eos_token="[SEP]",
         model_input_names=["input_ids", "token_type_ids", "attention_mask"],
     )
+
+
+def pydoc_tokenizer() -> PreTrainedTokenizerFast:
+    """The commonest words of the built-in text, as many as a tiny model has rows for."""
+    words = [word for word, _ in Counter(builtin_text().split()).most_common(tiny.VOCAB - 3)]
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "<s>", "<unk>", *words])}
+    made = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", bos_token="<s>", unk_token="<unk>")

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moefy.calibrate import real_tokens
+from moefy.calibrate import real_tokens, spread
 from moefy.construct.elimination import eliminate
 from moefy.one_pass import OnePass
 from moefy.sensitivity import output_metrics
@@ -57,23 +57,28 @@ def measure(
     batches: Sequence[Mapping[str, Any]],
     hold_bytes: int,
     chunk: int,
-    progress: Callable[[int, str], None] | None = None,
+    progress: Callable[[int, int, str], None] | None = None,
 ) -> Sensitivity:
-    """Measure a dense model, which stays as it is, on a few of the calibration batches."""
-    metrics = output_metrics(model, sites, _spread(batches, METRIC_BATCHES))
+    """Measure a dense model, which stays as it is, on a few of the calibration batches.
+
+    `chunk` tokens are worked on at a time; `progress(done, total, name)` is called after each step.
+    """
+    some, total = spread(batches, METRIC_BATCHES), measure_steps(sites, batches)
+    step = (lambda done: progress(done, total, "the loss")) if progress else None
+    metrics = output_metrics(model, sites, some, progress=step)
     curves: dict[str, Curve] = {}
     entries = {name: site.entry for name, site in sites.items()}
-    for name, inputs in OnePass(model, entries, _spread(batches, CURVE_BATCHES), real_tokens, hold_bytes):
+    for name, inputs in OnePass(model, entries, spread(batches, CURVE_BATCHES), real_tokens, hold_bytes):
         ffn = sites[name].read().to(torch.float32)
         curves[name] = loss_curve(NeuronStats(ffn, inputs, chunk, name=name, metric=metrics.get(name)))
         if progress:
-            progress(len(curves), name)
+            progress(len(some) + len(curves), total, name)
     return Sensitivity(metrics, curves)
 
 
-def _spread(batches: Sequence[Mapping[str, Any]], count: int) -> list[Mapping[str, Any]]:
-    step = max(1.0, len(batches) / count)
-    return [batches[int(i * step)] for i in range(min(count, len(batches)))]
+def measure_steps(sites: Mapping[str, Site], batches: Sequence[Mapping[str, Any]]) -> int:
+    """How many steps of progress `measure` reports."""
+    return min(METRIC_BATCHES, len(batches)) + len(sites)
 
 
 def loss_curve(stats: NeuronStats) -> Curve:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from moefy.types import MoefyError
+
+T = TypeVar("T")
 
 
 def token_windows(tokenizer: Any, texts: str | Iterable[str], window: int, windows: int | None = None) -> Tensor:
@@ -120,6 +122,12 @@ def check_batches(batches: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any
             if isinstance(value, Tensor) and value.is_floating_point() and not value.isfinite().all():
                 raise MoefyError(f"Calibration batch {i} has NaN or infinite values in {key!r}.")
     return checked
+
+
+def spread(items: Sequence[T], count: int) -> list[T]:
+    """At most `count` of the items, evenly spread over them."""
+    count = min(count, len(items))
+    return [items[i * len(items) // count] for i in range(count)]
 
 
 def real_tokens(site: str, batch: Mapping[str, Any]) -> Tensor | None:

@@ -78,7 +78,10 @@ def convert(
         "seed": seed,
     }
     wanted = Recipe.chosen(recipe, **{k: v for k, v in changes.items() if v is not None})
-    windows = windows or (48 if wanted.refit else 16)
+    if windows is None:
+        windows = 48 if wanted.refit else 16
+    if task and target_loss is not None:
+        raise MoefyError("A target loss is a rise of perplexity on text: give --calibration a text, without --task.")
     checkpoint.check_output(output, overwrite)
     text = None if task else texts.read_text(calibration)
     if task:
@@ -101,25 +104,7 @@ def convert(
             )  # fmt: skip
     with console.status(f"Saving {output}"):
         checkpoint.save(model, output, tokenizer, overwrite=overwrite, source=source)
-    console.table(
-        f"{output}",
-        ["", ""],
-        [
-            ["recipe", wanted.name],
-            *(
-                [f"budget {t.budget:.3f}", f"{t.realised:.1%} ran, perplexity {t.rise:+.1%} on held-out text"]
-                for t in trials
-            ),
-            ["layers converted", str(len(report.layers))],
-            ["share of FFN multiply-adds active", f"{report.active_fraction:.1%}"],
-            *_share_rows(report.layers),
-            *_routing_rows(report.layers),
-            ["mean error of a layer's output", f"{sum(x.error for x in report.layers) / len(report.layers):.3f}"],
-            ["calibration tokens", f"{report.calibration.tokens:,}"],
-            ["seconds", f"{report.seconds:.1f}"],
-            ["peak memory", f"{report.peak_bytes / 2**30:.2f} GiB"],
-        ],
-    )
+    _show_conversion(output, report, trials)
     if wanted.slim:
         note = slim.summary(model.config.moefy)["output_bias"]
         console.out.print(f"{output} is an ordinary model of its architecture. {note}")
@@ -261,6 +246,28 @@ def demo(
 
     chosen = Recipe.chosen(recipe)
     run(output, Recipe.of(chosen, budget=active) if chosen.budget else chosen, windows)
+
+
+def _show_conversion(output: Path, report: Any, trials: list[Any]) -> None:
+    """The table after `convert`: what was tried for a target, what was made, and what it took."""
+    from moefy import console
+
+    searched = [
+        [f"budget {t.budget:.3f}", f"{t.realised:.1%} ran, perplexity {t.rise:+.1%} on held-out text"] for t in trials
+    ]
+    rows = [
+        ["recipe", report.recipe.name],
+        *searched,
+        ["layers converted", str(len(report.layers))],
+        ["share of FFN multiply-adds active", f"{report.active_fraction:.1%}"],
+        *_share_rows(report.layers),
+        *_routing_rows(report.layers),
+        ["mean error of a layer's output", f"{sum(x.error for x in report.layers) / len(report.layers):.3f}"],
+        ["calibration tokens", f"{report.calibration.tokens:,}"],
+        ["seconds", f"{report.seconds:.1f}"],
+        ["peak memory", f"{report.peak_bytes / 2**30:.2f} GiB"],
+    ]
+    console.table(f"{output}", ["", ""], rows)
 
 
 def _share_rows(layers: list[Any]) -> list[list[str]]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from moefy import kernels, slim
-from moefy.budgets import Sensitivity, allocate, measure
+from moefy.budgets import Sensitivity, allocate, measure, measure_steps
 from moefy.calibrate import CalibrationInfo, check_batches, real_tokens
 from moefy.construct import construct
 from moefy.hf import mark_converted
@@ -112,21 +112,20 @@ def convert(
     """
     start = time.perf_counter()
     recipe, batches = Recipe.of(recipe), check_batches(calibration)
-    if getattr(model.config, "moefy", None):
-        raise MoefyError("This model is converted already; start from the dense model it came from.")
+    check_dense(model)
     sites = {site.entry_name: site for site in find_sites(model)}
     specs = {name: _checked_spec(site, recipe) for name, site in sites.items()}
     if recipe.slim:
         slim.config_sizes(model, specs)  # refused now rather than when it is saved
     report = Report(recipe, CalibrationInfo.of(batches))
     planned = recipe.allocation == "sensitivity"
-    before = len(sites) if planned and sensitivity is None else 0
+    before = measure_steps(sites, batches) if planned and sensitivity is None else 0
     was_training = model.training
     model.eval()
     try:
         if planned:
             assert recipe.budget is not None
-            step = (lambda done, name: progress(done, 2 * len(sites), f"measuring {name}")) if progress else None
+            step = (lambda i, of, name: progress(i, of + len(sites), f"measuring {name}")) if progress else None
             sensitivity = sensitivity or measure(model, sites, batches, hold_bytes, recipe.chunk_tokens, step)
             shares = allocate(sensitivity.curves, recipe.budget)
             specs = {n: recipe.layer_spec(s.read(), n, shares[n]) for n, s in sites.items()}
@@ -143,6 +142,12 @@ def convert(
     mark_converted(model, specs, report.stored())
     report.seconds, report.peak_bytes = time.perf_counter() - start, peak_memory()
     return report
+
+
+def check_dense(model: nn.Module) -> None:
+    """MoefyError if moefy has converted the model already."""
+    if getattr(model.config, "moefy", None):
+        raise MoefyError("This model is converted already; start from the dense model it came from.")
 
 
 def _checked_spec(site: Site, recipe: Recipe) -> LayerSpec:

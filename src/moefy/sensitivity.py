@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from moefy.calibrate import real_tokens
 from moefy.sites import Site
+from moefy.types import MoefyError
 
 _LOGITS = ("logits", "start_logits", "end_logits")
 
@@ -24,12 +25,12 @@ def output_metrics(
     sites: Mapping[str, Site],
     batches: Iterable[Mapping[str, Any]],
     seed: int = 0,
-    progress: Callable[[], None] | None = None,
+    progress: Callable[[int], None] | None = None,
 ) -> dict[str, Tensor]:
     """G (D, D) float32 by site, the mean over the batches' real tokens: a forward and a backward pass each.
 
     Memory: the activations of one batch. A model without logits is measured by random projections of its
-    output, which makes layers comparable but is no loss.
+    output, which makes layers comparable but is no loss. Raises MoefyError if the logits are not finite.
     """
     metrics: dict[str, Tensor] = {}
     counts = dict.fromkeys(sites, 0)
@@ -56,11 +57,11 @@ def output_metrics(
     for parameter in trained:
         parameter.requires_grad_(False)
     try:
-        for batch in batches:
+        for done, batch in enumerate(batches, 1):
             with torch.enable_grad():
                 _loss(model(**batch), batch, generator).backward()
             if progress:
-                progress()
+                progress(done)
     finally:
         for handle in handles:
             handle.remove()
@@ -80,6 +81,11 @@ def _loss(out: Any, batch: Mapping[str, Any], generator: torch.Generator) -> Ten
     mask = batch.get("decoder_attention_mask" if "decoder_input_ids" in batch else "attention_mask")
     for logits in found:
         logs = logits.float().log_softmax(-1)
+        if not logits.isfinite().all():
+            raise MoefyError(
+                "The model gives NaN or infinite logits on the calibration; check the calibration data, and load the "
+                "model in bfloat16 or float32 if it is in float16, which may overflow."
+            )
         if isinstance(mask, Tensor) and mask.shape == logs.shape[:-1]:
             logs = logs[mask.bool()]
         logs = logs.reshape(-1, logs.shape[-1])

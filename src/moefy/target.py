@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moefy.budgets import Sensitivity, allocate, measure
-from moefy.convert import Report, convert
+from moefy.convert import Report, check_dense, convert
 from moefy.evaluate import is_causal_lm, perplexity
 from moefy.moe import realised_fraction, usage
 from moefy.recipe import Recipe
@@ -55,27 +55,22 @@ def smallest_budget(
         raise MoefyError(f"A target loss needs a causal language model, and this is a {type(model).__name__}.")
     if target <= 0:
         raise MoefyError(f"A target loss is a rise of perplexity above 0, such as 0.05 for 5 %, and not {target}.")
-    recipe = Recipe.of(recipe, allocation="sensitivity", budget=recipe.budget or 0.5)
+    if recipe.budget is None:
+        raise MoefyError(f"A target loss needs a recipe with a budget, such as reconstructed; {recipe.name} has none.")
+    check_dense(model)
+    recipe = Recipe.of(recipe, allocation="sensitivity")
     sites = {site.entry_name: site for site in find_sites(model)}
-    found = measure(model, sites, batches, hold_bytes, recipe.chunk_tokens)
+    found = measure(model, sites, batches, hold_bytes, recipe.chunk_tokens, progress)
     dense = perplexity(model, held_out, prefix).perplexity
     low, high, scale = 0.0, 1.0, FIRST_GUESS
     best: tuple[Any, Report] | None = None
     trials: list[Trial] = []
-    while len(trials) < TRIALS and high - low > NEAR:
+    while len(trials) < TRIALS and high - low > NEAR and low < LARGEST:
         budget = _predicted_budget(found, math.log1p(target) / scale)
-        if not low < budget < high:
-            budget = (low + high) / 2
-        budget = min(budget, LARGEST) if not trials or low < LARGEST else (low + high) / 2
-        copied = copy.deepcopy(model)
-        report = convert(
-            copied,
-            Recipe.of(recipe, budget=budget),
-            batches,
-            hold_bytes=hold_bytes,
-            progress=_named(progress, len(trials), budget),
-            sensitivity=found,
-        )
+        budget = min(LARGEST, budget if low < budget < high else (low + high) / 2)
+        copied, wanted = copy.deepcopy(model), Recipe.of(recipe, budget=budget)
+        step = _named(progress, len(trials), budget)
+        report = convert(copied, wanted, batches, hold_bytes=hold_bytes, progress=step, sensitivity=found)
         with usage(copied) as counted:
             loss = math.log(perplexity(copied, held_out, prefix).perplexity / dense)
         trials.append(Trial(budget, realised_fraction(copied, counted), math.expm1(loss)))
@@ -84,8 +79,6 @@ def smallest_budget(
             high, best = budget, (copied, report)
         else:
             low = budget
-        if low >= LARGEST:
-            break
     if best is None:
         least = min(trials, key=lambda t: t.rise)
         raise MoefyError(

@@ -171,11 +171,6 @@ class LayerSpec:
     def neurons(self) -> int:
         return self.shared + self.experts * self.expert_size
 
-    @property
-    def routes(self) -> bool:
-        """Whether tokens choose at all: some of the routed experts, not none and not all."""
-        return self.router is not None and 0 < self.top_k < self.experts
-
 
 @dataclass(frozen=True)
 class Partition:

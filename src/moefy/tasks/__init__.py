@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moefy.calibrate import spread
 from moefy.tasks.base import Progress, Task, by_length, collate, head_of, pad_id
 from moefy.tasks.choice import ARC, PIQA, RACE
 from moefy.tasks.classification import MNLI, MRPC, RTE, SST2, Classification
@@ -88,9 +89,9 @@ def task_batches(
     found.check(model)
     examples = task_examples(task, data)
     # Spread over the data, which may be sorted; a first look at some examples tells how many it takes.
-    some = found.encode(model, tokenizer, _spread(examples, 64))
+    some = found.encode(model, tokenizer, spread(examples, 64))
     mean = max(1.0, sum(len(f["input_ids"]) for f in some) / len(some))
-    chosen = _spread(examples, max(2, round(tokens / mean)))
+    chosen = spread(examples, max(2, round(tokens / mean)))
     features = found.encode(model, tokenizer, chosen)
     classes = isinstance(found, Classification)
     pad, batches, marks = pad_id(tokenizer), [], []
@@ -105,11 +106,6 @@ def task_batches(
         batches.append(batch)
         marks.append(torch.tensor([chosen[i].label for i in indices]) if classes else torch.empty(0))
     return batches, (marks if classes else None), (found.labels if isinstance(found, Classification) else ())
-
-
-def _spread(examples: Sequence[Any], count: int) -> list[Any]:
-    count = min(count, len(examples))
-    return [examples[i * len(examples) // count] for i in range(count)]
 
 
 def _needs_tokenizer(tokenizer: Any) -> None:

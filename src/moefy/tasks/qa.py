@@ -153,9 +153,9 @@ def _span(model: Any, tokenizer: Any, e: Question) -> str:
         scores = start[:, None] + end[None, :]
         allowed = torch.ones_like(scores).triu().tril(LONGEST_ANSWER - 1).bool()
         value, place = scores.masked_fill(~allowed, -2e9).flatten().max(0)
-        if float(value) > best:
+        if value.item() > best:
             first, last = divmod(int(place), len(offsets))
-            best, answer = float(value), e.context[offsets[first][0] : offsets[last][1]]
+            best, answer = value.item(), e.context[offsets[first][0] : offsets[last][1]]
     return answer
 
 
