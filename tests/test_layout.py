@@ -24,6 +24,7 @@ ORDER = [
     "hf",
     "slim",
     "recipe",
+    "residuals",
     "one_pass",
     "sensitivity",
     "budgets",

@@ -10,6 +10,7 @@ import tiny
 from moefy.calibrate import real_tokens
 from moefy.moe import moe_layers
 from moefy.one_pass import OnePass
+from moefy.residuals import find_residuals
 from moefy.sites import find_sites
 
 RECIPE = moefy.Recipe(experts=6, shared=1, active=2, top_activated=4)
@@ -42,10 +43,10 @@ def test_layers_are_converted_on_what_they_see_in_the_converted_model(family, ho
     monkeypatch.setattr("moefy.one_pass.SMALLEST_SPILLED", 64)
     given = {}
 
-    def record(site, spec, recipe, inputs, seed, metric):
-        given[site.entry_name] = torch.cat([rows.clone() for rows in inputs()])
-        assert torch.equal(given[site.entry_name], torch.cat(list(inputs())))
-        return convert_site(site, spec, recipe, inputs, seed, metric)
+    def record(site, spec, recipe, arrival, seed, metric):
+        given[site.entry_name] = torch.cat([rows.clone() for rows in arrival.inputs()])
+        assert torch.equal(given[site.entry_name], torch.cat(list(arrival.inputs())))
+        return convert_site(site, spec, recipe, arrival, seed, metric)
 
     module = sys.modules["moefy.convert"]  # the name moefy.convert is the function's
     convert_site = module._convert_site
@@ -59,12 +60,13 @@ def test_layers_are_converted_on_what_they_see_in_the_converted_model(family, ho
         torch.testing.assert_close(given[name], rows)
 
 
-def test_spilling_changes_nothing(monkeypatch):
+@pytest.mark.parametrize("repair", [0.0, 0.5])
+def test_spilling_changes_nothing(repair, monkeypatch):
     monkeypatch.setattr("moefy.one_pass.SMALLEST_SPILLED", 64)
-    states = []
+    states, recipe = [], moefy.Recipe.of(RECIPE, refit=True, repair=repair)
     for hold_bytes in (1 << 30, 4096, 0):
         model = tiny.tiny("llama")
-        moefy.convert(model, RECIPE, [tiny.inputs("llama", seed=s) for s in range(4)], hold_bytes=hold_bytes)
+        moefy.convert(model, recipe, [tiny.inputs("llama", seed=s) for s in range(4)], hold_bytes=hold_bytes)
         states.append(model.state_dict())
     for state in states[1:]:
         assert all(torch.equal(state[k], v) for k, v in states[0].items())
@@ -86,11 +88,12 @@ def test_padding_does_not_count():
 def test_model_is_itself_again_after_an_abandoned_pass():
     model, feed = tiny.tiny("llama"), tiny.inputs("llama")
     before = tiny.output(model, feed)
-    entries = {site.entry_name: site.entry for site in find_sites(model)}
-    for _ in OnePass(model, entries, [feed, feed], real_tokens):
+    sites = {site.entry_name: site for site in find_sites(model)}
+    for _ in OnePass(model, sites, [feed, feed], real_tokens, residuals=find_residuals(model, sites, feed)):
         break
     assert torch.equal(tiny.output(model, feed), before)
-    assert all("forward" not in vars(entry) for entry in entries.values())
+    assert all("forward" not in vars(site.entry) for site in sites.values())
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
 
 
 def test_sites_that_calibration_never_reaches_are_named():

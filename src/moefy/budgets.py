@@ -67,10 +67,10 @@ def measure(
     step = (lambda done: progress(done, total, "the loss")) if progress else None
     metrics = output_metrics(model, sites, some, progress=step)
     curves: dict[str, Curve] = {}
-    entries = {name: site.entry for name, site in sites.items()}
-    for name, inputs in OnePass(model, entries, spread(batches, CURVE_BATCHES), real_tokens, hold_bytes):
+    for arrival in OnePass(model, sites, spread(batches, CURVE_BATCHES), real_tokens, hold_bytes):
+        name = arrival.name
         ffn = sites[name].read().to(torch.float32)
-        curves[name] = loss_curve(NeuronStats(ffn, inputs, chunk, name=name, metric=metrics.get(name)))
+        curves[name] = loss_curve(NeuronStats(ffn, arrival.inputs, chunk, name=name, metric=metrics.get(name)))
         if progress:
             progress(len(some) + len(curves), total, name)
     return Sensitivity(metrics, curves)

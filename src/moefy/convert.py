@@ -23,10 +23,11 @@ from moefy.calibrate import CalibrationInfo, check_batches, real_tokens
 from moefy.construct import construct
 from moefy.hf import mark_converted
 from moefy.moe import MoEFFN
-from moefy.one_pass import OnePass
+from moefy.one_pass import Arrival, OnePass
 from moefy.quality import Routing, RoutingTally, routes
 from moefy.recipe import Recipe
 from moefy.reconstruct import refit
+from moefy.residuals import find_residuals
 from moefy.routers import ROUTERS
 from moefy.selection import set_threshold
 from moefy.sites import Site, find_sites
@@ -40,7 +41,7 @@ ERROR_TOKENS = 2048
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One converted FFN. `error` is ‖dense - converted‖² / ‖dense‖² on calibration tokens.
+    """One converted FFN. `error` is ‖dense - converted‖² / ‖dense‖² on calibration tokens, its own inputs.
 
     `mass` is the share of the activation mass that the chosen experts hold there and `overlap` the share of
     MoEfication's ground truth that is chosen (both None if nothing is routed); `seconds` is what it all took.
@@ -131,10 +132,10 @@ def convert(
             specs = {n: recipe.layer_spec(s.read(), n, shares[n]) for n, s in sites.items()}
             report.predicted_loss = sensitivity.predicted_loss(shares)
         metrics = sensitivity.metrics if planned and sensitivity else {}
-        entries = {name: site.entry for name, site in sites.items()}
-        for name, inputs in OnePass(model, entries, batches, real_tokens, hold_bytes):
-            seed, metric = recipe.seed + len(report.layers), metrics.get(name)
-            report.layers.append(_convert_site(sites[name], specs[name], recipe, inputs, seed, metric))
+        residuals = find_residuals(model, sites, batches[0]) if recipe.repair else {}
+        for arrival in OnePass(model, sites, batches, real_tokens, hold_bytes, residuals):
+            name, seed = arrival.name, recipe.seed + len(report.layers)
+            report.layers.append(_convert_site(sites[name], specs[name], recipe, arrival, seed, metrics.get(name)))
             if progress:
                 progress(before + len(report.layers), before + len(sites), name)
     finally:
@@ -163,12 +164,14 @@ def _convert_site(
     site: Site,
     spec: LayerSpec,
     recipe: Recipe,
-    inputs: Callable[[], Iterator[Tensor]],
+    arrival: Arrival,
     seed: int,
     metric: Tensor | None,
 ) -> LayerReport:
-    start, ffn = time.perf_counter(), site.read()
-    stats = NeuronStats(ffn.to(torch.float32), inputs, recipe.chunk_tokens, recipe.top_activated, site.name, metric)
+    start, ffn, inputs = time.perf_counter(), site.read(), arrival.inputs
+    stats = NeuronStats(
+        ffn.to(torch.float32), inputs, recipe.chunk_tokens, recipe.top_activated, site.name, metric, arrival.targets
+    )
     if stats.tokens < 2:
         raise MoefyError(f"The calibration has {stats.tokens} real tokens at {site.name}; give more text.")
     partition = construct(recipe.construction, spec, stats, seed, recipe.sharing)
@@ -178,7 +181,7 @@ def _convert_site(
         assert router is not None
         set_threshold(router, stats, moe.weights())
     if recipe.refit and spec.experts:
-        refit(moe, stats.ffn, stats)
+        refit(moe, stats.ffn, stats, recipe.repair)
     error, routing = _measure(moe, ffn, inputs)
     # One token now, outside every batch: what packing the weights keeps must not count as a batch's own to spill.
     moe(next(inputs())[:1])

@@ -8,6 +8,9 @@ layer is calibrated on what it will really see, and no code knows how a model st
 Parked batches keep their activations alive. Those beyond `hold_bytes` move to a temporary directory and
 come back when their batch runs, so memory is bounded by the setting and not by the calibration length.
 Greenlets rather than threads: one OpenMP pool, one autograd state, and the order of work is fixed.
+
+Where it is asked for, every batch has a twin that goes through the dense FFNs only. What separates the two
+when they park at an FFN is what the conversion of the layers before it has cost.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import ctypes
 import tempfile
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +29,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from moefy.residuals import first_tensor
+from moefy.sites import Site
 from moefy.types import MoefyError
 
 # Below this a tensor is not worth a file: norms, masks and rotary tables of a window.
@@ -34,11 +40,12 @@ SMALLEST_SPILLED = 1 << 18
 class _Batch:
     """One calibration batch: its greenlet, what it waits for, and the storages it keeps alive."""
 
-    def __init__(self, number: int, run: Callable[[], object]):
-        self.number = number
+    def __init__(self, number: int, run: Callable[[], object], dense: bool = False):
+        self.number, self.dense = number, dense
         self.greenlet = greenlet.greenlet(run)
         self.waiting_at: str | None = None
         self.inputs: Tensor | None = None
+        self.residual: Tensor | None = None
         self.storages: dict[int, weakref.ref] = {}
         self.spilled: list[tuple[torch.UntypedStorage, Path, int]] = []
 
@@ -66,34 +73,54 @@ class _Track(TorchDispatchMode):
         return out
 
 
-class OnePass:
-    """Iterate over the sites of `model` in the order in which the calibration batches reach them.
+Rows = Callable[[], Iterator[Tensor]]
 
-    `sites` maps a name to the module whose first input is the FFN's input. Iteration yields
-    (name, inputs); `inputs()` iterates over that site's inputs, one (tokens, D) tensor a batch with
-    padding rows removed, as often as the caller likes. Before asking for the next site the caller
-    replaces the module; the pass then goes on through the replacement.
+
+@dataclass(frozen=True)
+class Arrival:
+    """All batches at one site. `inputs()` iterates over their inputs and `targets()` over what brings the converted
+    model's residual stream back to the dense one's: FFN(x') + r' - r with the twin's x' and r' (None without twins,
+    and where no residual stream is known). One (tokens, D) tensor a batch, without padding, as often as is asked.
+    """
+
+    name: str
+    inputs: Rows
+    targets: Rows | None = None
+
+
+class OnePass:
+    """Iterate over the sites of `model`, as Arrivals, in the order in which the calibration batches reach them.
+
+    A site's name is that of the module whose first input is the FFN's input. Before asking for the next
+    site the caller replaces the module; the pass then goes on through the replacement. With
+    `residuals`, the modules that `find_residuals` found, the batches have twins.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        sites: Mapping[str, nn.Module],
+        sites: Mapping[str, Site],
         batches: Sequence[Mapping[str, Any]],
         keep: Callable[[str, Mapping[str, Any]], Tensor | None],
         hold_bytes: int = 1 << 30,
+        residuals: Mapping[str, str] | None = None,
     ):
         self.model, self.sites, self.batches = model, dict(sites), list(batches)
-        self.keep, self.hold_bytes = keep, hold_bytes
+        self.keep, self.hold_bytes, self.residuals = keep, hold_bytes, dict(residuals or {})
         self._track = _Track()
 
-    def __iter__(self) -> Iterator[tuple[str, Callable[[], Iterator[Tensor]]]]:
+    def __iter__(self) -> Iterator[Arrival]:
         self._root = greenlet.getcurrent()
         self._done: set[str] = set()
+        self._dense: dict[str, Callable[[Tensor], Tensor]] = {}
         todo = set(self.sites)
         running = [_Batch(i, self._runner(b)) for i, b in enumerate(self.batches)]
-        for name, module in self.sites.items():
+        if self.residuals:
+            running += [_Batch(i, self._runner(b), dense=True) for i, b in enumerate(self.batches)]
+        modules = {name: site.entry for name, site in self.sites.items()}
+        for name, module in modules.items():
             module.forward = self._parking_forward(name, module)
+        hooks = [self._watch(site, self.model.get_submodule(name)) for site, name in self.residuals.items()]
         with tempfile.TemporaryDirectory(prefix="moefy-") as folder, torch.no_grad():
             self._folder = Path(folder)
             try:
@@ -107,15 +134,17 @@ class OnePass:
                         break
                     site = str(parked[0].waiting_at)
                     here = [b for b in parked if b.waiting_at == site]
-                    yield site, partial(self._inputs, here, site)
+                    yield self._arrival(site, here)
                     todo.discard(site)
                     self._done.add(site)
                     for batch in here:
-                        batch.waiting_at = batch.inputs = None
+                        batch.waiting_at = batch.inputs = batch.residual = None
                 # What is left of the forward pass (the head and its logits) is of no use here.
             finally:
-                for module in self.sites.values():
+                for module in modules.values():
                     del module.forward  # the class's own again
+                for hook in hooks:
+                    hook.remove()
                 for batch in running:
                     if not batch.greenlet.dead:
                         batch.greenlet.throw(greenlet.GreenletExit)
@@ -138,6 +167,8 @@ class OnePass:
                 batch.inputs = args[0] if args else kwargs["hidden_states"]
                 batch.waiting_at = name
                 self._root.switch()
+            if batch is not None and batch.dense:
+                return self._dense[name](args[0] if args else kwargs["hidden_states"])
             mounted = self.model.get_submodule(name)
             return dense_forward(*args, **kwargs) if mounted is module else mounted(*args, **kwargs)
 
@@ -152,38 +183,53 @@ class OnePass:
         finally:
             self._track.batch = None
 
+    def _watch(self, site: str, module: nn.Module) -> Any:
+        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            if self._track.batch is not None and site not in self._done:
+                self._track.batch.residual = first_tensor((*args, *kwargs.values()))
+
+        return module.register_forward_pre_hook(hook, with_kwargs=True)
+
+    def _arrival(self, name: str, here: list[_Batch]) -> Arrival:
+        batches, twins = [b for b in here if not b.dense], [b for b in here if b.dense]
+        if twins:
+            ffn = self.sites[name].read()  # before the caller replaces it; the twins of one site need no other
+            self._dense = {name: lambda x: ffn.forward(x.reshape(-1, x.shape[-1])).view(x.shape)}
+        known = twins and name in self.residuals
+        return Arrival(
+            name, partial(self._inputs, batches, name), partial(self._targets, batches, twins, name) if known else None
+        )
+
     def _inputs(self, batches: list[_Batch], name: str) -> Iterator[Tensor]:
         for batch in batches:
-            inputs = self._parked_inputs(batch)
-            rows = inputs.reshape(-1, inputs.shape[-1])
-            keep = self.keep(name, self.batches[batch.number])
-            if keep is not None and keep.numel() == len(rows):
-                rows = rows[keep.reshape(-1).to(rows.device).bool()]
-            yield rows
+            yield self._real(name, batch, batch.inputs)
 
-    def _parked_inputs(self, batch: _Batch) -> Tensor:
-        """The inputs that a parked batch waits with; a copy read from disk if they are there."""
-        inputs = batch.inputs
-        assert inputs is not None
-        storage = inputs.untyped_storage()
-        for spilled, path, size in batch.spilled:
-            if spilled._cdata == storage._cdata:
-                copy = torch.UntypedStorage(size)
-                _read(path, copy)
-                view = (inputs.storage_offset(), inputs.shape, inputs.stride())
-                return torch.empty(0, dtype=inputs.dtype).set_(copy, *view)
-        return inputs
+    def _targets(self, batches: list[_Batch], twins: list[_Batch], name: str) -> Iterator[Tensor]:
+        for batch, twin in zip(batches, twins, strict=True):
+            added = self._dense[name](self._real(name, twin, twin.inputs)).float()
+            lost = self._real(name, twin, twin.residual).float() - self._real(name, batch, batch.residual).float()
+            yield added + lost
+
+    def _real(self, name: str, batch: _Batch, tensor: Tensor | None) -> Tensor:
+        """The rows (tokens, D) of real tokens of what a parked batch holds."""
+        assert tensor is not None
+        whole = _parked(batch, tensor)
+        rows = whole.reshape(-1, whole.shape[-1])
+        keep = self.keep(name, self.batches[batch.number])
+        if keep is not None and keep.numel() == len(rows):
+            rows = rows[keep.reshape(-1).to(rows.device).bool()]
+        return rows
 
     def _spill(self, batches: list[_Batch]) -> None:
         """Move the activations of parked batches to disk, the longest parked first, until the rest fits."""
         parked = [b for b in batches if b.waiting_at is not None and not b.spilled]
         common = self._common_addresses()
-        sizes = {b.number: sum(s.nbytes() for s in b.live_storages(common)) for b in parked}
+        sizes = {id(b): sum(s.nbytes() for s in b.live_storages(common)) for b in parked}
         for batch in parked:
             if sum(sizes.values()) <= self.hold_bytes:
                 return
             self._spill_one(batch)
-            del sizes[batch.number]
+            del sizes[id(batch)]
 
     def _common_addresses(self) -> set[int]:
         """Memory that batches share and that must stay: weights, buffers, tensors cached on modules, inputs."""
@@ -193,7 +239,7 @@ class OnePass:
 
     def _spill_one(self, batch: _Batch) -> None:
         for i, storage in enumerate(batch.live_storages(self._common_addresses())):
-            path = self._folder / f"{batch.number}-{i}"
+            path = self._folder / f"{batch.number}{'-dense' * batch.dense}-{i}"
             size = storage.nbytes()
             path.write_bytes(_bytes_of(storage))
             storage.resize_(0)
@@ -205,6 +251,18 @@ class OnePass:
             _read(path, storage)
             path.unlink()
         batch.spilled.clear()
+
+
+def _parked(batch: _Batch, tensor: Tensor) -> Tensor:
+    """A tensor of a parked batch; a copy read from disk if it is there."""
+    storage = tensor.untyped_storage()
+    for spilled, path, size in batch.spilled:
+        if spilled._cdata == storage._cdata:
+            copy = torch.UntypedStorage(size)
+            _read(path, copy)
+            view = (tensor.storage_offset(), tensor.shape, tensor.stride())
+            return torch.empty(0, dtype=tensor.dtype).set_(copy, *view)
+    return tensor
 
 
 def _read(path: Path, storage: torch.UntypedStorage) -> None:

@@ -36,6 +36,7 @@ class Recipe(BaseModel):
     router: str = "representative"
     sharing: str = Field("rate", description="what decides which neurons are shared")
     refit: bool = Field(False, description="fit the down-projection to the dense output in closed form")
+    repair: float = Field(0.0, ge=0, le=1, description="share of what earlier layers lost that the refit gives back")
     experts: int = Field(8, ge=1)
     expert_size: int | None = Field(None, ge=1, description="neurons of an expert; overrides experts")
     shared: int | float = Field(3, ge=0)
@@ -78,6 +79,8 @@ class Recipe(BaseModel):
     def _counts_fit(self) -> Recipe:
         if self.allocation == "sensitivity" and self.budget is None:
             raise ValueError("allocation by sensitivity divides a budget; give one, such as budget: 0.5")
+        if self.repair and not self.refit:
+            raise ValueError("repair is a part of the refit; set refit: true as well")
         if self.slim and self.construction != "shared_only":
             raise ValueError(f"a slim model routes nothing: use the construction shared_only, not {self.construction}")
         if self.slim and self.allocation != "uniform":
@@ -265,6 +268,7 @@ RECIPES: dict[str, Recipe] = {
         router="logistic",
         sharing="reconstruction",
         refit=True,
+        repair=0.5,
         expert_size=8,
         budget=0.75,
         allocation="sensitivity",

@@ -4,6 +4,8 @@ With H the hidden activations as routed (zero where an expert does not run) and 
 the same inputs, W, b minimise  sum_t w_t ‖Y - H W - b‖² + λ ‖diag(G)^½ (W - W₀)‖²,  G = HᵀH. Nothing is
 trained: one pass over the calibration accumulates G and HᵀR in float64, R = Y - H W₀ - b₀, and a Cholesky
 factorisation solves for the change. MoEfication's calibration of the second layer is this with λ = 0.
+Y may also make up for a share of what the layers before have lost: what they left out is in the residual stream,
+and an FFN that gives back half of it costs no multiply-add (docs/log.md: 9 % of the perplexity at 25 %).
 For F = 14,336 G takes 1.6 GiB, and T·F² + F³/3 multiply-adds go into a layer.
 """
 
@@ -26,20 +28,23 @@ NEARLY = 1.02
 
 
 @torch.no_grad()
-def refit(moe: MoEFFN, ffn: FFNWeights, stats: NeuronStats) -> float:
+def refit(moe: MoEFFN, ffn: FFNWeights, stats: NeuronStats, repair: float = 0.0) -> float:
     """Replace the down-projection and the output bias of `moe` by their least-squares fit; returns the ridge.
 
     `ffn` is the dense FFN in float32, `stats` its calibration. The bias is only fitted where the MoEFFN has one.
-    An eighth of the tokens is held out to choose the ridge; the final fit uses all.
+    `repair` is the share of `stats.targets` in what is fitted, the rest is the dense FFN's output. An eighth of
+    the tokens is held out to choose the ridge; the final fit uses all.
     """
     dense, biased = moe.to_dense().to(torch.float32), moe.down_bias is not None
     width = ffn.neurons + biased
     gram = torch.zeros(2, width, width, dtype=torch.float64)
     cross = torch.zeros(2, width, ffn.width, dtype=torch.float64)
     held_error = 0.0
-    for x, held in stats.split_inputs():
+    for (x, held), target in zip(stats.split_inputs(), stats.target_chunks(), strict=False):
         full = ffn.hidden(x)
         y, h = ffn.forward_hidden(full), full * runs(moe, x)
+        if target is not None:
+            y = y.lerp(target, repair)
         rest = y - dense.forward_hidden(h)
         if biased:
             h = torch.cat([h, h.new_ones(len(h), 1)], dim=1)

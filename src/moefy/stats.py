@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -24,6 +25,7 @@ class NeuronStats:
     `ffn` is in float32; `batches()` iterates over the real tokens' inputs, each (tokens, D), as often as
     needed; `chunk` tokens are worked on at a time; `top` is CMoE's K_a, the neurons marked per token.
     `metric` (D, D), positive semidefinite, says what an error e of the output costs: eᵀ·metric·e; None: ‖e‖².
+    `targets()`, beside `batches()`, are the outputs that would undo what the layers before have lost, if known.
     """
 
     ffn: FFNWeights
@@ -32,6 +34,7 @@ class NeuronStats:
     top: int = 10
     name: str = field(default="this FFN")
     metric: Tensor | None = None
+    targets: Callable[[], Iterator[Tensor]] | None = None
 
     def inputs(self) -> Iterator[Tensor]:
         """The inputs in float32, at most `chunk` tokens (t, D) at a time."""
@@ -44,6 +47,12 @@ class NeuronStats:
                         f"and load the model in bfloat16 or float32 if it is in float16, which may overflow."
                     )
                 yield x
+
+    def target_chunks(self) -> Iterator[Tensor | None]:
+        """`targets` in the chunks of `inputs`, (t, D) float32; None again and again if they are not known."""
+        if self.targets is None:
+            return itertools.repeat(None)
+        return (y.float() for rows in self.targets() for y in rows.split(self.chunk))
 
     @cached_property
     def tokens(self) -> int:
