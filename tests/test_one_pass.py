@@ -43,10 +43,10 @@ def test_layers_are_converted_on_what_they_see_in_the_converted_model(family, ho
     monkeypatch.setattr("moefy.one_pass.SMALLEST_SPILLED", 64)
     given = {}
 
-    def record(site, spec, recipe, arrival, seed, metric):
+    def record(site, specs, recipe, arrival, seed, metric):
         given[site.entry_name] = torch.cat([rows.clone() for rows in arrival.inputs()])
         assert torch.equal(given[site.entry_name], torch.cat(list(arrival.inputs())))
-        return convert_site(site, spec, recipe, arrival, seed, metric)
+        return convert_site(site, specs, recipe, arrival, seed, metric)
 
     module = sys.modules["moefy.convert"]  # the name moefy.convert is the function's
     convert_site = module._convert_site

@@ -1,11 +1,14 @@
 """The refit: never worse than before on its calibration, exact where the kept neurons can express the rest."""
 
+import sys
+
 import pytest
 import torch
 
 import moefy
 import tiny
-from moefy.reconstruct import refit, runs
+from moefy.moe import moe_layers
+from moefy.reconstruct import Fit, refit, runs
 from test_construct import make_stats
 from test_moe import build
 
@@ -42,7 +45,7 @@ def test_neurons_that_repeat_others_are_folded_into_them():
     moe = moefy.MoEFFN.from_dense(twins, partition, spec, None).requires_grad_(False)
     before = (moe(x) - twins.forward(x)).norm() / twins.forward(x).norm()
     assert before > 0.3
-    ridge = refit(moe, twins, twin_stats)
+    ridge = refit(moe, twins, twin_stats).ridge
     # The ridge pulls towards the old weights: a fraction of it remains of the distance.
     assert (moe(x) - twins.forward(x)).norm() < 2 * ridge * twins.forward(x).norm()
 
@@ -69,3 +72,30 @@ def test_a_whole_model_comes_nearer_with_it(family):
         report = moefy.convert(model, recipe, feed)
         errors.append(sum(layer.error for layer in report.layers))
     assert errors[1] < errors[0]
+
+
+@pytest.mark.parametrize("shares", [[0.8, 0.2], [0.2, 0.8]])
+def test_of_several_shared_budgets_each_layer_takes_the_one_with_the_least_held_out_error(shares, monkeypatch):
+    """In whatever order they are given, and every layer for itself."""
+    module, fits = sys.modules["moefy.convert"], []
+
+    def record(moe, *args):
+        fits.append((refit(moe, *args).held_out_error, moe.spec.shared))
+        return Fit(1.0, fits[-1][0])
+
+    monkeypatch.setattr(module, "refit", record)
+    recipe = moefy.Recipe.of("reconstructed", budget=0.5, expert_size=4, allocation="uniform", shared_budget=shares)
+    model = tiny.tiny("llama")
+    moefy.convert(model, recipe, [tiny.inputs("llama", batch=8, length=40, seed=s) for s in range(6)])
+    best = [min(fits[i : i + 2])[1] for i in range(0, len(fits), 2)]
+    assert [moe.spec.shared for moe in moe_layers(model).values()] == best
+    assert len(fits) == 4
+    assert len({shared for _, shared in fits}) == 2
+
+
+def test_several_shared_budgets_need_a_refit_and_must_be_shares():
+    with pytest.raises(moefy.MoefyError, match="refit"):
+        moefy.Recipe.of("cmoe", budget=0.5, shared_budget=[0.3, 0.6])
+    for wrong in ([], [0.5, 1.2], -0.1):
+        with pytest.raises(moefy.MoefyError, match="share"):
+            moefy.Recipe.of("reconstructed", shared_budget=wrong)

@@ -63,9 +63,9 @@ def test_targets_bring_the_stream_back(family, monkeypatch):
     given, module = {}, sys.modules["moefy.convert"]
     convert_site = module._convert_site
 
-    def record(site, spec, recipe, arrival, seed, metric):
+    def record(site, specs, recipe, arrival, seed, metric):
         given[site.entry_name] = torch.cat(list(arrival.targets()))
-        return convert_site(site, spec, recipe, arrival, seed, metric)
+        return convert_site(site, specs, recipe, arrival, seed, metric)
 
     monkeypatch.setattr(module, "_convert_site", record)
     model, dense, feed = tiny.tiny(family), tiny.tiny(family), tiny.inputs(family)

@@ -69,3 +69,20 @@ def test_products_are_those_of_torch(tokens, k, n):
     grad = w.clone().requires_grad_()
     linear(x, grad).sum().backward()
     torch.testing.assert_close(grad.grad, x.sum(0).expand(n, -1))
+
+
+@pytest.mark.parametrize("held", [1 << 30, 0])
+def test_activations_are_the_same_whether_they_are_held_or_computed_again(held, monkeypatch):
+    monkeypatch.setattr("moefy.stats.KEPT_BYTES", held)
+    stats, x = make_stats(activation="gelu", tokens=900)
+    first = stats.activations()
+    next(first)  # another loop is under way
+    assert sum(len(x) for x, _, _ in stats.activations()) == 900
+    assert sum(len(x) for x, _, _ in first) + 64 == 900
+    for _ in range(2):
+        found = [torch.cat(parts) for parts in zip(*stats.activations(), strict=True)]
+        for tensor, wanted in zip(found, (x, stats.ffn.hidden(x), stats.ffn.forward(x)), strict=True):
+            torch.testing.assert_close(tensor, wanted, rtol=1e-4, atol=1e-4)
+    held_out = torch.cat([held for _, held in stats.split_inputs()])
+    assert torch.equal(held_out, torch.cat([held for *_, held in stats.split_activations()]))
+    assert bool(stats._kept) == (held > 0)

@@ -21,8 +21,9 @@ from moefy import kernels, slim
 from moefy.budgets import Sensitivity, allocate, measure, measure_steps
 from moefy.calibrate import CalibrationInfo, check_batches, real_tokens
 from moefy.construct import construct
+from moefy.construct.sharing import SHARING
 from moefy.hf import mark_converted
-from moefy.moe import MoEFFN
+from moefy.moe import MoEFFN, moe_layers
 from moefy.one_pass import Arrival, OnePass
 from moefy.quality import Routing, RoutingTally, routes
 from moefy.recipe import Recipe
@@ -115,9 +116,9 @@ def convert(
     recipe, batches = Recipe.of(recipe), check_batches(calibration)
     check_dense(model)
     sites = {site.entry_name: site for site in find_sites(model)}
-    specs = {name: _checked_spec(site, recipe) for name, site in sites.items()}
+    specs = {name: _checked_specs(site, recipe) for name, site in sites.items()}
     if recipe.slim:
-        slim.config_sizes(model, specs)  # refused now rather than when it is saved
+        slim.config_sizes(model, {name: spec for name, (spec,) in specs.items()})  # refused now, not when it is saved
     report = Report(recipe, CalibrationInfo.of(batches))
     planned = recipe.allocation == "sensitivity"
     before = measure_steps(sites, batches) if planned and sensitivity is None else 0
@@ -129,7 +130,7 @@ def convert(
             step = (lambda i, of, name: progress(i, of + len(sites), f"measuring {name}")) if progress else None
             sensitivity = sensitivity or measure(model, sites, batches, hold_bytes, recipe.chunk_tokens, step)
             shares = allocate(sensitivity.curves, recipe.budget)
-            specs = {n: recipe.layer_spec(s.read(), n, shares[n]) for n, s in sites.items()}
+            specs = {n: recipe.layer_specs(s.read(), n, shares[n]) for n, s in sites.items()}
             report.predicted_loss = sensitivity.predicted_loss(shares)
         metrics = sensitivity.metrics if planned and sensitivity else {}
         residuals = find_residuals(model, sites, batches[0]) if recipe.repair else {}
@@ -140,7 +141,7 @@ def convert(
                 progress(before + len(report.layers), before + len(sites), name)
     finally:
         model.train(was_training)
-    mark_converted(model, specs, report.stored())
+    mark_converted(model, {name: moe.spec for name, moe in moe_layers(model).items()}, report.stored())
     report.seconds, report.peak_bytes = time.perf_counter() - start, peak_memory()
     return report
 
@@ -151,18 +152,18 @@ def check_dense(model: nn.Module) -> None:
         raise MoefyError("This model is converted already; start from the dense model it came from.")
 
 
-def _checked_spec(site: Site, recipe: Recipe) -> LayerSpec:
+def _checked_specs(site: Site, recipe: Recipe) -> list[LayerSpec]:
     ffn = site.read()
     for part in ("gate", "up", "down", "gate_bias", "up_bias", "down_bias"):
         tensor = getattr(ffn, part)
         if tensor is not None and not tensor.isfinite().all():
             raise MoefyError(f"The weights of {site.name} ({part}) hold NaN or infinite values; the model is broken.")
-    return recipe.layer_spec(ffn, site.name)
+    return recipe.layer_specs(ffn, site.name)
 
 
 def _convert_site(
     site: Site,
-    spec: LayerSpec,
+    specs: list[LayerSpec],
     recipe: Recipe,
     arrival: Arrival,
     seed: int,
@@ -174,14 +175,10 @@ def _convert_site(
     )
     if stats.tokens < 2:
         raise MoefyError(f"The calibration has {stats.tokens} real tokens at {site.name}; give more text.")
-    partition = construct(recipe.construction, spec, stats, seed, recipe.sharing)
-    router = ROUTERS[spec.router].build(spec, partition, stats, seed) if spec.router else None
-    moe = MoEFFN.from_dense(ffn, partition, spec, router).requires_grad_(False)
-    if spec.most:
-        assert router is not None
-        set_threshold(router, stats, moe.weights())
-    if recipe.refit and spec.experts:
-        refit(moe, stats.ffn, stats, recipe.repair)
+    scores = SHARING[recipe.sharing](stats) if any(spec.shared for spec in specs) else None
+    tried = [_build(ffn, spec, recipe, stats, scores, seed) for spec in specs]
+    moe = min(tried, key=lambda found: found[1])[0]
+    spec = moe.spec
     error, routing = _measure(moe, ffn, inputs)
     # One token now, outside every batch: what packing the weights keeps must not count as a batch's own to spill.
     moe(next(inputs())[:1])
@@ -199,6 +196,21 @@ def _convert_site(
         overlap=routing.overlap if routing else None,
         seconds=time.perf_counter() - start,
     )
+
+
+def _build(
+    ffn: FFNWeights, spec: LayerSpec, recipe: Recipe, stats: NeuronStats, scores: Tensor | None, seed: int
+) -> tuple[MoEFFN, float]:
+    """An FFN of one shape, and the error that its refit left on held-out tokens (0 without a refit)."""
+    partition = construct(recipe.construction, spec, stats, seed, recipe.sharing, scores)
+    router = ROUTERS[spec.router].build(spec, partition, stats, seed) if spec.router else None
+    moe = MoEFFN.from_dense(ffn, partition, spec, router).requires_grad_(False)
+    if spec.most:
+        assert router is not None
+        set_threshold(router, stats, moe.weights())
+    if not (recipe.refit and spec.experts):
+        return moe, 0.0
+    return moe, refit(moe, stats.ffn, stats, recipe.repair).held_out_error
 
 
 def _measure(moe: MoEFFN, ffn: FFNWeights, inputs: Callable[[], Iterator[Tensor]]) -> tuple[float, Routing | None]:

@@ -24,7 +24,8 @@ class Recipe(BaseModel):
     With `expert_size` the count of experts follows from each FFN instead. A fraction for `shared` or
     `active` is a share of all the FFN's experts, rounded to the nearest count of at least one.
     With `budget` both follow: `shared_budget` of that share of the FFN's multiply-adds goes to shared experts,
-    and what the router leaves of the rest to active ones. With `allocation: sensitivity` the budget is that of
+    and what the router leaves of the rest to active ones; of several each FFN takes the one with the least
+    held-out error after the refit, each tried in turn. With `allocation: sensitivity` the budget is that of
     the whole model, and each FFN gets what it needs of it. With `selection: threshold` the active experts are
     a mean over tokens, and no token runs more than `most_active` times as many.
     """
@@ -42,7 +43,7 @@ class Recipe(BaseModel):
     shared: int | float = Field(3, ge=0)
     active: int | float = Field(3, ge=0)
     budget: float | None = Field(None, gt=0, le=1, description="share of the multiply-adds, the router's included")
-    shared_budget: float = Field(0.5, ge=0, le=1, description="share of the budget that goes to shared experts")
+    shared_budget: float | list[float] = Field(0.5, description="share of the budget for shared experts, or several")
     allocation: Literal["uniform", "sensitivity"] = "uniform"
     selection: Literal["top_k", "threshold"] = "top_k"
     most_active: float = Field(3.0, ge=1, description="selection by threshold: most experts of a token over the mean")
@@ -75,12 +76,22 @@ class Recipe(BaseModel):
             return int(value)
         return value
 
+    @field_validator("shared_budget")
+    @classmethod
+    def _shares(cls, value: float | list[float]) -> float | list[float]:
+        found = value if isinstance(value, list) else [value]
+        if not found or not all(0 <= share <= 1 for share in found):
+            raise ValueError("give one share from 0 to 1, or a list of them")
+        return value
+
     @model_validator(mode="after")
     def _counts_fit(self) -> Recipe:
         if self.allocation == "sensitivity" and self.budget is None:
             raise ValueError("allocation by sensitivity divides a budget; give one, such as budget: 0.5")
         if self.repair and not self.refit:
             raise ValueError("repair is a part of the refit; set refit: true as well")
+        if isinstance(self.shared_budget, list) and not self.refit:
+            raise ValueError("several shared budgets are compared by their refit; set refit: true as well")
         if self.slim and self.construction != "shared_only":
             raise ValueError(f"a slim model routes nothing: use the construction shared_only, not {self.construction}")
         if self.slim and self.allocation != "uniform":
@@ -89,7 +100,11 @@ class Recipe(BaseModel):
             self.counts(self.experts)
         return self
 
-    def _counts_within_budget(self, experts: int, ffn: FFNWeights, budget: float) -> tuple[int, int]:
+    @property
+    def shared_budgets(self) -> list[float]:
+        return self.shared_budget if isinstance(self.shared_budget, list) else [self.shared_budget]
+
+    def _counts_within_budget(self, experts: int, ffn: FFNWeights, budget: float, share: float) -> tuple[int, int]:
         within = int(budget * experts + 1e-9)
         if within == 0 and not self.slim:
             raise ValueError(
@@ -97,7 +112,7 @@ class Recipe(BaseModel):
             )
         if self.construction == "shared_only" or within == experts:
             return within, 0
-        shared = int(self.shared_budget * within)
+        shared = int(share * within)
         # A linear router costs D multiply-adds an expert; a neuron costs 3·D with a gate and 2·D without.
         size = ffn.neurons // experts
         router = (experts - shared) / (size * (2 if ffn.gate is None else 3))
@@ -123,10 +138,17 @@ class Recipe(BaseModel):
             )
         return shared, active
 
-    def layer_spec(self, ffn: FFNWeights, site: str, budget: float | None = None) -> LayerSpec:
+    def layer_specs(self, ffn: FFNWeights, site: str, budget: float | None = None) -> list[LayerSpec]:
+        """The shapes that this recipe may give one FFN: as many as differ by its shared budgets."""
+        return list(dict.fromkeys(self.layer_spec(ffn, site, budget, share) for share in self.shared_budgets))
+
+    def layer_spec(
+        self, ffn: FFNWeights, site: str, budget: float | None = None, share: float | None = None
+    ) -> LayerSpec:
         """The shape that this recipe gives one FFN; MoefyError if the experts do not divide its neurons.
 
-        `budget` is this FFN's own, where the recipe allocates by sensitivity.
+        `budget` is this FFN's own, where the recipe allocates by sensitivity; `share` of it is for shared experts
+        (the first of the recipe's, if not given).
         """
         parts, unit = self.experts, "experts"
         if self.expert_size:
@@ -139,7 +161,8 @@ class Recipe(BaseModel):
         size = self.expert_size or ffn.neurons // parts
         try:
             count, budget = ffn.neurons // size, budget or self.budget
-            shared, active = self._counts_within_budget(count, ffn, budget) if budget else self.counts(count)
+            share = self.shared_budgets[0] if share is None else share
+            shared, active = self._counts_within_budget(count, ffn, budget, share) if budget else self.counts(count)
         except ValueError as error:
             raise MoefyError(f"The recipe does not fit {site}: {error}.") from None
         if self.construction == "shared_only":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,11 +17,13 @@ from moefy.types import FFNWeights, MoefyError, Partition, linear, products
 # One token in eight is held out where something is chosen by what it does on tokens it was not fitted to, in blocks:
 # a budget of 50 % whose thresholds were set on blocks of 256, 1,024 and 2,048 ran 53, 50 and 49 % of another document.
 HELD_OUT, HELD_BLOCK = 8, 1024
+# Inputs, activations and outputs of a layer up to this size are computed once and held: 102,000 tokens of SmolLM2.
+KEPT_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
 class NeuronStats:
-    """The inputs of one FFN and what follows from them; nothing of size (T, F) is ever held.
+    """The inputs of one FFN and what follows from them; of what is of size (T, F) at most KEPT_BYTES is held.
 
     `ffn` is in float32; `batches()` iterates over the real tokens' inputs, each (tokens, D), as often as
     needed; `chunk` tokens are worked on at a time; `top` is CMoE's K_a, the neurons marked per token.
@@ -35,6 +38,7 @@ class NeuronStats:
     name: str = field(default="this FFN")
     metric: Tensor | None = None
     targets: Callable[[], Iterator[Tensor]] | None = None
+    _kept: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list, repr=False, compare=False)
 
     def inputs(self) -> Iterator[Tensor]:
         """The inputs in float32, at most `chunk` tokens (t, D) at a time."""
@@ -58,16 +62,45 @@ class NeuronStats:
     def tokens(self) -> int:
         return sum(len(rows) for rows in self.batches())
 
+    def activations(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Inputs (t, D), activations (t, F) and outputs (t, D), in the chunks of `inputs`."""
+        if self._kept:
+            yield from self._kept
+            return
+        found = []
+        for x in self.inputs():
+            h = self.ffn.hidden(x)
+            chunk = x, h, self.ffn.forward_hidden(h)
+            if self._fits:
+                found.append(chunk)
+            yield chunk
+        self._kept[:] = found  # and not extend: two of these loops may be under way at once
+
+    @property
+    def _fits(self) -> bool:
+        return self.tokens * 4 * (self.ffn.neurons + 2 * self.ffn.width) <= KEPT_BYTES
+
     def split_inputs(self) -> Iterator[tuple[Tensor, Tensor]]:
         """The inputs (t, D) and which tokens (t,) bool are held out: every eighth block of up to 1,024 tokens.
 
         Blocks, because neighbours in a text are alike; with fewer than 16 tokens every one counts as held out.
         """
-        block, start = max(1, min(HELD_BLOCK, self.tokens // HELD_OUT)), 0
+        start = 0
         for x in self.inputs():
-            number = torch.arange(start, start + len(x)) // block
-            yield x, (number % HELD_OUT == HELD_OUT - 1) | (self.tokens < 2 * HELD_OUT)
+            yield x, self._held_out(start, len(x))
             start += len(x)
+
+    def split_activations(self) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """`activations`, and with each chunk which of its tokens are held out, as `split_inputs`."""
+        start = 0
+        for x, h, y in self.activations():
+            yield x, h, y, self._held_out(start, len(x))
+            start += len(x)
+
+    def _held_out(self, start: int, count: int) -> Tensor:
+        block = max(1, min(HELD_BLOCK, self.tokens // HELD_OUT))
+        number = torch.arange(start, start + count) // block
+        return (number % HELD_OUT == HELD_OUT - 1) | (self.tokens < 2 * HELD_OUT)
 
     @cached_property
     def token_weight(self) -> Callable[[Tensor], Tensor]:
@@ -76,7 +109,9 @@ class NeuronStats:
         A few tokens of a language model have outputs a thousand times as long as the others (its attention
         sinks); unweighted, least squares fits them alone.
         """
-        norms = torch.cat([self.ffn.forward(x).norm(dim=1) for x in _first(self.inputs(), 8)])
+        if self._fits:
+            deque(self.activations(), maxlen=0)  # all of them, or what is computed here would not be kept
+        norms = torch.cat([y.norm(dim=1) for _, _, y in itertools.islice(self.activations(), 8)])
         median = norms.median().clamp_min(1e-12)
         return lambda y: (median / y.norm(dim=1).clamp_min(1e-12)).clamp_max(1.0).square()
 
@@ -84,9 +119,9 @@ class NeuronStats:
     def gram(self) -> Tensor:
         """Gram matrix (F + 1, F + 1) float64 of the activations and, last, a constant 1; token-weighted."""
         gram = torch.zeros(self.ffn.neurons + 1, self.ffn.neurons + 1, dtype=torch.float64)
-        for x in self.inputs():
-            h = self.ffn.hidden(x)
-            weight = self.token_weight(self.ffn.forward_hidden(h)).sqrt()[:, None]
+        weigh = self.token_weight
+        for _, h, y in self.activations():
+            weight = weigh(y).sqrt()[:, None]
             h = torch.cat([h * weight, weight], dim=1)
             gram += products(h, h)
         return gram
@@ -212,8 +247,3 @@ def captured(mass: Tensor, picked: Tensor) -> Tensor:
     total = mass.sum(1)
     some = total > 0
     return (mass * picked).sum(1)[some] / total[some]
-
-
-def _first(chunks: Iterator[Tensor], count: int) -> Iterator[Tensor]:
-    for _, x in zip(range(count), chunks, strict=False):
-        yield x

@@ -29,10 +29,16 @@ CONSTRUCTIONS: dict[str, Group] = {
 }
 
 
-def construct(method: str, spec: LayerSpec, stats: NeuronStats, seed: int, sharing: str = "rate") -> Partition:
-    """Cut an FFN's neurons: the `spec.shared` best by `sharing` are shared, the rest become experts by `method`."""
-    # Without shared experts the scores are not needed, and not computed.
-    shared = SHARING[sharing](stats).topk(spec.shared).indices.sort().values if spec.shared else torch.empty(0).long()
+def construct(
+    method: str, spec: LayerSpec, stats: NeuronStats, seed: int, sharing: str = "rate", scores: Tensor | None = None
+) -> Partition:
+    """Cut an FFN's neurons: the `spec.shared` best by `sharing` are shared, the rest become experts by `method`.
+
+    `scores` (F,) are those of `sharing` if the caller has them already.
+    """
+    if scores is None and spec.shared:  # without shared experts they are not needed
+        scores = SHARING[sharing](stats)
+    shared = torch.empty(0).long() if scores is None else scores.topk(spec.shared).indices.sort().values
     rest = torch.ones(spec.neurons, dtype=torch.bool)
     rest[shared] = False
     members = rest.nonzero().flatten()

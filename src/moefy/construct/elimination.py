@@ -19,6 +19,8 @@ from moefy.stats import NeuronStats
 BLOCKS = 96
 # Relative to the Gram's mean diagonal: keeps it invertible with fewer tokens than neurons.
 DAMPING = 1e-4
+# Rows of neurons that are gone are cut out of the matrices when they are more than this share of them.
+SPARSE = 0.25
 
 
 @dataclass(frozen=True)
@@ -32,26 +34,38 @@ class Elimination:
 
 def eliminate(stats: NeuronStats) -> Elimination:
     """Remove every neuron of an FFN, a block at a time. F³ multiply-adds in float64, 3·8·F² bytes."""
-    ffn, metric = stats.ffn, None if stats.metric is None else stats.metric.double()
-    gram = stats.gram.clone()
-    gram.diagonal().add_(DAMPING * gram.diagonal().mean() + 1e-30)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
-    del gram
-    left, w = torch.arange(ffn.neurons), ffn.down.double()
-    block, spent = max(1, ffn.neurons // BLOCKS), 0.0
-    order, cost = [], []
-    while len(left):
-        weighted = w if metric is None else w @ metric
-        saliency = (weighted * w).sum(1) / inverse.diagonal()[:-1].clamp_min(1e-30)
-        gone = saliency.topk(min(block, len(left)), largest=False, sorted=True).indices
+    inverse = stats.gram.clone()
+    inverse.diagonal().add_(DAMPING * inverse.diagonal().mean() + 1e-30)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(inverse))
+    left, w = torch.arange(stats.ffn.neurons), _in_metric(stats.ffn.down.to(torch.float64, copy=True), stats.metric)
+    block, spent = max(1, stats.ffn.neurons // BLOCKS), 0.0
+    order: list[Tensor] = []
+    cost: list[float] = []
+    out = torch.zeros(len(left), dtype=torch.bool)
+    while len(cost) < stats.ffn.neurons:
+        saliency = w.square().sum(1) / inverse.diagonal()[:-1].clamp_min(1e-30)
+        count = min(block, stats.ffn.neurons - len(cost))
+        gone = saliency.masked_fill_(out, torch.inf).topk(count, largest=False, sorted=True).indices
         within = torch.linalg.inv(inverse[gone][:, gone])
         across, change = inverse[:, gone], within @ w[gone]
-        spent += float(((change if metric is None else change @ metric) * w[gone]).sum())
+        spent += float((change * w[gone]).sum())
         order.append(left[gone])
-        cost += [spent] * len(gone)
-        keep = torch.ones(len(left) + 1, dtype=torch.bool)
-        keep[gone] = False
-        w = (w - across[:-1] @ change)[keep[:-1]]
-        inverse = inverse.addmm_(across @ within, across.t(), alpha=-1)[keep][:, keep]
-        left = left[keep[:-1]]
+        cost += [spent] * count
+        w -= across[:-1] @ change
+        inverse.addmm_(across @ within, across.t(), alpha=-1)
+        out[gone] = True
+        if out.sum() > SPARSE * len(out):  # copying what is left costs as much as updating it
+            keep = (~out).nonzero().flatten()
+            left, w, out = left[keep], w[keep], out[keep]
+            keep = torch.cat([keep, torch.tensor([len(inverse) - 1])])
+            inverse = inverse[keep][:, keep]
     return Elimination(torch.cat(order), torch.tensor(cost, dtype=torch.float64))
+
+
+def _in_metric(down: Tensor, metric: Tensor | None) -> Tensor:
+    """Rows whose squared length is what they cost: down @ L with L·Lᵀ = metric. All that follows is linear in them."""
+    if metric is None:
+        return down
+    metric = metric.double()
+    jitter = 1e-6 * metric.diagonal().mean() + 1e-30  # a metric from few tokens is singular
+    return down @ torch.linalg.cholesky(metric + jitter * torch.eye(len(metric), dtype=torch.float64))

@@ -47,12 +47,11 @@ def _examples(spec: LayerSpec, partition: Partition, stats: NeuronStats) -> tupl
     cost = unrepaired(stats, partition)
     step = -(-stats.tokens * 4 * (spec.width + spec.experts) // HOLD_BYTES)
     inputs, costs, weights = [], [], []
-    for rows, held in stats.split_inputs():
-        x = rows[~held if stats.tokens > held.sum() else held][::step]
-        h = stats.ffn.hidden(x)
-        inputs.append(x)
-        costs.append(cost(h))
-        weights.append(stats.token_weight(stats.ffn.forward_hidden(h)))
+    for x, h, y, held in stats.split_activations():
+        some = (~held if stats.tokens > held.sum() else held).nonzero().flatten()[::step]
+        inputs.append(x[some])
+        costs.append(cost(h[some]))
+        weights.append(stats.token_weight(y[some]))
     return torch.cat(inputs), torch.cat(costs), torch.cat(weights)
 
 
