@@ -46,6 +46,8 @@ class _Batch:
         self.waiting_at: str | None = None
         self.inputs: Tensor | None = None
         self.residual: Tensor | None = None
+        self.output: Tensor | None = None
+        self.held = 0
         self.storages: dict[int, weakref.ref] = {}
         self.spilled: list[tuple[torch.UntypedStorage, Path, int]] = []
 
@@ -128,6 +130,7 @@ class OnePass:
                     for batch in running:
                         if batch.waiting_at is None and not batch.greenlet.dead:
                             self._resume(batch)
+                            batch.held = sum(s.nbytes() for s in batch.live_storages(self._common_addresses()))
                             self._spill(running)
                     parked = [b for b in running if b.waiting_at is not None]
                     if not parked:
@@ -138,7 +141,7 @@ class OnePass:
                     todo.discard(site)
                     self._done.add(site)
                     for batch in here:
-                        batch.waiting_at = batch.inputs = batch.residual = None
+                        batch.waiting_at = batch.inputs = batch.residual = None  # a twin's output is still to come
                 # What is left of the forward pass (the head and its logits) is of no use here.
             finally:
                 for module in modules.values():
@@ -168,7 +171,8 @@ class OnePass:
                 batch.waiting_at = name
                 self._root.switch()
             if batch is not None and batch.dense:
-                return self._dense[name](args[0] if args else kwargs["hidden_states"])
+                output, batch.output = batch.output, None
+                return self._dense[name](args[0] if args else kwargs["hidden_states"]) if output is None else output
             mounted = self.model.get_submodule(name)
             return dense_forward(*args, **kwargs) if mounted is module else mounted(*args, **kwargs)
 
@@ -206,7 +210,10 @@ class OnePass:
 
     def _targets(self, batches: list[_Batch], twins: list[_Batch], name: str) -> Iterator[Tensor]:
         for batch, twin in zip(batches, twins, strict=True):
-            added = self._dense[name](self._real(name, twin, twin.inputs)).float()
+            if twin.output is None:
+                assert twin.inputs is not None
+                twin.output = self._dense[name](_parked(twin, twin.inputs))
+            added = self._real(name, twin, twin.output).float()
             lost = self._real(name, twin, twin.residual).float() - self._real(name, batch, batch.residual).float()
             yield added + lost
 
@@ -223,13 +230,12 @@ class OnePass:
     def _spill(self, batches: list[_Batch]) -> None:
         """Move the activations of parked batches to disk, the longest parked first, until the rest fits."""
         parked = [b for b in batches if b.waiting_at is not None and not b.spilled]
-        common = self._common_addresses()
-        sizes = {id(b): sum(s.nbytes() for s in b.live_storages(common)) for b in parked}
+        held = sum(b.held for b in parked)
         for batch in parked:
-            if sum(sizes.values()) <= self.hold_bytes:
+            if held <= self.hold_bytes:
                 return
             self._spill_one(batch)
-            del sizes[id(batch)]
+            held -= batch.held
 
     def _common_addresses(self) -> set[int]:
         """Memory that batches share and that must stay: weights, buffers, tensors cached on modules, inputs."""
