@@ -7,7 +7,7 @@ import torch
 
 import moefy
 import tiny
-from moefy.calibrate import real_tokens
+from moefy.calibrate import real_tokens, without_cache
 from moefy.moe import moe_layers
 from moefy.one_pass import OnePass
 from moefy.residuals import find_residuals
@@ -136,3 +136,13 @@ def test_nan_weights_and_second_conversions_are_refused():
     moefy.convert(model, RECIPE, [tiny.inputs("llama")])
     with pytest.raises(moefy.MoefyError, match="converted already"):
         moefy.convert(model, RECIPE, [tiny.inputs("llama")])
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "t5-v1.0", "bert", "vit"])
+def test_no_keys_and_values_are_kept_for_later_tokens(family, monkeypatch):
+    model, feed = tiny.tiny(family), tiny.inputs(family)
+    plain = model(**feed)
+    bare = model(**without_cache(model, feed))
+    assert bare.get("past_key_values") is None
+    assert torch.equal(bare.logits, plain.logits)
+    assert (plain.get("past_key_values") is not None) == (family in ("llama", "gpt2", "t5-v1.0"))

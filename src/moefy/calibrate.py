@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moefy.types import MoefyError
 
@@ -122,6 +123,15 @@ def check_batches(batches: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any
             if isinstance(value, Tensor) and value.is_floating_point() and not value.isfinite().all():
                 raise MoefyError(f"Calibration batch {i} has NaN or infinite values in {key!r}.")
     return checked
+
+
+def without_cache(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The batch, for a pass that keeps no keys and values for later tokens: there are none.
+
+    A window of 1,024 tokens of SmolLM2 keeps 47 MB of them, five times its other activations.
+    """
+    known = "use_cache" in inspect.signature(model.forward).parameters
+    return {"use_cache": False, **batch} if known else dict(batch)
 
 
 def spread(items: Sequence[T], count: int) -> list[T]:

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from moefy.calibrate import without_cache
 from moefy.residuals import first_tensor
 from moefy.sites import Site
 from moefy.types import MoefyError
@@ -159,7 +160,7 @@ class OnePass:
             )
 
     def _runner(self, batch: Mapping[str, Any]) -> Callable[[], object]:
-        return lambda: self.model(**batch)
+        return lambda: self.model(**without_cache(self.model, batch))
 
     def _parking_forward(self, name: str, module: nn.Module) -> Callable[..., Any]:
         dense_forward = module.forward

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moefy.calibrate import real_tokens
+from moefy.calibrate import real_tokens, without_cache
 from moefy.sites import Site
 from moefy.types import MoefyError
 
@@ -59,7 +59,7 @@ def output_metrics(
     try:
         for done, batch in enumerate(batches, 1):
             with torch.enable_grad():
-                _loss(model(**batch), batch, generator).backward()
+                _loss(model(**without_cache(model, batch)), batch, generator).backward()
             if progress:
                 progress(done)
     finally:
