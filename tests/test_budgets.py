@@ -135,3 +135,21 @@ def test_a_model_whose_logits_are_not_finite_is_a_sentence():
 def test_allocation_needs_a_budget():
     with pytest.raises(moefy.MoefyError, match="give one"):
         moefy.Recipe.of("cmoe", allocation="sensitivity")
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, 1e8])
+def test_a_metric_that_is_singular_or_rounded_below_zero_still_gives_an_order(scale):
+    stats, _ = make_stats(activation="gelu", tokens=400)
+    direction = torch.randn(stats.ffn.width, 1)
+    metric = scale * (direction @ direction.t())
+    metric -= 1e-4 * metric.diagonal().mean() * torch.eye(stats.ffn.width)  # rounding, writ large
+    found = eliminate(NeuronStats(stats.ffn, stats.batches, metric=metric))
+    assert torch.equal(found.order.sort().values, torch.arange(stats.ffn.neurons))
+    assert found.cost.isfinite().all()
+
+
+def test_a_broken_metric_is_a_sentence():
+    stats, _ = make_stats(activation="gelu", tokens=400)
+    metric = torch.full((stats.ffn.width, stats.ffn.width), torch.nan)
+    with pytest.raises(moefy.MoefyError, match="metric"):
+        eliminate(NeuronStats(stats.ffn, stats.batches, metric=metric))

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moefy.calibrate import without_cache
 from moefy.sites import Site
 
 # Rows of a batch that are compared, evenly spread over it.
@@ -83,7 +84,7 @@ def _run(model: nn.Module, batch: Mapping[str, Any]) -> list[_Seen]:
         handles.append(module.register_forward_pre_hook(before(name), with_kwargs=True))
         handles.append(module.register_forward_hook(after(name)))
     try:
-        model(**batch)
+        model(**without_cache(model, batch))
     finally:
         for handle in handles:
             handle.remove()

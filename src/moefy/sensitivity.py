@@ -30,7 +30,7 @@ def output_metrics(
     """G (D, D) float32 by site, the mean over the batches' real tokens: a forward and a backward pass each.
 
     Memory: the activations of one batch. A model without logits is measured by random projections of its
-    output, which makes layers comparable but is no loss. Raises MoefyError if the logits are not finite.
+    output, which makes layers comparable but is no loss. Raises MoefyError if real tokens get NaN or infinite logits.
     """
     metrics: dict[str, Tensor] = {}
     counts = dict.fromkeys(sites, 0)
@@ -81,13 +81,13 @@ def _loss(out: Any, batch: Mapping[str, Any], generator: torch.Generator) -> Ten
     mask = batch.get("decoder_attention_mask" if "decoder_input_ids" in batch else "attention_mask")
     for logits in found:
         logs = logits.float().log_softmax(-1)
-        if not logits.isfinite().all():
+        if isinstance(mask, Tensor) and mask.shape == logs.shape[:-1]:
+            logs = logs[mask.bool()]
+        if logs.isnan().any():  # -inf is a model's way to rule a label out, and padding may hold anything
             raise MoefyError(
                 "The model gives NaN or infinite logits on the calibration; check the calibration data, and load the "
                 "model in bfloat16 or float32 if it is in float16, which may overflow."
             )
-        if isinstance(mask, Tensor) and mask.shape == logs.shape[:-1]:
-            logs = logs[mask.bool()]
         logs = logs.reshape(-1, logs.shape[-1])
         labels = torch.multinomial(logs.detach().exp(), 1, generator=generator)
         loss = loss - logs.gather(1, labels).sum()

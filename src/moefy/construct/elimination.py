@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from moefy.stats import NeuronStats
+from moefy.types import MoefyError
 
 # Neurons that go at a time: F / 96. On SmolLM2 blocks of 8 leave 0-3 % less error than one shot.
 BLOCKS = 96
@@ -54,7 +55,7 @@ def eliminate(stats: NeuronStats) -> Elimination:
         w -= across[:-1] @ change
         inverse.addmm_(across @ within, across.t(), alpha=-1)
         out[gone] = True
-        if out.sum() > SPARSE * len(out):  # copying what is left costs as much as updating it
+        if out.sum() > SPARSE * len(out):
             keep = (~out).nonzero().flatten()
             left, w, out = left[keep], w[keep], out[keep]
             keep = torch.cat([keep, torch.tensor([len(inverse) - 1])])
@@ -67,5 +68,10 @@ def _in_metric(down: Tensor, metric: Tensor | None) -> Tensor:
     if metric is None:
         return down
     metric = metric.double()
-    jitter = 1e-6 * metric.diagonal().mean() + 1e-30  # a metric from few tokens is singular
-    return down @ torch.linalg.cholesky(metric + jitter * torch.eye(len(metric), dtype=torch.float64))
+    mean, identity = metric.diagonal().mean(), torch.eye(len(metric), dtype=torch.float64)
+    # A metric from few tokens is singular, and the rounding of its float32 sums is relative to its largest eigenvalue.
+    for jitter in (1e-6, 1e-4, 1e-2, 1.0):
+        root, failed = torch.linalg.cholesky_ex(metric + (jitter * mean + 1e-30) * identity)
+        if not failed:
+            return down @ root
+    raise MoefyError("The gradients of the calibration give no usable metric; check the calibration data.")
