@@ -62,7 +62,25 @@ def test_bench_times_both_models_in_every_case(dense, converted):
     for case in figures["cases"].values():
         assert set(case) == {"dense", "model", "model int8"}
         assert all(result["tokens_per_second"] > 0 for result in case.values())
+        assert case["dense"]["active"] is None
+        assert 0 < case["model"]["active"] < 1  # what ran on the text, the router included
     assert figures["machine"]["threads"] >= 1
+
+
+def test_bench_runs_on_the_text_it_is_given_repeated_as_far_as_needed(dense):
+    from moefy import bench
+    from moefy.cli_common import text_tokens
+    from moefy.sources import load_source
+
+    model, tokenizer = load_source(str(dense))
+    tokens = text_tokens(tokenizer, "pydoc", 5)
+    assert len(tokens) == 5
+    model.config.max_position_embeddings, seen = 256, []  # so that there is a prefill, which nothing computes here
+    case = next(case for case in bench.cases(model, text=tokens) if case.name.startswith("prefill"))
+    case.run(lambda **feed: seen.append(feed["input_ids"].flatten()))
+    assert len(seen[0]) == case.tokens
+    assert torch.equal(seen[0], tokens.repeat(-(-case.tokens // len(tokens)))[: case.tokens])
+    assert text_tokens(None, "pydoc") is None
 
 
 def test_recipe_files_and_gzip_text(dense, tmp_path):

@@ -97,3 +97,50 @@ def test_the_threshold_is_saved_and_loaded(tmp_path):
         assert ours.router.threshold != 0
     with torch.no_grad():
         assert torch.equal(model(**batches[0]).logits, again(**batches[0]).logits)
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_statistics_without_a_part_are_those_of_the_other_tokens(kept):
+    stats, x = make_stats(tokens=333)
+    if kept:
+        _ = stats.gram
+    part = torch.cat([held for _, held in stats.split_inputs(2)])
+    view = stats.without(2)
+    assert view.tokens == 333 - int(part.sum()) == 333 - stats.held_out_tokens(2)
+    assert torch.equal(torch.cat(list(view.inputs())), x[~part])
+    inputs, hidden, outputs = (torch.cat(each) for each in zip(*view.activations(), strict=True))
+    assert torch.equal(inputs, x[~part])
+    torch.testing.assert_close(hidden, stats.ffn.hidden(x[~part]), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(outputs, stats.ffn.forward(x[~part]), rtol=1e-4, atol=1e-4)
+    assert view.gram is stats.gram or not kept
+    assert len(view.markers) == view.tokens
+    assert stats.tokens == 333  # and these are as they were
+    assert len(torch.cat(list(stats.inputs()))) == 333
+    few, _ = make_stats(tokens=9)
+    assert few.without(0) is few
+
+
+def test_with_few_tokens_a_threshold_is_set_on_all_parts_each_scored_by_a_router_that_has_not_seen_it(monkeypatch):
+    stats, x = make_stats(tokens=400)
+    moe = build(stats)
+    partition, asked = construct("weights", moe.spec, stats, seed=0), []
+
+    def refitted(part):
+        asked.append(part)
+        return ROUTERS["linear"].build(moe.spec, partition, stats.without(part), 0)
+
+    moe.router = refitted(7)
+    asked.clear()
+    threshold = set_threshold(moe.router, stats, moe.weights(), refitted)
+    assert asked == [6, 5, 4, 3, 2, 1, 0]
+    unseen = 0
+    for part in range(8):
+        held = torch.cat([mask for _, mask in stats.split_inputs(part)])
+        assert held.sum() == 50
+        unseen += int((above(refitted(part)(x[held], None), threshold, moe.spec.most) >= 0).sum())
+    assert abs(unseen - 400 * moe.spec.top_k) <= 1
+    for enough, more in ((90, [6]), (50, [])):
+        asked.clear()
+        monkeypatch.setattr("moefy.selection.ENOUGH", enough)
+        set_threshold(moe.router, stats, moe.weights(), refitted)
+        assert asked == more

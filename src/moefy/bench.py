@@ -14,7 +14,7 @@ from torch import nn
 
 from moefy.evaluate import is_causal_lm
 from moefy.kernels import native
-from moefy.moe import MoEFFN
+from moefy.moe import MoEFFN, realised_fraction, usage
 from moefy.types import MoefyError
 from moefy.version import __version__
 
@@ -30,8 +30,12 @@ class Case:
     run: Callable[[Any], object]
 
 
-def cases(model: Any, new_tokens: int = 32) -> list[Case]:
-    """Decode and prefill for causal language models, plain forward passes for others."""
+def cases(model: Any, new_tokens: int = 32, text: torch.Tensor | None = None) -> list[Case]:
+    """Decode and prefill for causal language models, plain forward passes for others.
+
+    `text` (N,) int64 are the tokens to run on, repeated as far as needed; without any they are random, and a
+    threshold, which is set on text, may run more or fewer experts on them than on text.
+    """
     vocabulary = getattr(model.config.get_text_config(), "vocab_size", None)
     if vocabulary is None:
         raise MoefyError(f"bench feeds token ids, and {type(model).__name__} takes none.")
@@ -39,7 +43,9 @@ def cases(model: Any, new_tokens: int = 32) -> list[Case]:
     generator = torch.Generator().manual_seed(0)
 
     def ids(batch: int, length: int) -> torch.Tensor:
-        return torch.randint(10, vocabulary - 1, (batch, length), generator=generator)
+        if text is None or not len(text):
+            return torch.randint(10, vocabulary - 1, (batch, length), generator=generator)
+        return text.repeat(-(-batch * length // len(text)))[: batch * length].view(batch, length)
 
     def forward(batch: int, length: int) -> Case:
         feed: dict[str, Any] = {"input_ids": ids(batch, length)}
@@ -76,7 +82,8 @@ def compare(
 ) -> dict[str, Any]:
     """Time every case (`todo`, or all) on every model, one after the other in each round; medians in tokens a second.
 
-    The first model is the one that speedups are relative to. Weights are the bytes each model holds.
+    The first model is the one that speedups are relative to; `active` is the share of the FFNs' multiply-adds that
+    ran (None: the model is not converted). Weights are the bytes each model holds.
     """
     for model in models.values():
         model.eval()
@@ -85,8 +92,8 @@ def compare(
     done = 0
     for case in todo:
         seconds: dict[str, list[float]] = {name: [] for name in models}
-        for model in models.values():
-            case.run(model)  # packs, warms caches
+        # The first run of each packs its weights and warms caches.
+        active = {name: _active(model, case) for name, model in models.items()}
         for _ in range(rounds):
             for name, model in models.items():
                 start = time.perf_counter()
@@ -98,7 +105,7 @@ def compare(
         medians = {name: statistics.median(s) for name, s in seconds.items()}
         base = next(iter(medians.values()))
         results[case.name] = {
-            name: {"tokens_per_second": case.tokens / median, "speedup": base / median}
+            name: {"tokens_per_second": case.tokens / median, "speedup": base / median, "active": active[name]}
             for name, median in medians.items()
         }
     return {
@@ -107,6 +114,13 @@ def compare(
         "machine": machine(),
         "rounds": rounds,
     }
+
+
+def _active(model: nn.Module, case: Case) -> float | None:
+    """The share of the FFNs' multiply-adds that run in a case; None if the model is not converted."""
+    with usage(model) as counted:
+        case.run(model)
+    return realised_fraction(model, counted) if counted else None
 
 
 def weight_bytes(model: nn.Module) -> int:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from moefy import cli_compare, cli_tasks
-from moefy.cli_common import Calibration, Dtype, RemoteCode, TaskName, load_any, text_batches
+from moefy.cli_common import Calibration, Dtype, RemoteCode, TaskName, load_any, text_batches, text_tokens
 from moefy.types import MoefyError
 
 # transformers takes seconds to import: `moefy --help` should not wait for it, so commands import inside.
@@ -199,6 +199,7 @@ def bench(
     model: Annotated[str, typer.Argument(help="A converted directory, or any dense model that convert takes.")],
     against: Annotated[str | None, typer.Option(help="A dense model to time beside it.")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Interleaved runs; medians are printed.")] = 5,
+    text: Annotated[str, typer.Option(help="Text to run on, as for --calibration.")] = "pydoc",
     int8: Annotated[bool, typer.Option(help="Also time the model with int8 expert weights.")] = False,
     dtype: Dtype = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
@@ -206,29 +207,34 @@ def bench(
 ) -> None:
     """Time a model end to end: decode, prefill, batches, memory."""
     from moefy import console
-    from moefy.bench import compare
+    from moefy.bench import cases, compare
     from moefy.moe import moe_layers
 
     models: dict[str, Any] = {}
     with console.status("Loading"):
         if against:
             models["dense"] = load_any(against, dtype, trust_remote_code)[0]
-        models["model"] = load_any(model, dtype, trust_remote_code)[0]
+        models["model"], tokenizer = load_any(model, dtype, trust_remote_code)
         if int8:
             models["model int8"] = load_any(model, dtype, trust_remote_code)[0]
             for layer in moe_layers(models["model int8"]).values():
                 layer.pack("int8")
+        tokens = text_tokens(tokenizer, text)
     with console.progress("Timing") as update:
-        figures = compare(models, rounds, update)
+        figures = compare(models, rounds, update, cases(models["model"], text=tokens))
     if as_json:
         print(json.dumps(figures, indent=2))
         return
     rows = [
-        [case, name, f"{result['tokens_per_second']:.1f}", f"{result['speedup']:.2f}x"]
+        [case, name, f"{of['tokens_per_second']:.1f}", f"{of['speedup']:.2f}x", _share(of["active"])]
         for case, by_model in figures["cases"].items()
-        for name, result in by_model.items()
+        for name, of in by_model.items()
     ]
-    console.table(f"{model}", ["case", "model", "tokens/s", "speedup"], rows)
+    console.table(f"{model}", ["case", "model", "tokens/s", "speedup", "of the FFNs ran"], rows)
+    if tokens is None:
+        console.out.print(
+            "On random tokens, for the model has no tokenizer; a threshold may run another share on text."
+        )
     weights = ", ".join(f"{name} {size / 2**20:.0f} MiB" for name, size in figures["weight_bytes"].items())
     console.out.print(f"Weights: {weights}. {', '.join(f'{k} {v}' for k, v in figures['machine'].items())}.")
 
@@ -246,6 +252,10 @@ def demo(
 
     chosen = Recipe.chosen(recipe)
     run(output, Recipe.of(chosen, budget=active) if chosen.budget else chosen, windows)
+
+
+def _share(active: float | None) -> str:
+    return "all" if active is None else f"{active:.1%}"
 
 
 def _show_conversion(output: Path, report: Any, trials: list[Any]) -> None:

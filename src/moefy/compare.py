@@ -273,7 +273,7 @@ def _measure(run: Run, measured: Measured, base: dict[str, Any], rounds: int) ->
         "layer_error": sum(x.error for x in report.layers) / len(report.layers),
         "calibration_tokens": report.calibration.tokens,
         "convert_seconds": report.seconds,
-        "speed": _speed(dense, model, rounds) if rounds and _ships(recipe) else None,
+        "speed": _speed(dense, model, rounds, next(iter(data.texts.values()))) if rounds and _ships(recipe) else None,
     }
 
 
@@ -282,9 +282,9 @@ def _ships(recipe: Recipe) -> bool:
     return recipe.construction == "shared_only" or ROUTERS[recipe.router].ships
 
 
-def _speed(dense: Any, model: Any, rounds: int) -> dict[str, Any]:
-    """Decode and the first case of prefill, both models in turns: {case: {"dense" or "model": ...}}."""
-    cases = bench.cases(dense)
+def _speed(dense: Any, model: Any, rounds: int, text: Tensor) -> dict[str, Any]:
+    """Decode and the first case of prefill on a text, both models in turns: {case: {"dense" or "model": ...}}."""
+    cases = bench.cases(dense, text=text.flatten())
     prefill = [case for case in cases if case.name.startswith("prefill")][:1]
     timed = bench.compare({"dense": dense, "model": model}, rounds, todo=[cases[0], *prefill])
     return {**{name.split()[0]: case for name, case in timed["cases"].items()}, "weight_bytes": timed["weight_bytes"]}

@@ -30,9 +30,10 @@ from moefy.recipe import Recipe
 from moefy.reconstruct import refit
 from moefy.residuals import find_residuals
 from moefy.routers import ROUTERS
+from moefy.routers.base import Router
 from moefy.selection import set_threshold
 from moefy.sites import Site, find_sites
-from moefy.stats import NeuronStats
+from moefy.stats import HELD_OUT, NeuronStats
 from moefy.types import FFNWeights, LayerSpec, MoefyError
 
 Progress = Callable[[int, int, str], None]
@@ -203,11 +204,17 @@ def _build(
 ) -> tuple[MoEFFN, float]:
     """An FFN of one shape, and the error that its refit left on held-out tokens (0 without a refit)."""
     partition = construct(recipe.construction, spec, stats, seed, recipe.sharing, scores)
-    router = ROUTERS[spec.router].build(spec, partition, stats, seed) if spec.router else None
+
+    def without(part: int) -> Router:
+        assert spec.router
+        return ROUTERS[spec.router].build(spec, partition, stats.without(part), seed)
+
+    router = None
+    if spec.router:
+        router = without(HELD_OUT - 1) if spec.most else ROUTERS[spec.router].build(spec, partition, stats, seed)
     moe = MoEFFN.from_dense(ffn, partition, spec, router).requires_grad_(False)
-    if spec.most:
-        assert router is not None
-        set_threshold(router, stats, moe.weights())
+    if router and spec.most:
+        set_threshold(router, stats, moe.weights(), without)
     if not (recipe.refit and spec.experts):
         return moe, 0.0
     return moe, refit(moe, stats.ffn, stats, recipe.repair).held_out_error

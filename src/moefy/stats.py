@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -83,27 +84,56 @@ class NeuronStats:
     def _fits(self) -> bool:
         return self.tokens * 4 * (self.ffn.neurons + 2 * self.ffn.width) <= KEPT_BYTES
 
-    def split_inputs(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def split_inputs(self, part: int = HELD_OUT - 1) -> Iterator[tuple[Tensor, Tensor]]:
         """The inputs (t, D) and which tokens (t,) bool are held out: every eighth block of up to 1,024 tokens.
 
-        Blocks, because neighbours in a text are alike; with fewer than 16 tokens every one counts as held out.
+        Blocks, because neighbours in a text are alike; `part` is the place of the block in its eight. With fewer
+        than 16 tokens every one counts as held out.
         """
         start = 0
         for x in self.inputs():
-            yield x, self._held_out(start, len(x))
+            yield x, self._held_out(start, len(x), part)
             start += len(x)
+
+    def held_out_tokens(self, part: int) -> int:
+        """How many tokens `split_inputs(part)` holds out."""
+        return int(self._held_out(0, self.tokens, part).sum())
 
     def split_activations(self) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
         """`activations`, and with each chunk which of its tokens are held out, as `split_inputs`."""
         start = 0
         for x, h, y in self.activations():
-            yield x, h, y, self._held_out(start, len(x))
+            yield x, h, y, self._held_out(start, len(x), HELD_OUT - 1)
             start += len(x)
 
-    def _held_out(self, start: int, count: int) -> Tensor:
+    def without(self, part: int) -> NeuronStats:
+        """The statistics of the tokens that `split_inputs(part)` does not hold out (of all, if it holds out all).
+
+        What was computed over all tokens and is no list of them, as the Gram matrix, is taken over.
+        """
+        if self.tokens < 2 * HELD_OUT:
+            return self
+        kept = [tuple(_rows(each, keep) for each in chunk) for chunk, keep in self._kept_without(part)]
+        view = copy.copy(self)
+        for lists_tokens in ("tokens", "markers", "rates"):
+            view.__dict__.pop(lists_tokens, None)
+        view.__dict__.update(
+            batches=lambda: (x[~held] for x, held in self.split_inputs(part)), targets=None, _kept=kept
+        )
+        return view
+
+    def _kept_without(self, part: int) -> Iterator[tuple[tuple[Tensor, Tensor, Tensor], Tensor]]:
+        start = 0
+        for chunk in self._kept:
+            keep = ~self._held_out(start, len(chunk[0]), part)
+            start += len(chunk[0])
+            if keep.any():
+                yield chunk, keep
+
+    def _held_out(self, start: int, count: int, part: int) -> Tensor:
         block = max(1, min(HELD_BLOCK, self.tokens // HELD_OUT))
         number = torch.arange(start, start + count) // block
-        return (number % HELD_OUT == HELD_OUT - 1) | (self.tokens < 2 * HELD_OUT)
+        return (number % HELD_OUT == part) | (self.tokens < 2 * HELD_OUT)
 
     @cached_property
     def token_weight(self) -> Callable[[Tensor], Tensor]:
@@ -153,6 +183,10 @@ class NeuronStats:
         """The markers as 0/1 matrices (t, F) float32, `chunk` tokens at a time."""
         for rows in self.markers.split(self.chunk):
             yield torch.zeros(len(rows), self.ffn.neurons).scatter_(1, rows.long(), 1.0)
+
+
+def _rows(tensor: Tensor, keep: Tensor) -> Tensor:
+    return tensor if keep.all() else tensor[keep]
 
 
 @dataclass(frozen=True)

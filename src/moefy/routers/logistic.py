@@ -43,15 +43,14 @@ class LogisticRouter(LinearRouter):
 
 
 def _examples(spec: LayerSpec, partition: Partition, stats: NeuronStats) -> tuple[Tensor, Tensor, Tensor]:
-    """Inputs (T, D), costs (T, E) and weights (T,) of the tokens that are not held out, thinned to HOLD_BYTES."""
+    """Inputs (T, D), costs (T, E) and weights (T,) of the calibration tokens, thinned to HOLD_BYTES."""
     cost = unrepaired(stats, partition)
     step = -(-stats.tokens * 4 * (spec.width + spec.experts) // HOLD_BYTES)
     inputs, costs, weights = [], [], []
-    for x, h, y, held in stats.split_activations():
-        some = (~held if stats.tokens > held.sum() else held).nonzero().flatten()[::step]
-        inputs.append(x[some])
-        costs.append(cost(h[some]))
-        weights.append(stats.token_weight(y[some]))
+    for x, h, y in stats.activations():
+        inputs.append(x[::step])
+        costs.append(cost(h[::step]))
+        weights.append(stats.token_weight(y[::step]))
     return torch.cat(inputs), torch.cat(costs), torch.cat(weights)
 
 
