@@ -69,18 +69,17 @@ def test_bench_times_both_models_in_every_case(dense, converted):
 
 def test_bench_runs_on_the_text_it_is_given_repeated_as_far_as_needed(dense):
     from moefy import bench
-    from moefy.cli_common import text_tokens
     from moefy.sources import load_source
 
-    model, tokenizer = load_source(str(dense))
-    tokens = text_tokens(tokenizer, "pydoc", 5)
-    assert len(tokens) == 5
+    model, tokens = load_source(str(dense))[0], torch.tensor([11, 12, 13, 14, 15])
     model.config.max_position_embeddings, seen = 256, []  # so that there is a prefill, which nothing computes here
     case = next(case for case in bench.cases(model, text=tokens) if case.name.startswith("prefill"))
     case.run(lambda **feed: seen.append(feed["input_ids"].flatten()))
     assert len(seen[0]) == case.tokens
     assert torch.equal(seen[0], tokens.repeat(-(-case.tokens // len(tokens)))[: case.tokens])
-    assert text_tokens(None, "pydoc") is None
+    done = moefy("bench", dense, "--rounds", 1, "--text", "no-such-file.txt")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "no-such-file.txt" in done.stderr
 
 
 def test_recipe_files_and_gzip_text(dense, tmp_path):

@@ -43,7 +43,7 @@ def cases(model: Any, new_tokens: int = 32, text: torch.Tensor | None = None) ->
     generator = torch.Generator().manual_seed(0)
 
     def ids(batch: int, length: int) -> torch.Tensor:
-        if text is None or not len(text):
+        if text is None:
             return torch.randint(10, vocabulary - 1, (batch, length), generator=generator)
         return text.repeat(-(-batch * length // len(text)))[: batch * length].view(batch, length)
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from moefy import cli_compare, cli_tasks
-from moefy.cli_common import Calibration, Dtype, RemoteCode, TaskName, load_any, text_batches, text_tokens
+from moefy.cli_common import Calibration, Dtype, RemoteCode, TaskName, load_any, text_batches
 from moefy.types import MoefyError
 
 # transformers takes seconds to import: `moefy --help` should not wait for it, so commands import inside.
@@ -208,8 +208,11 @@ def bench(
     """Time a model end to end: decode, prefill, batches, memory."""
     from moefy import console
     from moefy.bench import cases, compare
+    from moefy.calibrate import token_windows
     from moefy.moe import moe_layers
+    from moefy.texts import read_text
 
+    body = read_text(text)  # a wrong name is refused before anything is loaded
     models: dict[str, Any] = {}
     with console.status("Loading"):
         if against:
@@ -219,7 +222,7 @@ def bench(
             models["model int8"] = load_any(model, dtype, trust_remote_code)[0]
             for layer in moe_layers(models["model int8"]).values():
                 layer.pack("int8")
-        tokens = text_tokens(tokenizer, text)
+        tokens = token_windows(tokenizer, body, 128, 8).flatten() if tokenizer is not None else None
     with console.progress("Timing") as update:
         figures = compare(models, rounds, update, cases(models["model"], text=tokens))
     if as_json:

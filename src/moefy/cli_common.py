@@ -45,15 +45,3 @@ def text_batches(model: Any, tokenizer: Any, text: str, window: int, windows: in
     offset = 2 if "roberta" in getattr(model.config, "base_model_type", config.model_type) else 0
     start = model.config.decoder_start_token_id if model.config.is_encoder_decoder else None
     return text_calibration(tokenizer, text, window=min(window, longest - offset), windows=windows, decoder_start=start)
-
-
-def text_tokens(tokenizer: Any, text: str, count: int = 1024) -> Any:
-    """The first tokens (N,) int64 of a text, at most `count`; None without a tokenizer."""
-    import torch
-
-    from moefy.texts import read_text
-
-    if tokenizer is None:
-        return None
-    # A token is seldom more than 16 characters: enough text, and no warning about a text longer than the model takes.
-    return torch.tensor(tokenizer(read_text(text)[: 16 * count], add_special_tokens=False)["input_ids"][:count])
