@@ -15,7 +15,14 @@ from moefy.types import MoefyError
 
 # transformers takes seconds to import: `moefy --help` should not wait for it, so commands import inside.
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+# Help is plain text: read as rich's markup, "hf:DATASET[/CONFIG]" is a tag that nothing opened.
+app = typer.Typer(
+    rich_markup_mode=None,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help=__doc__,
+)
 
 
 @app.command()
@@ -48,7 +55,7 @@ def convert(
     refit: Annotated[
         bool | None, typer.Option(help="Fit the down-projections to the dense outputs afterwards.")
     ] = None,
-    seed: Annotated[int | None, typer.Option()] = None,
+    seed: Annotated[int | None, typer.Option(help="Of all that is random.")] = None,
     calibration: Calibration = "pydoc",
     task: TaskName = None,
     window: Annotated[int, typer.Option(help="Tokens in a calibration window.")] = 1024,
@@ -158,7 +165,7 @@ app.command()(cli_compare.compare)
 @app.command()
 def generate(
     model: Annotated[str, typer.Argument(help="A converted directory, or any dense model that convert takes.")],
-    prompt: str,
+    prompt: Annotated[str, typer.Argument(help="The text to continue.")],
     tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 64,
     chat: Annotated[bool, typer.Option(help="Put the prompt into the model's chat template.")] = False,
     dtype: Dtype = "auto",

@@ -21,7 +21,7 @@ def relufy(
     epochs: Annotated[float, typer.Option(help="How often each is seen.")] = 2.0,
     batch_size: Annotated[int, typer.Option(min=1, help="Examples in a batch.")] = 32,
     rate: Annotated[float, typer.Option(help="The highest learning rate.")] = 1e-4,
-    seed: Annotated[int, typer.Option()] = 0,
+    seed: Annotated[int, typer.Option(help="Of the order of examples and of dropout.")] = 0,
     seconds: Annotated[float | None, typer.Option(help="Stop after so long; repeat the command to go on.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace the output if it is a model directory.")] = False,
     trust_remote_code: RemoteCode = False,
@@ -114,7 +114,7 @@ def harness(
     include: Annotated[Path | None, typer.Option(help="A folder with task files of your own.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Examples of a task at most.")] = None,
     shots: Annotated[int | None, typer.Option(min=0, help="Solved examples in the prompt.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1)] = 8,
+    batch_size: Annotated[int, typer.Option(min=1, help="Examples that run at once.")] = 8,
     dtype: Dtype = "auto",
     trust_remote_code: RemoteCode = False,
 ) -> None:

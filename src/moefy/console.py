@@ -8,16 +8,18 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
-out = Console()
-err = Console(stderr=True)
+# What is printed holds paths and names, in which "[/b]" and ":x:" are no markup.
+out = Console(markup=False, emoji=False)
+err = Console(stderr=True, markup=False, emoji=False)
 
 
 @contextmanager
 def progress(what: str, total: int | None = None) -> Iterator[Callable[..., None]]:
     """A progress bar with an estimate on standard error; yields `update(done, total)`."""
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
@@ -36,7 +38,7 @@ def progress(what: str, total: int | None = None) -> Iterator[Callable[..., None
 @contextmanager
 def status(what: str) -> Iterator[None]:
     """Say what is being done while it takes an unknown time."""
-    with err.status(what):
+    with err.status(Text(what)):
         yield
 
 

@@ -1,0 +1,45 @@
+"""What is printed: help of every command, and names that look like markup."""
+
+import subprocess
+import sys
+
+import pytest
+import typer
+
+from moefy import console
+from moefy.cli import app
+from moefy.cli import main as run_cli
+
+COMMANDS = sorted(typer.main.get_command(app).commands)
+
+
+@pytest.mark.parametrize("command", [(), *((name,) for name in COMMANDS)], ids=lambda c: c[0] if c else "moefy")
+def test_help_names_every_option(command, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["moefy", *command, "--help"])
+    with pytest.raises(SystemExit) as stopped:
+        run_cli()
+    shown = capsys.readouterr().out
+    assert not stopped.value.code
+    found = typer.main.get_command(app)
+    for parameter in (found.commands[command[0]] if command else found).params:
+        assert parameter.opts[0] in shown
+        assert parameter.help
+
+
+def test_names_are_printed_as_they_are(capsys):
+    name = "hf:SET[/config][red] :smile:"
+    console.out.print(name)
+    console.table(name, [name, "x"], [[name, "1"]])
+    assert capsys.readouterr().out.count(name) == 4
+
+
+def test_progress_shows_names_as_they_are():
+    source = (
+        "from moefy import console\n"
+        "name = 'a[/config][red] :smile:'\n"
+        "with console.status(name): pass\n"
+        "with console.progress(name) as update: update(1, 2)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "a[/config][red] :smile:" in done.stderr
