@@ -141,6 +141,18 @@ def test_kernels_equal_the_reference(tokens, width, size, experts, shared, gated
         assert ((out.double() - expected).abs() <= tolerance).all(), name
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("held", [1, 200, 1000])
+def test_grouped_in_slices_of_tokens_computes_the_same(held, weighted, monkeypatch):
+    weights, x, g = random_moe(23, 8, 4, 6, 3, True, True, torch.float32, 3)
+    chosen = torch.rand(23, 6, generator=g).argsort(1)[:, :3]
+    chosen[:5] = -1
+    share = torch.rand(23, 3, generator=g) if weighted else None
+    monkeypatch.setattr(grouped, "GATHERED_BYTES", held)
+    expected = dense_reference(x, weights, chosen, share).float()
+    torch.testing.assert_close(grouped.moe_ffn(x, weights, chosen, share), expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("kernel", kernels.KERNELS)
 @pytest.mark.parametrize("case", ["none", "all on one", "one token on all", "empty experts"])
 def test_lopsided_routing(kernel, case):

@@ -177,8 +177,9 @@ def _convert_site(
     if stats.tokens < 2:
         raise MoefyError(f"The calibration has {stats.tokens} real tokens at {site.name}; give more text.")
     scores = SHARING[recipe.sharing](stats) if any(spec.shared for spec in specs) else None
-    tried = [_build(ffn, spec, recipe, stats, scores, seed) for spec in specs]
-    moe = min(tried, key=lambda found: found[1])[0]
+    built = [_build(ffn, spec, recipe, stats, scores, seed) for spec in specs]
+    stats.forget_gram()  # the refit has two of its own
+    moe = min(built, key=lambda moe: _refit(moe, recipe, stats))
     spec = moe.spec
     error, routing = _measure(moe, ffn, inputs)
     # One token now, outside every batch: what packing the weights keeps must not count as a batch's own to spill.
@@ -201,8 +202,8 @@ def _convert_site(
 
 def _build(
     ffn: FFNWeights, spec: LayerSpec, recipe: Recipe, stats: NeuronStats, scores: Tensor | None, seed: int
-) -> tuple[MoEFFN, float]:
-    """An FFN of one shape, and the error that its refit left on held-out tokens (0 without a refit)."""
+) -> MoEFFN:
+    """An FFN of one shape with its router and threshold, before any refit."""
     partition = construct(recipe.construction, spec, stats, seed, recipe.sharing, scores)
 
     def without(part: int) -> Router:
@@ -215,9 +216,14 @@ def _build(
     moe = MoEFFN.from_dense(ffn, partition, spec, router).requires_grad_(False)
     if router and spec.most:
         set_threshold(router, stats, moe.weights(), without)
-    if not (recipe.refit and spec.experts):
-        return moe, 0.0
-    return moe, refit(moe, stats.ffn, stats, recipe.repair).held_out_error
+    return moe
+
+
+def _refit(moe: MoEFFN, recipe: Recipe, stats: NeuronStats) -> float:
+    """Refit if the recipe does; the error left on held-out tokens (0 without a refit)."""
+    if not (recipe.refit and moe.spec.experts):
+        return 0.0
+    return refit(moe, stats.ffn, stats, recipe.repair).held_out_error
 
 
 def _measure(moe: MoEFFN, ffn: FFNWeights, inputs: Callable[[], Iterator[Tensor]]) -> tuple[float, Routing | None]:

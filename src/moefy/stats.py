@@ -159,6 +159,10 @@ class NeuronStats:
             gram += products(h, h)
         return gram
 
+    def forget_gram(self) -> None:
+        """Free the Gram matrix, 8·F² bytes; it is computed again if it is asked for."""
+        self.__dict__.pop("gram", None)
+
     @cached_property
     def markers(self) -> Tensor:
         """The neurons each token activates most: (T, K_a) int32 indices of the highest |h| (CMoE, section 4.1).
