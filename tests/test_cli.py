@@ -5,8 +5,10 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -189,3 +191,24 @@ def test_a_mistake_in_a_process_of_its_own(tmp_path):
     assert done.returncode == 2
     assert done.stderr == "moefy: There is no model at no/such/model; give a directory, a .gguf file or a hub name.\n"
     assert not _tree(tmp_path)
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_a_conversion_that_is_stopped_leaves_nothing(stop, dense, tmp_path):
+    scratch, out = tmp_path / "tmp", tmp_path / "out"
+    scratch.mkdir()
+    args = ["convert", dense, out, "--recipe", "reconstructed", "--window", 256, "--windows", 400]
+    environment = {**os.environ, "TMPDIR": str(scratch)}
+    running = subprocess.Popen(
+        [sys.executable, "-m", "moefy", *map(str, args)], stderr=subprocess.PIPE, env=environment, text=True
+    )
+    while not list(scratch.glob("moefy-*")):  # for activations that wait for their turn
+        assert running.poll() is None, running.stderr.read()
+        time.sleep(0.01)
+    running.send_signal(stop)
+    shown = running.communicate(timeout=120)[1]
+    assert running.returncode == 130, shown
+    assert shown.endswith("Interrupted; nothing was left half written.\n")
+    assert not _tree(scratch)
+    assert not out.exists()
+    assert _tree(tmp_path) == ["tmp"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -323,12 +324,15 @@ def _number(text: str | None) -> int | float | str | None:
 
 def main() -> None:
     """The entry point of the `moefy` command."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what is temporary goes, as on Ctrl-C
     try:
         app(standalone_mode=True)
     except MoefyError as error:
         _fail(str(error))
-    except KeyboardInterrupt:
-        print("Interrupted; nothing was left behind.", file=sys.stderr)
+    except (KeyboardInterrupt, SystemExit) as stop:
+        if isinstance(stop, SystemExit) and stop.code != 130:  # what typer makes of Ctrl-C, without a word
+            raise
+        print("Interrupted; nothing was left half written.", file=sys.stderr)
         sys.exit(130)
     except MemoryError:
         _fail("There is not enough memory; use a smaller --window, fewer --windows or a smaller --memory.")

@@ -61,8 +61,8 @@ def compare(
         with console.progress("Comparing recipes") as update:
             base, done = comparison.compare(dense, runs, data, lines, rounds=rounds, model_name=name, progress=update)
     except KeyboardInterrupt:
-        console.err.print(f"Interrupted; what is done is in {lines}, repeat the command to go on.")
-        raise typer.Exit(130) from None
+        console.err.print(f"What is done is in {lines}; repeat the command to go on.")
+        raise
     used = comparison.settings(dense, data, rounds, name)
     made = compare_page.write(used, base, done, output / "compare.html")
     print(compare_page.markdown(base, done))

@@ -43,7 +43,7 @@ def status(what: str) -> Iterator[None]:
 
 
 def table(title: str, header: list[str], rows: list[list[str]]) -> None:
-    shown = Table(title=title, title_justify="left")
+    shown = Table(title=title, title_justify="left", show_header=any(header))
     for i, name in enumerate(header):
         shown.add_column(name, justify="left" if i == 0 else "right")
     for row in rows:
