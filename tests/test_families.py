@@ -104,6 +104,16 @@ def test_unknown_architecture_is_named_with_its_ffns():
         assert part in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("config", "message"), [({"num_local_experts": 8}, "a mixture of experts already"), ({}, "has no FFNs")]
+)
+def test_what_has_nothing_to_convert_says_so(config, message):
+    model = nn.Sequential(nn.Linear(8, 8))
+    model.config = type("Config", (), {"model_type": "odd", **config})()
+    with pytest.raises(moefy.MoefyError, match=message):
+        find_sites(model)
+
+
 def test_sites_do_not_match_attention():
     names = [site.name for site in find_sites(tiny.tiny("bert"))]
     assert names == ["bert.encoder.layer.0", "bert.encoder.layer.1"]

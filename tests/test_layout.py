@@ -47,6 +47,7 @@ ORDER = [
     "cli_common",
     "cli_tasks",
     "cli_compare",
+    "cli_run",
     "cli",
 ]
 TOP = {"__init__", "__main__"}

@@ -1,8 +1,9 @@
-"""The command line: convert models, measure and compare them. A mistake is one sentence, status 2."""
+"""Turn trained dense transformers into mixtures of experts; measure, time and compare them."""
 
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 from pathlib import Path
@@ -10,9 +11,11 @@ from typing import Annotated, Any
 
 import typer
 
-from moefy import cli_compare, cli_tasks
+from moefy import cli_compare, cli_run, cli_tasks
 from moefy.cli_common import Calibration, Dtype, RemoteCode, TaskName, load_any, text_batches
+from moefy.texts import BUILTIN
 from moefy.types import MoefyError
+from moefy.version import __version__
 
 # transformers takes seconds to import: `moefy --help` should not wait for it, so commands import inside.
 
@@ -24,6 +27,21 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help=__doc__,
 )
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"moefy {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command()
@@ -88,6 +106,8 @@ def convert(
     wanted = Recipe.chosen(recipe, **{k: v for k, v in changes.items() if v is not None})
     if windows is None:
         windows = 48 if wanted.refit else 16
+    if task and calibration == BUILTIN:
+        raise MoefyError(f"A conversion for {task} is calibrated on its data; name it with --calibration.")
     if task and target_loss is not None:
         raise MoefyError("A target loss is a rise of perplexity on text: give --calibration a text, without --task.")
     checkpoint.check_output(output, overwrite)
@@ -161,93 +181,8 @@ app.command()(cli_tasks.relufy)
 app.command()(cli_tasks.inspect)
 app.command()(cli_tasks.harness)
 app.command()(cli_compare.compare)
-
-
-@app.command()
-def generate(
-    model: Annotated[str, typer.Argument(help="A converted directory, or any dense model that convert takes.")],
-    prompt: Annotated[str, typer.Argument(help="The text to continue.")],
-    tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 64,
-    chat: Annotated[bool, typer.Option(help="Put the prompt into the model's chat template.")] = False,
-    dtype: Dtype = "auto",
-    trust_remote_code: RemoteCode = False,
-) -> None:
-    """Continue a prompt, token by token as they come (greedy)."""
-    from transformers import TextStreamer
-
-    from moefy import console
-
-    with console.status(f"Loading {model}"):
-        loaded, tokenizer = load_any(model, dtype, trust_remote_code)
-    if tokenizer is None or not loaded.can_generate():
-        raise MoefyError(f"{model} is not a model that generates text.")
-    if chat:
-        if not tokenizer.chat_template:
-            raise MoefyError(f"{model} has no chat template; leave out --chat.")
-        message = [{"role": "user", "content": prompt}]
-        prompt = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-    inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat)
-    if inputs["input_ids"].shape[1] == 0:
-        raise MoefyError("The prompt is empty; give some text to continue.")
-    streamer = None if loaded.config.is_encoder_decoder else TextStreamer(tokenizer, skip_special_tokens=True)
-    ids = loaded.generate(
-        input_ids=inputs["input_ids"],
-        attention_mask=inputs["attention_mask"],
-        max_new_tokens=tokens,
-        do_sample=False,
-        streamer=streamer,
-        pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
-    )
-    if streamer is None:
-        print(tokenizer.decode(ids[0], skip_special_tokens=True))
-
-
-@app.command()
-def bench(
-    model: Annotated[str, typer.Argument(help="A converted directory, or any dense model that convert takes.")],
-    against: Annotated[str | None, typer.Option(help="A dense model to time beside it.")] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Interleaved runs; medians are printed.")] = 5,
-    text: Annotated[str, typer.Option(help="Text to run on, as for --calibration.")] = "pydoc",
-    int8: Annotated[bool, typer.Option(help="Also time the model with int8 expert weights.")] = False,
-    dtype: Dtype = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
-    trust_remote_code: RemoteCode = False,
-) -> None:
-    """Time a model end to end: decode, prefill, batches, memory."""
-    from moefy import console
-    from moefy.bench import cases, compare
-    from moefy.calibrate import token_windows
-    from moefy.moe import moe_layers
-    from moefy.texts import read_text
-
-    body = read_text(text)  # a wrong name is refused before anything is loaded
-    models: dict[str, Any] = {}
-    with console.status("Loading"):
-        if against:
-            models["dense"] = load_any(against, dtype, trust_remote_code)[0]
-        models["model"], tokenizer = load_any(model, dtype, trust_remote_code)
-        if int8:
-            models["model int8"] = load_any(model, dtype, trust_remote_code)[0]
-            for layer in moe_layers(models["model int8"]).values():
-                layer.pack("int8")
-        tokens = token_windows(tokenizer, body, 128, 8).flatten() if tokenizer is not None else None
-    with console.progress("Timing") as update:
-        figures = compare(models, rounds, update, cases(models["model"], text=tokens))
-    if as_json:
-        print(json.dumps(figures, indent=2))
-        return
-    rows = [
-        [case, name, f"{of['tokens_per_second']:.1f}", f"{of['speedup']:.2f}x", _share(of["active"])]
-        for case, by_model in figures["cases"].items()
-        for name, of in by_model.items()
-    ]
-    console.table(f"{model}", ["case", "model", "tokens/s", "speedup", "of the FFNs ran"], rows)
-    if tokens is None:
-        console.out.print(
-            "On random tokens, for the model has no tokenizer; a threshold may run another share on text."
-        )
-    weights = ", ".join(f"{name} {size / 2**20:.0f} MiB" for name, size in figures["weight_bytes"].items())
-    console.out.print(f"Weights: {weights}. {', '.join(f'{k} {v}' for k, v in figures['machine'].items())}.")
+app.command()(cli_run.generate)
+app.command()(cli_run.bench)
 
 
 @app.command()
@@ -263,10 +198,6 @@ def demo(
 
     chosen = Recipe.chosen(recipe)
     run(output, Recipe.of(chosen, budget=active) if chosen.budget else chosen, windows)
-
-
-def _share(active: float | None) -> str:
-    return "all" if active is None else f"{active:.1%}"
 
 
 def _show_conversion(output: Path, report: Any, trials: list[Any]) -> None:
@@ -338,6 +269,16 @@ def main() -> None:
         _fail("There is not enough memory; use a smaller --window, fewer --windows or a smaller --memory.")
     except OSError as error:
         _fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}.")
+    except Exception as error:
+        if os.environ.get("MOEFY_TRACEBACK"):
+            raise
+        what = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+        print(
+            f"moefy: This went wrong in a way that moefy does not know ({what}); repeat it with MOEFY_TRACEBACK=1 "
+            f"to see where, and report that.",
+            file=sys.stderr,
+        )
+        sys.exit(1)
 
 
 def _fail(sentence: str) -> None:

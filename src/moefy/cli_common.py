@@ -37,11 +37,22 @@ def load_any(name: str, dtype: str, remote_code: bool) -> tuple[Any, Any]:
 def text_batches(model: Any, tokenizer: Any, text: str, window: int, windows: int) -> list[dict[str, Any]]:
     from moefy.calibrate import text_calibration
 
+    if getattr(model, "main_input_name", "input_ids") != "input_ids":
+        raise MoefyError(
+            f"A {type(model).__name__} takes {model.main_input_name} and no text; feed it such batches from Python, "
+            f"with moefy.convert(model, recipe, batches)."
+        )
     if tokenizer is None:
         raise MoefyError("This model has no tokenizer, so text cannot be fed to it; use moefy.convert from Python.")
+    start = model.config.decoder_start_token_id if model.config.is_encoder_decoder else None
+    window = min(window, positions(model) or window)
+    return text_calibration(tokenizer, text, window=window, windows=windows, decoder_start=start)
+
+
+def positions(model: Any) -> int | None:
+    """Tokens of an input at most; None if the model does not say."""
     config = model.config.get_text_config()
-    longest = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or window
+    longest = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
     # RoBERTa counts positions from its padding token's id on, so two of its positions are never used.
     offset = 2 if "roberta" in getattr(model.config, "base_model_type", config.model_type) else 0
-    start = model.config.decoder_start_token_id if model.config.is_encoder_decoder else None
-    return text_calibration(tokenizer, text, window=min(window, longest - offset), windows=windows, decoder_start=start)
+    return longest and longest - offset

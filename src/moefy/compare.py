@@ -258,14 +258,9 @@ def _measure(run: Run, measured: Measured, base: dict[str, Any], rounds: int) ->
         known = measured.sensitivity(recipe)
         report = convert(model, recipe, data.calibration(run.seed), sensitivity=known)
         model = ordinary(model) if recipe.slim else model
+        found, realised = _quality(model, data, report.active_fraction)
     except MoefyError as error:
         return {"skipped": str(error)}
-    found, realised = {}, {}
-    for name, windows in data.texts.items():
-        with usage(model) as counted:
-            found[name] = perplexity(model, windows, data.prefix).perplexity
-        # A threshold runs more experts on one text than on another; without one the share is the recipe's.
-        realised[name] = realised_fraction(model, counted) if counted else report.active_fraction
     return {
         "realised": realised,
         "perplexity": found,
@@ -275,6 +270,17 @@ def _measure(run: Run, measured: Measured, base: dict[str, Any], rounds: int) ->
         "convert_seconds": report.seconds,
         "speed": _speed(dense, model, rounds, next(iter(data.texts.values()))) if rounds and _ships(recipe) else None,
     }
+
+
+def _quality(model: Any, data: Data, nominal: float) -> tuple[dict[str, float], dict[str, float]]:
+    """The perplexity on each text, and the share of the FFNs' multiply-adds that ran there."""
+    found, realised = {}, {}
+    for name, windows in data.texts.items():
+        with usage(model) as counted:
+            found[name] = perplexity(model, windows, data.prefix).perplexity
+        # A threshold runs more experts on one text than on another; without one the share is the recipe's.
+        realised[name] = realised_fraction(model, counted) if counted else nominal
+    return found, realised
 
 
 def _ships(recipe: Recipe) -> bool:

@@ -47,10 +47,13 @@ def perplexity(model: nn.Module, windows: Tensor, prefix: int = 0, progress: Pro
     """Perplexity of a causal language model over token windows (N, window), see `calibrate.token_windows`.
 
     `prefix` is the number of special tokens at the start of every window; they are context, not predicted.
+    MoefyError if a window holds nothing to predict, or the loss is not finite.
     """
     model.eval()
     loss, count = 0.0, 0
     first = max(prefix, 1)
+    if windows.shape[1] <= first:
+        raise MoefyError(f"A window of {windows.shape[1]} tokens has nothing to predict; make it larger.")
     for i, ids in enumerate(windows):
         logits = _causal_logits(model, ids[None])[0, first - 1 : -1].float()
         loss += F.cross_entropy(logits, ids[first:].to(logits.device), reduction="sum").item()
@@ -58,8 +61,14 @@ def perplexity(model: nn.Module, windows: Tensor, prefix: int = 0, progress: Pro
         if progress:
             progress(i + 1, len(windows))
     mean = loss / count
-    value = math.exp(mean) if mean < 700 else math.inf
-    return Perplexity(value, count, len(windows), windows.shape[1], windows.shape[1] - prefix, prefix)
+    if not math.isfinite(mean):
+        raise MoefyError(
+            f"The loss of this {type(model).__name__} is {mean}: its weights are broken, or its type overflows "
+            f"(load it with --dtype float32)."
+        )
+    return Perplexity(
+        math.exp(min(mean, 700.0)), count, len(windows), windows.shape[1], windows.shape[1] - prefix, prefix
+    )
 
 
 def _causal_logits(model: nn.Module, ids: Tensor) -> Tensor:
@@ -71,8 +80,24 @@ def _causal_logits(model: nn.Module, ids: Tensor) -> Tensor:
 def is_causal_lm(model: Any) -> bool:
     """Whether the model predicts each next token of its input."""
     names = {c.__name__.removeprefix("Moefy") for c in type(model).__mro__}
-    ends = ("ForCausalLM", "LMHeadModel")
+    ends = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")  # the last: Gemma 3 with its eyes
     return any(name.endswith(ends) for name in names) and not getattr(model.config, "is_encoder_decoder", False)
+
+
+def check_comparable(model: Any, other: Any) -> None:
+    """MoefyError if the two models do not take the same token ids in the same way."""
+    ours, theirs = (_kind_of_input(m) for m in (model, other))
+    if ours != theirs:
+        raise MoefyError(
+            f"A {ours[0]} of {ours[1]} token ids and a {theirs[0]} of {theirs[1]} cannot run on the same input; "
+            f"compare with the dense model that this one came from."
+        )
+
+
+def _kind_of_input(model: Any) -> tuple[str, int | None]:
+    kind = "causal language model" if is_causal_lm(model) else "model"
+    kind = "encoder-decoder" if getattr(model.config, "is_encoder_decoder", False) else kind
+    return kind, getattr(model.config.get_text_config(), "vocab_size", None)
 
 
 @dataclass(frozen=True)
@@ -91,13 +116,21 @@ class Agreement:
 
 @torch.no_grad()
 def agreement(model: nn.Module, dense: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Agreement:
-    """Compare two models on model inputs; padding is left out where the output has a row a token."""
+    """Compare two models on model inputs; padding is left out where the output has a row a token.
+
+    MoefyError if their outputs differ in shape.
+    """
     model.eval(), dense.eval()
     lost = total = top1 = kl = 0.0
     rows = 0
     has_logits = False
     for batch in batches:
         (ours, _), (theirs, has_logits) = _output(model, batch), _output(dense, batch)
+        if ours.shape != theirs.shape:
+            raise MoefyError(
+                f"The outputs of the two models differ in shape, {tuple(ours.shape)} and {tuple(theirs.shape)}; "
+                f"compare with the dense model that this one came from."
+            )
         mask = batch.get("attention_mask")
         if isinstance(mask, Tensor) and mask.shape == ours.shape[:-1]:
             ours, theirs = ours[mask.bool()], theirs[mask.bool()]
@@ -155,6 +188,8 @@ def evaluate_model(
     """Every figure that fits the model, on batches from `text_calibration`, as one flat dictionary."""
     from moefy.calibrate import special_prefix
 
+    if dense is not None:
+        check_comparable(model, dense)
     figures: dict[str, Any] = {}
     counted: dict[str, Usage] = {}
     if is_causal_lm(model):
@@ -175,9 +210,11 @@ def evaluate_model(
         figures.update(output_error=near.error)
         if near.top1 is not None:
             figures.update(top1_agreement=near.top1, kl_nats=near.kl)
+    with usage(model) as seen:
+        routed = routing(model, few)
+    counted = counted or seen
     if counted:
         figures["active_fraction"] = realised_fraction(model, counted)
-    routed = routing(model, few)
     if routed:
         figures["router_recall"] = sum(r.recall for r in routed.values()) / len(routed)
         figures["overlap_with_ground_truth"] = sum(r.overlap for r in routed.values()) / len(routed)

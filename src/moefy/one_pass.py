@@ -248,7 +248,13 @@ class OnePass:
         for i, storage in enumerate(batch.live_storages(self._common_addresses())):
             path = self._folder / f"{batch.number}{'-dense' * batch.dense}-{i}"
             size = storage.nbytes()
-            path.write_bytes(_bytes_of(storage))
+            try:
+                path.write_bytes(_bytes_of(storage))
+            except OSError as error:
+                raise MoefyError(
+                    f"Activations that wait for their turn cannot be written to {self._folder.parent} "
+                    f"({error.strerror}); set TMPDIR to a disk with room, or give more --memory."
+                ) from None
             storage.resize_(0)
             batch.spilled.append((storage, path, size))
 

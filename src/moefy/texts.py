@@ -27,10 +27,10 @@ def read_text(source: str | os.PathLike[str]) -> str:
         return builtin_text()
     if name.startswith("hf:"):
         return _hub_text(name[3:])
-    path = Path(name)
     try:
+        path = Path(name).expanduser()
         exists = path.is_file()
-    except OSError:  # a long literal text is no legal file name
+    except (OSError, RuntimeError, ValueError):  # a literal text may be no legal file name
         exists = False
     if exists:
         return _file_text(path)
@@ -74,7 +74,7 @@ def _file_text(path: Path) -> str:
 
 def _documents(lines: str, path: Path) -> str:
     try:
-        return "\n\n".join(json.loads(line)["text"] for line in lines.splitlines() if line.strip())
+        return "\n\n".join(json.loads(line)["text"] for line in lines.split("\n") if line.strip())
     except (json.JSONDecodeError, KeyError, TypeError):
         raise MoefyError(f'{path} is not JSON lines with a "text" field in each.') from None
 
@@ -93,9 +93,11 @@ def hub_rows(name: str) -> list[dict[str, Any]]:
     except ImportError:
         raise MoefyError("Reading a hub data set needs the datasets package: pip install datasets.") from None
     path, _, split = name.partition(":")
+    if not path.strip("/"):
+        raise MoefyError("hf: needs the name of a data set, such as hf:NAME or hf:OWNER/NAME:SPLIT.")
     owner_and_name, config = (path, None) if path.count("/") < 2 else path.rsplit("/", 1)
     try:
         return [dict(row) for row in datasets.load_dataset(owner_and_name, config, split=split or "train")]
     except Exception as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise MoefyError(f"The data set {name!r} cannot be read: {first}.") from None
+        raise MoefyError(f"The data set {name!r} cannot be read: {first.rstrip('.')}.") from None

@@ -139,6 +139,10 @@ class Site:
         return name
 
 
+# What the families of mixtures of experts call their number of experts.
+_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+
+
 def _rows(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
     """(out, in) weight and bias of a Linear or of GPT-2's Conv1D, which stores (in, out)."""
     weight = linear.weight.detach()  # type: ignore[operator]
@@ -185,6 +189,8 @@ def _set_module(model: nn.Module, name: str, module: nn.Module) -> None:
 
 def _explain_unknown(model: nn.Module, model_type: str) -> str:
     """What looks like an FFN here: modules below which one linear widens and another narrows again."""
+    if any(getattr(model.config, name, None) for name in _EXPERT_COUNTS):
+        return f"This {type(model).__name__} is a mixture of experts already; moefy converts dense models."
     found: Counter[str] = Counter()
     for name, module in model.named_modules():
         linears = {n: m for n, m in module.named_modules() if _is_linear(m) and n.count(".") <= 1}
@@ -194,7 +200,9 @@ def _explain_unknown(model: nn.Module, model_type: str) -> str:
                 if up != down and shape == (width, out) and out > width and "." not in up + down:
                     found[f"{re.sub(r'[0-9]+', '*', name) or '(top)'} ({up} -> {down})"] += 1
     listed = "; ".join(f"{what} x{n}" for what, n in found.most_common(6))
-    where = f"FFN-like modules here: {listed}" if listed else "no FFN-like modules were found in it"
+    if not listed:
+        return f"The architecture {model_type!r} has no FFNs that moefy could find, so there is nothing to convert."
+    where = f"FFN-like modules here: {listed}"
     return (
         f"The architecture {model_type!r} is not in moefy's table of families; {where}. "
         f"Add a row for it to FAMILIES in moefy/sites/families.py (CONTRIBUTING.md shows how)."

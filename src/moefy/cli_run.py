@@ -1,0 +1,127 @@
+"""The commands that run a model: generate and bench."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+
+from moefy.cli_common import Dtype, RemoteCode, load_any, positions
+from moefy.types import MoefyError
+
+
+def generate(
+    model: Annotated[str, typer.Argument(help="A converted directory, or any dense model that convert takes.")],
+    prompt: Annotated[str, typer.Argument(help="The text to continue.")],
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 64,
+    chat: Annotated[bool, typer.Option(help="Put the prompt into the model's chat template.")] = False,
+    dtype: Dtype = "auto",
+    trust_remote_code: RemoteCode = False,
+) -> None:
+    """Continue a prompt, token by token as they come (greedy)."""
+    from transformers import TextStreamer
+
+    from moefy import console
+
+    with console.status(f"Loading {model}"):
+        loaded, tokenizer = load_any(model, dtype, trust_remote_code)
+    if tokenizer is None:
+        raise MoefyError(f"{model} has no tokenizer, so it cannot read a prompt; put its tokenizer files beside it.")
+    if not loaded.can_generate():
+        raise MoefyError(f"{model} is a {type(loaded).__name__}, which does not generate text.")
+    if chat:
+        if not tokenizer.chat_template:
+            raise MoefyError(f"{model} has no chat template; leave out --chat.")
+        message = [{"role": "user", "content": prompt}]
+        prompt = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+    inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat)
+    if inputs["input_ids"].shape[1] == 0:
+        raise MoefyError("The prompt is empty; give some text to continue.")
+    tokens = _room(loaded, inputs["input_ids"].shape[1], tokens)
+    streamer = None if loaded.config.is_encoder_decoder else TextStreamer(tokenizer, skip_special_tokens=True)
+    ids = loaded.generate(
+        input_ids=inputs["input_ids"],
+        attention_mask=inputs["attention_mask"],
+        max_new_tokens=tokens,
+        do_sample=False,
+        streamer=streamer,
+        pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+    )
+    if streamer is None:
+        print(tokenizer.decode(ids[0], skip_special_tokens=True))
+
+
+def bench(
+    model: Annotated[str, typer.Argument(help="A converted directory, or any dense model that convert takes.")],
+    against: Annotated[str | None, typer.Option(help="A dense model to time beside it.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Interleaved runs; medians are printed.")] = 5,
+    text: Annotated[str, typer.Option(help="Text to run on, as for --calibration.")] = "pydoc",
+    int8: Annotated[bool, typer.Option(help="Also time the model with int8 expert weights.")] = False,
+    dtype: Dtype = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    trust_remote_code: RemoteCode = False,
+) -> None:
+    """Time a model end to end: decode, prefill, batches, memory."""
+    from moefy import console
+    from moefy.bench import cases, compare
+    from moefy.evaluate import check_comparable
+    from moefy.moe import moe_layers
+    from moefy.texts import read_text
+
+    body = read_text(text)  # a wrong name is refused before anything is loaded
+    models: dict[str, Any] = {}
+    with console.status("Loading"):
+        if against:
+            models["dense"] = load_any(against, dtype, trust_remote_code)[0]
+        models["model"], tokenizer = load_any(model, dtype, trust_remote_code)
+        if against:
+            check_comparable(models["model"], models["dense"])
+        if int8 and not moe_layers(models["model"]):
+            raise MoefyError(f"{model} has no experts to make int8; leave out --int8, or convert it first.")
+        if int8:
+            models["model int8"] = load_any(model, dtype, trust_remote_code)[0]
+            for layer in moe_layers(models["model int8"]).values():
+                layer.pack("int8")
+        tokens = _bench_tokens(tokenizer, body) if tokenizer is not None else None
+    with console.progress("Timing") as update:
+        figures = compare(models, rounds, update, cases(models["model"], text=tokens))
+    if as_json:
+        print(json.dumps(figures, indent=2))
+        return
+    rows = [
+        [case, name, f"{of['tokens_per_second']:.1f}", f"{of['speedup']:.2f}x", _share(of["active"])]
+        for case, by_model in figures["cases"].items()
+        for name, of in by_model.items()
+    ]
+    console.table(f"{model}", ["case", "model", "tokens/s", "speedup", "of the FFNs ran"], rows)
+    if tokens is None:
+        console.out.print(
+            "On random tokens, for the model has no tokenizer; a threshold may run another share on text."
+        )
+    weights = ", ".join(f"{name} {size / 2**20:.0f} MiB" for name, size in figures["weight_bytes"].items())
+    console.out.print(f"Weights: {weights}. {', '.join(f'{k} {v}' for k, v in figures['machine'].items())}.")
+
+
+def _bench_tokens(tokenizer: Any, text: str) -> Any:
+    """Some 1,000 tokens (N,) of the text, or as many as it has: bench repeats them."""
+    import torch
+
+    ids = tokenizer(text[:12288], verbose=False)["input_ids"][:1024]
+    if not ids:
+        raise MoefyError("The text to run on has no tokens; give some words.")
+    return torch.tensor(ids)
+
+
+def _room(model: Any, prompt: int, tokens: int) -> int:
+    """How many tokens may follow a prompt of so many; MoefyError if none."""
+    longest = positions(model)
+    if longest is None or model.config.is_encoder_decoder:
+        return tokens
+    if prompt >= longest:
+        raise MoefyError(f"The prompt has {prompt} tokens, and this model has positions for {longest}; shorten it.")
+    return min(tokens, longest - prompt)
+
+
+def _share(active: float | None) -> str:
+    return "all" if active is None else f"{active:.1%}"

@@ -1,0 +1,116 @@
+"""Models that run: what does not fit together is one sentence, and what was asked for is what runs."""
+
+import json
+import sys
+
+import pytest
+import torch
+
+import tiny
+from moefy import calibrate, evaluate
+from moefy.cli import main
+from moefy.texts import read_text
+from moefy.types import MoefyError
+from words import pydoc_tokenizer
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    for family in ("llama", "gpt2", "bert", "whisper"):
+        tiny.tiny(family).save_pretrained(folder / family)
+        pydoc_tokenizer().save_pretrained(folder / family)
+    other = tiny.tiny("llama")
+    other.resize_token_embeddings(other.config.vocab_size + 8)
+    other.save_pretrained(folder / "wider")
+    pydoc_tokenizer().save_pretrained(folder / "wider")
+    (folder / "one.txt").write_text("the")
+    (folder / "lines.jsonl").write_text(
+        json.dumps({"text": "the value\u2028of the value"}, ensure_ascii=False) + "\r\n"
+    )
+    return folder
+
+
+def run(models, monkeypatch, *args):
+    monkeypatch.chdir(models)
+    monkeypatch.setattr(sys, "argv", ["moefy", *args])
+    try:
+        main()
+    except SystemExit as stop:
+        return stop.code or 0
+    return 0
+
+
+MISTAKES = {
+    "a model of sounds": (["convert", "whisper", "out", "--window", "16"], "takes input_features and no text"),
+    "a task without data": (["convert", "bert", "out", "--task", "sst2"], "name it with --calibration"),
+    "no room": (["generate", "gpt2", "the " * 200], "and this model has positions for"),
+    "no head to generate": (["generate", "bert", "the"], "does not generate text"),
+    "no tokens": (["generate", "gpt2", "the", "--tokens", "0"], "--tokens"),
+    "another vocabulary": (["eval", "llama", "--against", "wider", "--window", "16"], "cannot run on the same input"),
+    "another kind": (["bench", "llama", "--against", "bert"], "cannot run on the same input"),
+    "nothing to make int8": (["bench", "llama", "--int8"], "no experts to make int8"),
+    "nothing to predict": (["eval", "llama", "--window", "1"], "nothing to predict"),
+    "no name of a data set": (["eval", "llama", "--text", "hf:"], "needs the name of a data set"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_a_sentence(mistake, models, monkeypatch, capsys):
+    args, message = MISTAKES[mistake]
+    assert run(models, monkeypatch, *args) == 2
+    shown = capsys.readouterr().err
+    assert message in shown
+    assert "Traceback" not in shown
+
+
+def test_generation_ends_where_the_positions_do(models, monkeypatch, capsys):
+    assert run(models, monkeypatch, "generate", "gpt2", "the value of", "--tokens", "5000") == 0
+    assert capsys.readouterr().out.strip()
+
+
+def test_bench_runs_on_a_text_of_one_word(models, monkeypatch, capsys):
+    assert run(models, monkeypatch, "bench", "llama", "--text", "one.txt", "--rounds", "1", "--json") == 0
+    assert "decode" in json.loads(capsys.readouterr().out)["cases"]
+
+
+def test_json_lines_are_cut_at_line_feeds_alone(models):
+    assert read_text(models / "lines.jsonl") == "the value\u2028of the value"
+
+
+def test_what_ran_is_said_of_a_model_without_perplexity(models, monkeypatch, capsys):
+    made = ["convert", "bert", "converted", "--experts", "4", "--shared", "1", "--active", "1"]
+    assert run(models, monkeypatch, *made, "--window", "16", "--windows", "4") == 0
+    capsys.readouterr()
+    assert run(models, monkeypatch, "eval", "converted", "--window", "16", "--windows", "2", "--json") == 0
+    assert 0.4 < json.loads(capsys.readouterr().out)["active_fraction"] < 0.7
+
+
+def test_a_loss_that_is_not_finite_is_refused():
+    model, windows = tiny.tiny("llama"), torch.randint(0, 50, (2, 8))
+    with torch.no_grad():
+        model.lm_head.weight.fill_(torch.nan)
+    with pytest.raises(MoefyError, match="loss of this"):
+        evaluate.perplexity(model, windows)
+
+
+def test_outputs_of_another_shape_cannot_be_compared():
+    llama, bert = tiny.tiny("llama"), tiny.tiny("bert")
+    batch = {k: v for k, v in tiny.inputs("llama").items() if k == "input_ids"}
+    with pytest.raises(MoefyError, match="differ in shape"):
+        evaluate.agreement(llama, bert, [batch])
+
+
+def test_what_moefy_does_not_know_is_one_line_too(models, monkeypatch, capsys):
+    def fails(*_, **__):
+        raise RuntimeError("a surprise\nof two lines")
+
+    monkeypatch.setattr(calibrate, "text_calibration", fails)
+    monkeypatch.delenv("MOEFY_TRACEBACK", raising=False)
+    assert run(models, monkeypatch, "eval", "llama") == 1
+    shown = capsys.readouterr().err
+    assert "RuntimeError: a surprise)" in shown
+    assert "Traceback" not in shown
+    monkeypatch.setenv("MOEFY_TRACEBACK", "1")
+    with pytest.raises(RuntimeError):
+        run(models, monkeypatch, "eval", "llama")
