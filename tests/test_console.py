@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import typer
+from rich.console import Console
 
 from moefy import console
 from moefy.cli import app
@@ -31,6 +32,23 @@ def test_names_are_printed_as_they_are(capsys):
     console.out.print(name)
     console.table(name, [name, "x"], [[name, "1"]])
     assert capsys.readouterr().out.count(name) == 4
+
+
+def test_a_log_gets_lines_with_an_estimate(monkeypatch, capsys):
+    monkeypatch.setattr(console, "EVERY", 0.0)
+    with console.progress("Sorting", 9) as update:
+        update(3)
+        update(6, 12, "more than was thought")
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(",")[0] for line in lines] == ["Sorting: 3 of 9", "Sorting: 6 of 12", "Sorting: 6 of 12"]
+    assert all(line.endswith(" left") for line in lines)
+
+
+def test_a_bar_where_there_is_a_terminal(monkeypatch, capsys):
+    monkeypatch.setattr(console, "err", Console(stderr=True, force_terminal=True, markup=False))
+    with console.progress("Sorting [b]", 2) as update:
+        update(2)
+    assert "Sorting [b]" in capsys.readouterr().err
 
 
 def test_progress_shows_names_as_they_are():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -13,11 +15,17 @@ from rich.text import Text
 # What is printed holds paths and names, in which "[/b]" and ":x:" are no markup.
 out = Console(markup=False, emoji=False)
 err = Console(stderr=True, markup=False, emoji=False)
+# Seconds between lines of progress in a log.
+EVERY = 30.0
 
 
 @contextmanager
 def progress(what: str, total: int | None = None) -> Iterator[Callable[..., None]]:
-    """A progress bar with an estimate on standard error; yields `update(done, total)`."""
+    """Progress with an estimate on standard error, a bar or lines for a log; yields `update(done, total)`."""
+    if not err.is_terminal:
+        with _progress_lines(what, total) as update_lines:
+            yield update_lines
+        return
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(),
@@ -33,6 +41,31 @@ def progress(what: str, total: int | None = None) -> Iterator[Callable[..., None
             bar.update(task, completed=done, total=of)
 
         yield update
+
+
+@contextmanager
+def _progress_lines(what: str, total: int | None) -> Iterator[Callable[..., None]]:
+    """A line every EVERY seconds, for logs, and one at the end."""
+    start = said = time.monotonic()
+    last = (0, total)
+
+    def line(done: int, of: int | None, seconds: float) -> str:
+        left = f", about {_clock(seconds / done * (of - done))} left" if of and 0 < done < of else ""
+        return f"{what}: {done}{f' of {of}' if of else ''}, {_clock(seconds)}{left}"
+
+    def update(done: int, of: int | None = None, *_: object) -> None:
+        nonlocal said, last
+        last, now = (done, of or last[1]), time.monotonic()
+        if now - said >= EVERY:
+            said = now
+            err.print(line(*last, now - start), soft_wrap=True)
+
+    yield update
+    err.print(line(*last, time.monotonic() - start), soft_wrap=True)
+
+
+def _clock(seconds: float) -> str:
+    return str(datetime.timedelta(seconds=round(seconds)))
 
 
 @contextmanager
