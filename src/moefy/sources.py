@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,14 +14,20 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import HfApi, try_to_load_from_cache
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from moefy.types import MoefyError
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack")
+# What transformers raises for a damaged checkpoint: a config with wrong values fails wherever they are first used.
+LOAD_ERRORS = (
+    *(OSError, ValueError, LookupError, RuntimeError, ImportError, TypeError, AttributeError, ArithmeticError),
+    *(SafetensorError, StrictDataclassError),
+)
 
 
 def load_source(source: str | os.PathLike[str], *, dtype: str = "auto", remote_code: bool = False) -> tuple[Any, Any]:
@@ -58,8 +66,8 @@ def smollm2_gguf() -> Path:
     return found[0]
 
 
-def check_directory(path: Path) -> None:
-    """Raise MoefyError unless a model directory has a config and whole safetensors files."""
+def check_directory(path: Path) -> dict[str, Any]:
+    """The config of a model directory; MoefyError unless it and the safetensors files are there and whole."""
     if not (path / "config.json").is_file():
         raise MoefyError(f"{path} has no config.json, so it is not a model directory.")
     files = sorted(path.glob("*.safetensors"))
@@ -77,6 +85,76 @@ def check_directory(path: Path) -> None:
                 opened.keys()
         except (SafetensorError, OSError) as error:
             raise MoefyError(f"{file} is truncated or corrupt ({error}); copy or download it again.") from None
+    return read_config(path)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """A model directory's config.json; MoefyError if it cannot be read or is not an object in JSON."""
+    file = folder / "config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise MoefyError(f"{file} cannot be read: {error.strerror or error}.") from None
+    except ValueError:
+        config = None
+    if not isinstance(config, dict):
+        raise MoefyError(f"{file} is damaged (it is not a JSON object); copy or download it again.")
+    return config
+
+
+def check_complete(model: Any, info: dict[str, Any], name: str, config: str = "config.json") -> None:
+    """Raise MoefyError if weights are missing, of another shape or left over; transformers takes random ones instead.
+
+    `info` is what from_pretrained's `output_loading_info` gives: tied weights, buffers that are not stored and
+    what an architecture is known to leave out are not in it. `config` is where the checkpoint says its sizes.
+    """
+    again = f"copy or download it again, or correct its {config}"
+    if info["mismatched_keys"]:
+        key, stored, wanted = min(info["mismatched_keys"])
+        raise MoefyError(
+            f"The weight {key} in {name} has the shape {tuple(stored)}, "
+            f"and its {config} asks for {tuple(wanted)}; {again}."
+        )
+    # The pooler of a bare encoder may be new: a checkpoint that was saved with another head has none.
+    bare = model.base_model is model
+    missing = [key for key in info["missing_keys"] if not (bare and "pooler" in key.split("."))]
+    if missing:
+        raise MoefyError(f"{name} lacks {_listed(missing)}, which its {config} asks for; {again}.")
+    left = _left_over(model, info["unexpected_keys"])
+    if left:
+        raise MoefyError(f"{name} holds {_listed(left)}, for which its {config} leaves no room; {again}.")
+
+
+def _left_over(model: Any, unexpected: Iterable[str]) -> list[str]:
+    """Stored tensors that belong to the model's own layers: layers above its count, and biases it would do without.
+
+    Other heads, poolers and buffers of old versions are not among them.
+    """
+    prefix = f"{model.base_model_prefix}."
+    own = {key.removeprefix(prefix) for key in model.state_dict()}
+    layers = {layer for key in own if (layer := _layer(key))}
+    kinds = {re.sub(r"\d+", "*", key) for key in own}
+    found = []
+    for key in unexpected:
+        name = key.removeprefix(prefix)
+        beyond = re.sub(r"\d+", "*", name) in kinds and _layer(name) not in layers
+        bias = name.endswith(".bias") and f"{name.removesuffix('bias')}weight" in own
+        if _layer(name) and (beyond or bias):
+            found.append(key)
+    return found
+
+
+def _layer(key: str) -> str | None:
+    """The layer of a tensor's name: "h.3" of "h.3.mlp.c_fc.weight"; None if it is in none."""
+    found = re.match(r"(.*?\.\d+)\.", key)
+    return found[1] if found else None
+
+
+def _listed(keys: Iterable[str]) -> str:
+    """Up to three names of tensors, and how many there are."""
+    names = sorted(keys)
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"the weight{'s' if len(names) > 1 else ''} {', '.join(names[:3])}{more}"
 
 
 def check_weights(model: nn.Module) -> None:
@@ -96,25 +174,46 @@ def _check_hub(name: str) -> None:
     except Exception as error:  # whatever the HTTP client raises: unreachable, unknown, gated, no such name
         raise MoefyError(
             f"There is no directory or file {name!r} here, and the hub does not give a model of that name "
-            f"({_first_line(error).rstrip('.')})."
+            f"({reason(error).rstrip('.')})."
         ) from None
 
 
 def _load_pretrained(name: str, dtype: str, remote_code: bool) -> tuple[Any, Any]:
     options: dict[str, Any] = {"trust_remote_code": remote_code}
+    kind = torch_dtype(dtype)
     try:
         config = AutoConfig.from_pretrained(name, **options)
-        model = _model_class(config).from_pretrained(name, dtype=_dtype(dtype), use_safetensors=True, **options)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise MoefyError(f"The model {name!r} cannot be loaded: {_first_line(error)}") from None
+        model_class = _model_class(config, name)
+        model, info = weights_of(model_class, name, dtype=kind, **options)
+        if model_class is AutoModelForCausalLM and _only_head(model, info["missing_keys"]):
+            # The config does not name the class: without a head it is a bare model.
+            model, info = weights_of(AutoModel, name, dtype=kind, **options)
+    except LOAD_ERRORS as error:
+        raise MoefyError(f"The model {name!r} cannot be loaded: {reason(error)}") from None
+    check_complete(model, info, name)
     return model, load_tokenizer(name, **options)
 
 
-def _model_class(config: Any) -> Any:
+def _only_head(model: Any, missing: Iterable[str]) -> bool:
+    """Whether weights are missing, and all of them are of the head."""
+    keys = list(missing)
+    return bool(keys) and not any(key.startswith(f"{model.base_model_prefix}.") for key in keys)
+
+
+def weights_of(model_class: Any, name: str | Path, **options: Any) -> tuple[Any, dict[str, Any]]:
+    """A model and what transformers says of its loading; wrong shapes are said there and not raised."""
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    return model_class.from_pretrained(name, use_safetensors=True, **options)
+
+
+def _model_class(config: Any, name: str) -> Any:
     """The class that the checkpoint was saved from; else a causal LM; else the bare model."""
-    for name in getattr(config, "architectures", None) or ():
-        if isinstance(getattr(transformers, name, None), type):
-            return getattr(transformers, name)
+    for architecture in getattr(config, "architectures", None) or ():
+        found = getattr(transformers, architecture, None)
+        if isinstance(found, type):
+            if not issubclass(found, PreTrainedModel):
+                raise MoefyError(f"{name} says it is a {architecture}, which is no model; correct its config.json.")
+            return found
     return AutoModelForCausalLM if type(config) in AutoModelForCausalLM._model_mapping else AutoModel
 
 
@@ -132,16 +231,21 @@ def _is_gguf(path: Path) -> bool:
 
 
 def _load_gguf(path: Path, dtype: str) -> tuple[Any, Any]:
-    _check_gguf(path)
+    layers = _check_gguf(path)
+    kind = torch.float32 if dtype == "auto" else torch_dtype(dtype)
     options: dict[str, Any] = {"gguf_file": path.name}
     model: Any
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            path.parent, dtype=torch.float32 if dtype == "auto" else _dtype(dtype), **options
-        )
+        model, info = weights_of(AutoModelForCausalLM, path.parent, dtype=kind, **options)
         tokenizer = AutoTokenizer.from_pretrained(path.parent, **options)
-    except (OSError, ValueError, KeyError, RuntimeError, NotImplementedError) as error:
-        raise MoefyError(f"The GGUF file {path} cannot be loaded: {_first_line(error)}") from None
+    except LOAD_ERRORS as error:
+        raise MoefyError(f"The GGUF file {path} cannot be loaded: {reason(error)}") from None
+    check_complete(model, info, f"The GGUF file {path}", "metadata")
+    read = getattr(model.config.get_text_config(), "num_hidden_layers", layers)
+    if read < layers:  # transformers does not look at the layers above the count
+        raise MoefyError(
+            f"The GGUF file {path} holds {layers} layers, and its metadata says {read}; copy or download it again."
+        )
     # The weights are plain floats now; transformers would still refuse to save a model marked as quantised.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
@@ -149,7 +253,8 @@ def _load_gguf(path: Path, dtype: str) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def _check_gguf(path: Path) -> None:
+def _check_gguf(path: Path) -> int:
+    """The number of layers that a GGUF file holds; MoefyError unless it is whole."""
     from gguf import GGUFReader
 
     try:
@@ -159,9 +264,12 @@ def _check_gguf(path: Path) -> None:
         raise MoefyError(f"The GGUF file {path} is cut short or corrupt; copy or download it again.") from None
     if end == 0 or end > path.stat().st_size:
         raise MoefyError(f"The GGUF file {path} is cut short; copy or download it again.")
+    blocks = [re.match(r"blk\.(\d+)\.", tensor.name) for tensor in reader.tensors]
+    return 1 + max((int(block[1]) for block in blocks if block), default=-1)
 
 
-def _dtype(name: str) -> Any:
+def torch_dtype(name: str) -> Any:
+    """The type of weights that --dtype names, or "auto"; MoefyError for another name."""
     if name == "auto":
         return "auto"
     if name not in ("float32", "bfloat16", "float16"):
@@ -169,9 +277,15 @@ def _dtype(name: str) -> Any:
     return getattr(torch, name)
 
 
-def _first_line(error: BaseException) -> str:
+def reason(error: BaseException) -> str:
+    """What an exception of transformers says, as the end of a sentence."""
+    if isinstance(error, KeyError):
+        return f"its config.json names {error}, which this transformers ({transformers.__version__}) does not know."
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{lines[0].rstrip('.')}." if lines else f"{type(error).__name__}."
+    if not lines:
+        return f"{type(error).__name__}."
+    said = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    return f"{said.rstrip('.')}."
 
 
 @contextmanager

@@ -1,0 +1,153 @@
+"""Dense sources that are damaged or unusual: what is incomplete is refused in a sentence, what is merely bare loads."""
+
+import json
+
+import pytest
+import torch
+import transformers as tf
+from gguf import GGUFWriter
+from safetensors.torch import load_file, save_file
+
+import moefy
+import tiny
+from moefy.sources import load_source
+
+
+def saved(folder, family="llama", model=None):
+    (tiny.tiny(family) if model is None else model).save_pretrained(folder)
+    return folder
+
+
+def with_config(folder, **changes):
+    """Other values in config.json; None takes one out."""
+    config = {**json.loads((folder / "config.json").read_text()), **changes}
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+
+
+def with_weights(folder, change):
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+def drop(*names):
+    return lambda weights: [weights.pop(name) for name in names]
+
+
+def without(part):
+    return lambda weights: [weights.pop(name) for name in list(weights) if part in name]
+
+
+INCOMPLETE = {
+    "a tensor": ("llama", {}, drop("model.layers.1.mlp.up_proj.weight"), "lacks the weight model.layers.1.mlp.up_proj"),
+    "a head": ("llama", {}, drop("lm_head.weight"), "lacks the weight lm_head.weight"),
+    "a classifier": ("bert", {}, drop("classifier.weight"), "lacks the weight classifier.weight"),
+    "a head's pooler": ("bert", {}, drop("bert.pooler.dense.weight"), "lacks the weight bert.pooler.dense.weight"),
+    "a layer": ("llama", {"num_hidden_layers": 3}, None, "model.layers.2.mlp.gate_proj.weight and 6 more, which its"),
+    "room": ("llama", {"num_hidden_layers": 1}, None, "holds the weights model.layers.1.input_layernorm.weight, "),
+    "room in gpt2": ("gpt2", {"n_layer": 1}, without("masked"), "holds the weights transformer.h.1.attn"),
+    "room in t5": ("t5-v1.0", {"num_layers": 1}, None, "holds the weights encoder.block.1."),
+    "biases": ("llama-mlp-bias", {"mlp_bias": False}, None, "holds the weights model.layers.0.mlp.down_proj.bias, "),
+    "width": (
+        "llama",
+        {"intermediate_size": 64},
+        None,
+        "shape (32, 48), and its config.json asks for (32, 64)",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", INCOMPLETE)
+def test_weights_and_config_that_differ_are_refused(what, tmp_path):
+    family, config, change, message = INCOMPLETE[what]
+    folder = saved(tmp_path / "source", family)
+    with_config(folder, **config)
+    if change:
+        with_weights(folder, change)
+    with pytest.raises(moefy.MoefyError) as refused:
+        load_source(folder)
+    assert message in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def bare(family, name, **options):
+    return getattr(tf, name)(tiny.tiny(family).config, **options)
+
+
+def extra(weights):
+    weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    weights["other_head.weight"] = torch.ones(4, 4)
+
+
+# Model, changes of its config and weights, and the class it loads as.
+COMPLETE = {
+    "bare bert": (lambda: bare("bert", "BertModel"), {}, None, "BertModel"),
+    "bert without pooler": (lambda: bare("bert", "BertModel", add_pooling_layer=False), {}, None, "BertModel"),
+    "bare, of no class": (lambda: bare("bert", "BertModel"), {"architectures": None}, None, "BertModel"),
+    "bare llama, of no class": (lambda: bare("llama", "LlamaModel"), {"architectures": None}, None, "LlamaModel"),
+    "llama of no class": (lambda: tiny.tiny("llama"), {"architectures": None}, None, "LlamaForCausalLM"),
+    "another class": (lambda: tiny.tiny("llama"), {"architectures": ["XForCausalLM"]}, None, "LlamaForCausalLM"),
+    "encoder of a headed bert": (lambda: tiny.tiny("bert"), {"architectures": ["BertModel"]}, None, "BertModel"),
+    "bare vit of a classifier": (lambda: tiny.tiny("vit"), {"architectures": ["ViTModel"]}, None, "ViTModel"),
+    "tied head": (lambda: tiny.tiny("gpt2"), {}, None, "GPT2LMHeadModel"),
+    "t5's encoder": (lambda: tiny.tiny("t5-v1.0"), {"architectures": ["T5EncoderModel"]}, None, "T5EncoderModel"),
+    "old buffers and other heads": (lambda: tiny.tiny("llama"), {}, extra, "LlamaForCausalLM"),
+}
+
+
+@pytest.mark.parametrize("what", COMPLETE)
+def test_what_is_whole_still_loads(what, tmp_path):
+    make, config, change, expected = COMPLETE[what]
+    folder = saved(tmp_path / "source", model=make())
+    with_config(folder, **config)
+    if change:
+        with_weights(folder, change)
+    assert type(load_source(folder)[0]).__name__ == expected
+
+
+def write_gguf(path, leave_out=(), layers=2):
+    """The tiny llama and a tokenizer of single letters as GGUF, less some tensors."""
+    model, writer = tiny.tiny("llama"), GGUFWriter(path, "llama")
+    config = model.config
+    writer.add_block_count(layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list([b"<unk>", b"<s>", b"</s>", *(chr(33 + i).encode() for i in range(config.vocab_size - 3))])
+    writer.add_token_scores([0.0] * config.vocab_size)
+    writer.add_token_types([2, 3, 3, *[1] * (config.vocab_size - 3)])
+    names = {
+        "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",
+        "model.layers.": "blk.", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k",
+        "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate",
+        "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down", "post_attention_layernorm": "ffn_norm",
+        "input_layernorm": "attn_norm",
+    }  # fmt: skip
+    for name, tensor in model.state_dict().items():
+        for old, new in names.items():
+            name = name.replace(old, new)
+        if name not in leave_out:
+            writer.add_tensor(name, tensor.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_a_gguf_must_be_complete_too(tmp_path):
+    assert type(load_source(write_gguf(tmp_path / "whole.gguf"))[0]).__name__ == "LlamaForCausalLM"
+    cases = {
+        "lacks the weight model.layers.1.mlp.up_proj.weight": {"leave_out": ("blk.1.ffn_up.weight",)},
+        "model.layers.2.mlp.gate_proj.weight and 6 more": {"layers": 3},
+        "holds 2 layers, and its metadata says 1": {"layers": 1},
+    }
+    for message, changes in cases.items():
+        with pytest.raises(moefy.MoefyError, match=message):
+            load_source(write_gguf(tmp_path / "damaged.gguf", **changes))
