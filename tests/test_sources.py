@@ -70,6 +70,50 @@ def test_weights_and_config_that_differ_are_refused(what, tmp_path):
     assert "\n" not in str(refused.value)
 
 
+def quantised(**config):
+    return lambda folder: with_config(folder, quantization_config=config)
+
+
+def adapter(folder):
+    (folder / "config.json").rename(folder / "adapter_config.json")
+
+
+def no_object(text):
+    return lambda folder: (folder / "config.json").write_bytes(text)
+
+
+UNFIT = {
+    "bitsandbytes": (quantised(quant_method="bitsandbytes", load_in_4bit=True), "are quantised (bitsandbytes), and"),
+    "gptq": (quantised(quant_method="gptq", bits=4), "are quantised (gptq), and"),
+    "awq": (quantised(quant_method="awq", bits=4), "are quantised (awq), and"),
+    "unknown quantisation": (quantised(quant_method="zork"), "are quantised (zork), and"),
+    "unnamed quantisation": (quantised(bits=4), "are quantised (by an unnamed method), and"),
+    "adapter": (adapter, "merge it into its base model"),
+    "cut config": (no_object(b'{"model_type": "lla'), "config.json is damaged"),
+    "binary config": (no_object(bytes(range(128, 256))), "config.json is damaged"),
+    "config that is a list": (no_object(b"[]"), "config.json is damaged"),
+    "no class of a model": (lambda f: with_config(f, architectures=["Trainer"]), "is a Trainer, which is no model"),
+    "width that is no number": (lambda f: with_config(f, hidden_size="x"), "Field 'hidden_size' expected int, got str"),
+    "heads that do not divide": (lambda f: with_config(f, num_attention_heads=0), "cannot be loaded: "),
+    "activation": (
+        lambda f: with_config(f, hidden_act="zork"),
+        "its config.json names 'zork', which this transformers",
+    ),
+    "converted": (lambda f: with_config(f, model_type="moefy", base_model_type="llama", moefy={}), "converted already"),
+}
+
+
+@pytest.mark.parametrize("what", UNFIT)
+def test_sources_that_do_not_fit_are_a_sentence(what, tmp_path):
+    damage, message = UNFIT[what]
+    folder = saved(tmp_path / "source")
+    damage(folder)
+    with pytest.raises(moefy.MoefyError) as refused:
+        load_source(folder)
+    assert message in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
 def bare(family, name, **options):
     return getattr(tf, name)(tiny.tiny(family).config, **options)
 

@@ -20,9 +20,12 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from moefy.hf import MODEL_TYPE
 from moefy.types import MoefyError
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack")
+# Quantisations that transformers undoes when it loads them without a GPU for them.
+_DEQUANTISED = ("fp8", "mxfp4")
 # What transformers raises for a damaged checkpoint: a config with wrong values fails wherever they are first used.
 LOAD_ERRORS = (
     *(OSError, ValueError, LookupError, RuntimeError, ImportError, TypeError, AttributeError, ArithmeticError),
@@ -69,6 +72,10 @@ def smollm2_gguf() -> Path:
 def check_directory(path: Path) -> dict[str, Any]:
     """The config of a model directory; MoefyError unless it and the safetensors files are there and whole."""
     if not (path / "config.json").is_file():
+        if (path / "adapter_config.json").is_file():
+            raise MoefyError(
+                f"{path} holds an adapter and no model; merge it into its base model first (peft's merge_and_unload)."
+            )
         raise MoefyError(f"{path} has no config.json, so it is not a model directory.")
     files = sorted(path.glob("*.safetensors"))
     if not files:
@@ -183,6 +190,7 @@ def _load_pretrained(name: str, dtype: str, remote_code: bool) -> tuple[Any, Any
     kind = torch_dtype(dtype)
     try:
         config = AutoConfig.from_pretrained(name, **options)
+        _check_plain(config, name)
         model_class = _model_class(config, name)
         model, info = weights_of(model_class, name, dtype=kind, **options)
         if model_class is AutoModelForCausalLM and _only_head(model, info["missing_keys"]):
@@ -190,8 +198,33 @@ def _load_pretrained(name: str, dtype: str, remote_code: bool) -> tuple[Any, Any
             model, info = weights_of(AutoModel, name, dtype=kind, **options)
     except LOAD_ERRORS as error:
         raise MoefyError(f"The model {name!r} cannot be loaded: {reason(error)}") from None
+    if getattr(model, "is_quantized", False):  # with a GPU for them, transformers leaves the formats above as they are
+        raise _quantised(name, str(model.quantization_method))
     check_complete(model, info, name)
     return model, load_tokenizer(name, **options)
+
+
+def _check_plain(config: Any, name: str) -> None:
+    """Raise MoefyError for a checkpoint that holds no dense floats: a quantised one, or one that moefy converted."""
+    if config.model_type == MODEL_TYPE:
+        raise MoefyError(
+            f"{name} is converted already; start from the dense model that it came from "
+            f"(or, to use the converted one, name a directory that holds it)."
+        )
+    for part in (config, config.get_text_config()):
+        quantised = getattr(part, "quantization_config", None)
+        if quantised:
+            how = quantised if isinstance(quantised, dict) else quantised.to_dict()
+            method = str(how.get("quant_method", "by an unnamed method"))
+            if method not in _DEQUANTISED and not how.get("dequantize"):
+                raise _quantised(name, method)
+
+
+def _quantised(name: str, method: str) -> MoefyError:
+    return MoefyError(
+        f"The weights of {name} are quantised ({method}), and moefy needs the unquantised ones; "
+        f"give the model that it was made from."
+    )
 
 
 def _only_head(model: Any, missing: Iterable[str]) -> bool:
