@@ -99,7 +99,6 @@ UNFIT = {
         lambda f: with_config(f, hidden_act="zork"),
         "its config.json names 'zork', which this transformers",
     ),
-    "converted": (lambda f: with_config(f, model_type="moefy", base_model_type="llama", moefy={}), "converted already"),
 }
 
 

@@ -17,7 +17,16 @@ from moefy import hf, slim
 from moefy.model_card import model_card
 from moefy.recipe import Recipe
 from moefy.sites import bamboo, find_sites
-from moefy.sources import check_directory, quiet_transformers
+from moefy.sources import (
+    LOAD_ERRORS,
+    check_complete,
+    check_directory,
+    check_weights,
+    local_path,
+    quiet_transformers,
+    reason,
+    weights_of,
+)
 from moefy.types import MoefyError
 
 # Files of the source that a converted model needs as they are.
@@ -72,29 +81,49 @@ def save(
 
 
 def load(path: str | os.PathLike[str], **options: Any) -> PreTrainedModel:
-    """A converted model from disk; `options` go to transformers' from_pretrained (dtype, device_map, ...)."""
-    folder = Path(path).expanduser().absolute()
+    """A converted model from disk; `options` go to transformers' from_pretrained (dtype, device_map, ...).
+
+    Raises MoefyError if it is not a converted model, or if its config or its weights are damaged or incomplete.
+    """
+    folder = local_path(path).absolute()
     _recover(folder)
     if not folder.is_dir():
         raise MoefyError(f"There is no model directory {path}.")
-    check_directory(folder)
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = check_directory(folder)
     converted = config.get("model_type") == hf.MODEL_TYPE
     if not converted and not _is_slim(folder):
         raise MoefyError(
             f"{path} is not a model that moefy converted (its model type is {config.get('model_type')}); "
             f"load it with transformers."
         )
-    name = config["architectures"][0].removeprefix("Moefy")
+    try:
+        with quiet_transformers():
+            base = _base_class(path, config)
+            options = {"dtype": "auto", **options}
+            if converted:
+                options["config"] = hf.MoefyConfig.from_pretrained(folder)
+                base = hf.model_class(base, type(options["config"]))
+            model, info = weights_of(base, folder, **options)
+    except LOAD_ERRORS as error:
+        raise MoefyError(f"The model {os.fspath(path)!r} cannot be loaded: {reason(error)}") from None
+    check_complete(model, info, os.fspath(path))
+    check_weights(model)
+    return model
+
+
+def _base_class(path: str | os.PathLike[str], config: dict[str, Any]) -> Any:
+    """The class of the dense model that a checkpoint was made from."""
+    match config.get("architectures"):
+        case [str(first), *_]:
+            name = first.removeprefix("Moefy")
+        case _:
+            raise MoefyError(f"The config.json of {path} names no class (architectures); copy or download it again.")
     base = getattr(transformers, name, None) or getattr(bamboo, name, None)
     if base is None:
         raise MoefyError(f"This transformers ({transformers.__version__}) has no {name}, which {path} needs.")
-    options = {"dtype": "auto", **options}
-    if converted:
-        options["config"] = hf.MoefyConfig.from_pretrained(folder)
-        base = hf.model_class(base, type(options["config"]))
-    with quiet_transformers():
-        return base.from_pretrained(folder, use_safetensors=True, **options)
+    if not (isinstance(base, type) and issubclass(base, PreTrainedModel)):
+        raise MoefyError(f"{path} says it is a {name}, which is no model; correct its config.json.")
+    return base
 
 
 def _is_slim(folder: Path) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -26,11 +25,12 @@ RemoteCode = Annotated[bool, typer.Option(help="Run the checkpoint's own code. O
 def load_any(name: str, dtype: str, remote_code: bool) -> tuple[Any, Any]:
     """A converted or a dense model, with its tokenizer."""
     from moefy import checkpoint
-    from moefy.sources import load_source, load_tokenizer
+    from moefy.hf import MODEL_TYPE
+    from moefy.sources import load_source, load_tokenizer, local_path, read_config, torch_dtype
 
-    config = Path(name).expanduser() / "config.json"
-    if config.is_file() and '"model_type": "moefy"' in config.read_text(encoding="utf-8"):
-        return checkpoint.load(name, dtype=dtype), load_tokenizer(name)
+    folder = local_path(name)
+    if (folder / "config.json").is_file() and read_config(folder).get("model_type") == MODEL_TYPE:
+        return checkpoint.load(name, dtype=torch_dtype(dtype)), load_tokenizer(str(folder))
     return load_source(name, dtype=dtype, remote_code=remote_code)
 
 

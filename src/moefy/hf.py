@@ -11,18 +11,22 @@ from __future__ import annotations
 import ctypes
 import mmap
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from functools import cache
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
 import transformers
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers.activations import ACT2FN
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from moefy.moe import MoEFFN
+from moefy.moe import MoEFFN, moe_layers
+from moefy.routers import ROUTERS
 from moefy.sites import bamboo, base_model_type, find_sites
 from moefy.types import LayerSpec, MoefyError
 from moefy.version import __version__
@@ -40,9 +44,40 @@ class MoefyConfig(PretrainedConfig):
         if cls is not MoefyConfig:
             return super().from_dict(config_dict, **kwargs)
         base = config_dict.get("base_model_type")
-        if not base or "moefy" not in config_dict:
+        if not base or not isinstance(config_dict.get("moefy"), Mapping):
             raise MoefyError("This config.json has the model type moefy but lacks base_model_type or moefy.")
-        return config_class(type(AutoConfig.for_model(base))).from_dict(config_dict, **kwargs)
+        layer_specs(config_dict["moefy"])
+        if base not in CONFIG_MAPPING:
+            raise MoefyError(
+                f"This transformers ({transformers.__version__}) has no model type {base!r}, which this config.json "
+                f"names as base_model_type; use a newer one, or correct it."
+            )
+        return config_class(CONFIG_MAPPING[base]).from_dict(config_dict, **kwargs)
+
+
+def layer_specs(record: Mapping[str, Any]) -> dict[str, LayerSpec]:
+    """The shapes of the converted FFNs by dotted name, from a config's `moefy`; MoefyError if they are damaged."""
+    layers = record.get("layers")
+    if not layers or not isinstance(layers, Mapping):
+        raise MoefyError("This config.json does not say how its FFNs were converted (moefy.layers); copy it again.")
+    return {name: _spec(name, spec) for name, spec in layers.items()}
+
+
+def _spec(name: str, stored: Any) -> LayerSpec:
+    kinds: dict[str, Any] = {"int": int, "bool": bool, "str": str, "str | None": (str, NoneType)}
+    known = {field.name: kinds[str(field.type)] for field in fields(LayerSpec)}
+    wrong = f"The config.json of this converted model is damaged or newer than this moefy, for {name} has"
+    given = stored if isinstance(stored, Mapping) else {}
+    for key, value in given.items():
+        if not isinstance(value, known.get(key, ())) or (isinstance(value, int) and value < 0):
+            raise MoefyError(f"{wrong} {key}: {value!r}; copy it again.")
+    try:
+        spec = LayerSpec(**given)
+    except TypeError:
+        raise MoefyError(f"{wrong} not all that it should ({', '.join(given) or 'nothing'}); copy it again.") from None
+    if spec.router not in (None, *ROUTERS) or spec.activation not in ACT2FN:
+        raise MoefyError(f"{wrong} the router {spec.router!r} and the activation {spec.activation!r}; copy it again.")
+    return spec
 
 
 @cache
@@ -120,15 +155,17 @@ def _release_pages(start: int, size: int) -> None:
 
 def mount_empty(model: PreTrainedModel) -> None:
     """Replace the dense FFNs of a fresh model by empty MoEFFNs of the shapes that its config names."""
-    layers = getattr(model.config, "moefy", {}).get("layers", {})
+    if moe_layers(model):
+        return  # transformers' generic heads make their body by its config's class: it has mounted its own
+    layers = layer_specs(getattr(model.config, "moefy", {}))
     for site in find_sites(model):
         # A model loaded without its head names its layers without the head's prefix.
         spec = layers.get(site.entry_name) or _by_suffix(layers, site.entry_name)
         if spec is not None:
-            site.mount(MoEFFN(LayerSpec(**spec), dtype=site.owner_dtype).requires_grad_(False))
+            site.mount(MoEFFN(spec, dtype=site.owner_dtype).requires_grad_(False))
 
 
-def _by_suffix(layers: Mapping[str, dict], name: str) -> dict | None:
+def _by_suffix(layers: Mapping[str, LayerSpec], name: str) -> LayerSpec | None:
     found = [spec for full, spec in layers.items() if full.endswith(f".{name}") or name.endswith(f".{full}")]
     return found[0] if len(found) == 1 else None
 

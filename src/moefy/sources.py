@@ -40,7 +40,7 @@ def load_source(source: str | os.PathLike[str], *, dtype: str = "auto", remote_c
     "auto" (as stored; GGUF gives float32), "float32", "bfloat16" or "float16".
     """
     name = os.fspath(source)
-    path = Path(name).expanduser()
+    path = local_path(name)
     with quiet_transformers():
         if path.is_file() and _is_gguf(path):
             model, tokenizer = _load_gguf(path, dtype)
@@ -56,6 +56,14 @@ def load_source(source: str | os.PathLike[str], *, dtype: str = "auto", remote_c
             model, tokenizer = _load_pretrained(name, dtype, remote_code)
     check_weights(model)
     return model.eval(), tokenizer
+
+
+def local_path(name: str | os.PathLike[str]) -> Path:
+    """A path as it was typed, with ~ for a home; MoefyError if it is nobody's."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:
+        raise MoefyError(f"There is no home directory for {os.fspath(name)!r}; write the path out.") from None
 
 
 def smollm2_gguf() -> Path:
@@ -168,7 +176,8 @@ def check_weights(model: nn.Module) -> None:
     """Raise MoefyError if a weight is NaN or infinite."""
     for name, weight in model.named_parameters():
         # The sum is NaN or infinite if any element is, and reads the memory once.
-        if weight.is_floating_point() and not weight.sum(dtype=torch.float64).isfinite():
+        stored = weight.is_floating_point() and weight.device.type != "meta"  # where a device_map left it on disk
+        if stored and not weight.sum(dtype=torch.float64).isfinite():
             raise MoefyError(f"The weight {name} holds NaN or infinite values; the checkpoint is broken.")
 
 
