@@ -183,7 +183,9 @@ moefy.save(test_checkpoint.converted(), sys.argv[1], overwrite=True)
 def test_killed_between_the_two_renames_of_an_overwrite_keeps_the_old(tmp_path):
     moefy.save(converted(), tmp_path / "out")
     (tmp_path / "out").rename(tmp_path / ".out.old")
-    (tmp_path / ".out.partial-1").mkdir()
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    (tmp_path / f".out.partial-{ended.pid}").mkdir()
     moefy.load(tmp_path / "out")
     moefy.save(converted(), tmp_path / "out", overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import errno
+import glob
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +36,27 @@ from moefy.types import MoefyError
 _COMPANIONS = ("preprocessor_config.json", "processor_config.json", "chat_template.jinja")
 
 
-def check_output(path: str | os.PathLike[str], overwrite: bool = False) -> Path:
-    """The output path, or a MoefyError if something is there that may not be replaced."""
-    out = Path(path).expanduser().absolute()
-    _recover(out)
-    if out.exists() and not overwrite:
-        raise MoefyError(f"{path} exists already; choose another output or say --overwrite.")
-    if out.exists() and not (out / "config.json").exists() and (not out.is_dir() or any(out.iterdir())):
-        raise MoefyError(f"{path} is not a model directory, so it will not be overwritten.")
+def check_output(
+    path: str | os.PathLike[str], overwrite: bool = False, source: str | os.PathLike[str] | None = None
+) -> Path:
+    """The directory to write, links followed. Nothing is left there by the check.
+
+    Raises MoefyError if something is there that may not be replaced, if it is or holds `source` (a path; other
+    names are not looked at), or if it cannot be written.
+    """
+    out = _place(path)
+    try:
+        _recover(out)
+        if source is not None and (origin := _place(source)).exists() and out in (origin, *origin.parents):
+            what = "is" if out == origin else "holds"
+            raise MoefyError(f"{path} {what} the source {source}, which would be lost; choose another output.")
+        if out.exists() and not overwrite:
+            raise MoefyError(f"{path} exists already; choose another output or say --overwrite.")
+        if out.exists() and not (out / "config.json").exists() and (not out.is_dir() or any(out.iterdir())):
+            raise MoefyError(f"{path} is not a model directory, so it will not be overwritten.")
+        _probe(out)
+    except OSError as error:
+        raise MoefyError(_why_not_written(error, out)) from None
     return out
 
 
@@ -63,21 +79,32 @@ def save(
     record = getattr(model.config, "moefy", None)
     if not record:
         raise MoefyError("This model is not converted, so there is nothing for moefy to save; convert it first.")
-    out = check_output(path, overwrite)
-    partial = out.parent / f".{out.name}.partial-{os.getpid()}"
+    out = check_output(path, overwrite, source)
+    with written(out) as folder:
+        _write(model, folder, tokenizer, source, figures, record)
+    return out
+
+
+@contextmanager
+def written(out: Path) -> Iterator[Path]:
+    """A new folder beside `out` that takes its place, whole, at the end of a with block; after an error it is gone.
+
+    Raises MoefyError if the disk is full or the folder cannot be written.
+    """
+    partial = _partial(out)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        for stale in out.parent.glob(f".{out.name}.partial-*"):
-            shutil.rmtree(stale)
+        for stale in out.parent.glob(f".{glob.escape(out.name)}.partial-*"):
+            if not _in_use(stale):
+                shutil.rmtree(stale)
         partial.mkdir()
-        _write(model, partial, tokenizer, source, figures, record)
+        yield partial
         _sync(partial)
         _rename(partial, out)
     except (OSError, SafetensorError) as error:
         raise MoefyError(_why_not_written(error, out)) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return out
 
 
 def load(path: str | os.PathLike[str], **options: Any) -> PreTrainedModel:
@@ -85,7 +112,7 @@ def load(path: str | os.PathLike[str], **options: Any) -> PreTrainedModel:
 
     Raises MoefyError if it is not a converted model, or if its config or its weights are damaged or incomplete.
     """
-    folder = local_path(path).absolute()
+    folder = _place(path)
     _recover(folder)
     if not folder.is_dir():
         raise MoefyError(f"There is no model directory {path}.")
@@ -163,6 +190,44 @@ def _write(
     (folder / "README.md").write_text(model_card(model, source, figures or {}), encoding="utf-8")
 
 
+def _place(path: str | os.PathLike[str]) -> Path:
+    """The absolute path behind a path as it was typed, links followed: what a rename has to replace."""
+    try:
+        return local_path(path).resolve()
+    except (RuntimeError, ValueError, OSError) as error:  # links in a circle, a zero byte
+        raise MoefyError(f"{os.fspath(path)!r} cannot be used as a path: {reason(error)}") from None
+
+
+def _partial(out: Path) -> Path:
+    """Where this process writes what becomes `out`."""
+    return out.parent / f".{out.name}.partial-{os.getpid()}"
+
+
+def _in_use(partial: Path) -> bool:
+    """Whether another living process writes there, by the number in its name."""
+    number = partial.name.rpartition("-")[2]
+    if not number.isdecimal() or int(number) == os.getpid():
+        return not number.isdecimal()
+    try:
+        os.kill(int(number), 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True  # another user's
+    return True
+
+
+def _probe(out: Path) -> None:
+    """Make what `written` will make and take it away again, the parents too; OSError if that is not possible."""
+    made = [folder for folder in out.parents if not folder.exists()]
+    try:
+        _partial(out).mkdir(parents=True, exist_ok=True)
+    finally:
+        for folder in (_partial(out), *made):
+            with suppress(OSError):
+                folder.rmdir()
+
+
 def _rename(partial: Path, out: Path) -> None:
     old = _old(out)
     if out.exists():
@@ -198,4 +263,5 @@ def _why_not_written(error: Exception, out: Path) -> str:
     text = str(error)
     if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in text or "os error 28" in text:
         return f"The disk is full: {out} was not written, and nothing is left of it; free some space and try again."
-    return f"{out} cannot be written: {text.splitlines()[0] if text else type(error).__name__}."
+    why = getattr(error, "strerror", None) or reason(error)
+    return f"{out} cannot be written: {why.rstrip('.')}; choose another output."

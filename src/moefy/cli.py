@@ -110,7 +110,7 @@ def convert(
         raise MoefyError(f"A conversion for {task} is calibrated on its data; name it with --calibration.")
     if task and target_loss is not None:
         raise MoefyError("A target loss is a rise of perplexity on text: give --calibration a text, without --task.")
-    checkpoint.check_output(output, overwrite)
+    checkpoint.check_output(output, overwrite, source)
     text = None if task else texts.read_text(calibration)
     if task:
         tasks.task_examples(task, calibration, 1)

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import copy
 import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from moefy.checkpoint import check_output, written
 from moefy.finetune import Progress, Schedule, Trained, finetune
 from moefy.sites import find_sites
 from moefy.sources import load_source, quiet_transformers
@@ -91,9 +91,7 @@ def relufy(
     `examples` are at most trained on, spread over the data. The state of the training lies beside `output`
     and is removed at its end; a call that was cut off, or stopped by `seconds`, goes on when it is repeated.
     """
-    out, found = Path(output).expanduser().absolute(), named(task)
-    if out.exists() and not (overwrite and (out / "config.json").exists()):
-        raise MoefyError(f"{output} exists already; choose another output or say --overwrite for a model directory.")
+    out, found = check_output(output, overwrite, source), named(task)
     rows = task_examples(found, data, examples)
     model, tokenizer = load_for_task(source, found, remote_code=remote_code)
     model = with_activation(model)
@@ -109,12 +107,6 @@ def relufy(
 
 def save_dense(model: Any, tokenizer: Any, out: Path) -> None:
     """Write an ordinary checkpoint: beside its place first, then renamed into it."""
-    partial = out.parent / f".{out.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with quiet_transformers():
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-    if out.exists():
-        shutil.rmtree(out)
-    partial.rename(out)
+    with written(out) as folder, quiet_transformers():
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
