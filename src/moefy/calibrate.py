@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -123,6 +124,40 @@ def check_batches(batches: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any
             if isinstance(value, Tensor) and value.is_floating_point() and not value.isfinite().all():
                 raise MoefyError(f"Calibration batch {i} has NaN or infinite values in {key!r}.")
     return checked
+
+
+def check_ids(model: Any, ids: Tensor | Sequence[int]) -> None:
+    """Raise MoefyError if token ids (of any shape) are beyond the rows of the model's embedding."""
+    embedding, found = _embedding(model), torch.as_tensor(ids)
+    if embedding is not None and found.numel() and int(found.max()) >= embedding.num_embeddings:
+        raise MoefyError(
+            f"The tokenizer gives the token {int(found.max())}, and the model's vocabulary has "
+            f"{embedding.num_embeddings}; use the tokenizer that belongs to the model, or enlarge the embedding "
+            f"(resize_token_embeddings)."
+        )
+
+
+@contextmanager
+def ids_checked(model: Any) -> Iterator[None]:
+    """`check_ids` for every batch that a model runs within a with block."""
+    embedding = _embedding(model)
+    if embedding is None:
+        yield
+        return
+    hook = embedding.register_forward_pre_hook(lambda _, args: check_ids(model, args[0]))
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _embedding(model: Any) -> nn.Embedding | None:
+    """The embedding of a model's tokens; None if it has no tokens."""
+    try:
+        found = model.get_input_embeddings()
+    except NotImplementedError:
+        return None
+    return found if isinstance(found, nn.Embedding) else None
 
 
 def without_cache(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:

@@ -35,7 +35,7 @@ def load_any(name: str, dtype: str, remote_code: bool) -> tuple[Any, Any]:
 
 
 def text_batches(model: Any, tokenizer: Any, text: str, window: int, windows: int) -> list[dict[str, Any]]:
-    from moefy.calibrate import text_calibration
+    from moefy.calibrate import check_ids, text_calibration
 
     if getattr(model, "main_input_name", "input_ids") != "input_ids":
         raise MoefyError(
@@ -46,7 +46,10 @@ def text_batches(model: Any, tokenizer: Any, text: str, window: int, windows: in
         raise MoefyError("This model has no tokenizer, so text cannot be fed to it; use moefy.convert from Python.")
     start = model.config.decoder_start_token_id if model.config.is_encoder_decoder else None
     window = min(window, positions(model) or window)
-    return text_calibration(tokenizer, text, window=window, windows=windows, decoder_start=start)
+    batches = text_calibration(tokenizer, text, window=window, windows=windows, decoder_start=start)
+    for batch in batches:
+        check_ids(model, batch["input_ids"])
+    return batches
 
 
 def positions(model: Any) -> int | None:

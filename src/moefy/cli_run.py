@@ -23,6 +23,7 @@ def generate(
     from transformers import TextStreamer
 
     from moefy import console
+    from moefy.calibrate import check_ids
 
     with console.status(f"Loading {model}"):
         loaded, tokenizer = load_any(model, dtype, trust_remote_code)
@@ -38,6 +39,7 @@ def generate(
     inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat)
     if inputs["input_ids"].shape[1] == 0:
         raise MoefyError("The prompt is empty; give some text to continue.")
+    check_ids(loaded, inputs["input_ids"])
     tokens = _room(loaded, inputs["input_ids"].shape[1], tokens)
     streamer = None if loaded.config.is_encoder_decoder else TextStreamer(tokenizer, skip_special_tokens=True)
     ids = loaded.generate(
@@ -65,6 +67,7 @@ def bench(
     """Time a model end to end: decode, prefill, batches, memory."""
     from moefy import console
     from moefy.bench import cases, compare
+    from moefy.calibrate import check_ids
     from moefy.evaluate import check_comparable
     from moefy.moe import moe_layers
     from moefy.texts import read_text
@@ -84,6 +87,8 @@ def bench(
             for layer in moe_layers(models["model int8"]).values():
                 layer.pack("int8")
         tokens = _bench_tokens(tokenizer, body) if tokenizer is not None else None
+    if tokens is not None:
+        check_ids(models["model"], tokens)
     with console.progress("Timing") as update:
         figures = compare(models, rounds, update, cases(models["model"], text=tokens))
     if as_json:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from moefy.calibrate import check_ids
 from moefy.checkpoint import check_output, written
 from moefy.finetune import Progress, Schedule, Trained, finetune
 from moefy.sites import find_sites
@@ -98,6 +99,7 @@ def relufy(
     schedule = Schedule(round(len(rows) * epochs), batch_size, rate, seed=seed)
     state = out.parent / f".{out.name}.training.safetensors"
     features = found.encode(model, tokenizer, rows)
+    check_ids(model, [i for feature in features for i in feature["input_ids"]])
     trained = finetune(model, features, pad_id(tokenizer), schedule, state=state, seconds=seconds, progress=progress)
     if trained.done:
         save_dense(model, tokenizer, out)

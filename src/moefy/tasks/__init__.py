@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moefy.calibrate import spread
+from moefy.calibrate import check_ids, ids_checked, spread
 from moefy.tasks.base import Progress, Task, by_length, collate, head_of, pad_id
 from moefy.tasks.choice import ARC, PIQA, RACE
 from moefy.tasks.classification import MNLI, MRPC, RTE, SST2, Classification
@@ -54,7 +54,8 @@ def evaluate_task(
     """A model's figures on a task, each between 0 and 1, the main one first."""
     _needs_tokenizer(tokenizer)
     examples = task_examples(task, data, limit)
-    return named(task).evaluate(model, tokenizer, examples, progress)
+    with ids_checked(model):
+        return named(task).evaluate(model, tokenizer, examples, progress)
 
 
 def task_calibration(
@@ -93,6 +94,7 @@ def task_batches(
     mean = max(1.0, sum(len(f["input_ids"]) for f in some) / len(some))
     chosen = spread(examples, max(2, round(tokens / mean)))
     features = found.encode(model, tokenizer, chosen)
+    check_ids(model, [i for feature in features for i in feature["input_ids"]])
     classes = isinstance(found, Classification)
     pad, batches, marks = pad_id(tokenizer), [], []
     for indices in by_length([len(f["input_ids"]) for f in features], batch_tokens):
