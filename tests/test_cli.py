@@ -150,8 +150,10 @@ MISTAKES = {
     ),
     "target of a task": (
         ["convert", "good", "out", "--target-loss", "0.1", "--task", "t2t", "--calibration", "t2t.txt"],
-        "without --task",
+        "no --task",
     ),
+    "target that is no number": (["convert", "good", "out", "--target-loss", "nan"], "above 0"),
+    "target and share": (["convert", "good", "out", "--target-loss", "0.1", "--active", "0.5"], "leave out --active"),
     "active too large": (["convert", "good", "out", "--active", "9"], "9 active experts"),
     "indivisible": (["convert", "good", "out", "--experts", "7", "--window", "32"], "7 experts do not divide"),
     "no such recipe": (["convert", "good", "out", "--recipe", "dish"], "no recipe 'dish'"),

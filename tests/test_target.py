@@ -1,10 +1,14 @@
 """The smallest budget that keeps a promise, and what a user's words mean."""
 
+import copy
+import math
+
 import pytest
 import torch
 
 import moefy
 import tiny
+from moefy import target
 from moefy.evaluate import perplexity
 from moefy.recipe import DEFAULT, Recipe
 from moefy.target import LARGEST, TRIALS, smallest_budget, split_held_out
@@ -52,6 +56,25 @@ def test_the_target_is_kept_and_less_would_not_be_found_to_keep_it(model):
     assert 1 <= len(trials) <= TRIALS
 
 
+@pytest.mark.parametrize(("recipe", "size", "trials"), [("reconstructed", 8, 1), ("slim", 1, TRIALS)])
+def test_a_target_that_every_budget_keeps_gives_the_least_that_can_be_cut(model, recipe, size, trials):
+    kept, held_out = split_held_out(batches())
+    recipe = Recipe.of(recipe, expert_size=size)
+    _, report, tried = smallest_budget(model, recipe, kept, held_out, 1e6)
+    assert report.recipe.allocation == recipe.allocation
+    assert report.recipe.budget == tried[-1].budget == min(t.budget for t in tried)
+    assert len(tried) == trials
+    if trials < TRIALS:
+        with pytest.raises(moefy.MoefyError, match="less than one of 6 experts"):
+            moefy.convert(copy.deepcopy(model), Recipe.of(recipe, budget=tried[-1].budget - 2e-3), kept)
+
+
+def test_a_recipe_that_fits_at_no_budget_is_refused_before_anything_is_measured(model, monkeypatch):
+    monkeypatch.setattr(target, "measure", None)
+    with pytest.raises(moefy.MoefyError, match="7 neurons an expert do not divide"):
+        smallest_budget(model, Recipe.of(DEFAULT, expert_size=7), batches(), counting(2), 0.1)
+
+
 def test_a_target_that_no_budget_keeps_is_a_sentence(model):
     kept, held_out = split_held_out(batches())
     with pytest.raises(moefy.MoefyError, match="keeps perplexity within"):
@@ -68,10 +91,10 @@ def test_held_out_windows_are_not_calibrated_on():
         split_held_out(made[:5])
 
 
-@pytest.mark.parametrize("target", [0, -0.1])
-def test_a_target_of_nothing_is_refused(model, target):
+@pytest.mark.parametrize("rise", [0, -0.1, math.nan, math.inf])
+def test_a_target_of_nothing_is_refused(model, rise):
     with pytest.raises(moefy.MoefyError, match="above 0"):
-        smallest_budget(model, Recipe.of(DEFAULT), batches(), counting(2), target)
+        smallest_budget(model, Recipe.of(DEFAULT), batches(), counting(2), rise)
 
 
 def test_a_recipe_without_a_budget_and_a_converted_model_are_refused(model):

@@ -108,8 +108,12 @@ def convert(
         windows = 48 if wanted.refit else 16
     if task and calibration == BUILTIN:
         raise MoefyError(f"A conversion for {task} is calibrated on its data; name it with --calibration.")
-    if task and target_loss is not None:
-        raise MoefyError("A target loss is a rise of perplexity on text: give --calibration a text, without --task.")
+    if target_loss is not None:
+        target.check_target(target_loss)
+        if task:
+            raise MoefyError("A target loss is a rise of perplexity on text: give --calibration a text, no --task.")
+        if active is not None:
+            raise MoefyError("--target-loss finds the share that runs; leave out --active, or --target-loss.")
     checkpoint.check_output(output, overwrite, source)
     text = None if task else texts.read_text(calibration)
     if task:

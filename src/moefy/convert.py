@@ -131,7 +131,7 @@ def convert(
             step = (lambda i, of, name: progress(i, of + len(sites), f"measuring {name}")) if progress else None
             sensitivity = sensitivity or measure(model, sites, batches, hold_bytes, recipe.chunk_tokens, step)
             shares = allocate(sensitivity.curves, recipe.budget)
-            specs = {n: recipe.layer_specs(s.read(), n, shares[n]) for n, s in sites.items()}
+            specs = planned_specs(sites, recipe, shares)
             report.predicted_loss = sensitivity.predicted_loss(shares)
         metrics = sensitivity.metrics if planned and sensitivity else {}
         residuals = find_residuals(model, sites, batches[0]) if recipe.repair else {}
@@ -151,6 +151,17 @@ def check_dense(model: nn.Module) -> None:
     """MoefyError if moefy has converted the model already."""
     if getattr(model.config, "moefy", None):
         raise MoefyError("This model is converted already; start from the dense model it came from.")
+
+
+def planned_specs(
+    sites: Mapping[str, Site], recipe: Recipe, shares: Mapping[str, float] | None = None
+) -> dict[str, list[LayerSpec]]:
+    """The shapes that each FFN may get, by name, at its own share of the budget if `shares` gives one.
+
+    MoefyError if the recipe fits one of them not.
+    """
+    shares = shares or {}
+    return {name: recipe.layer_specs(site.read(), name, shares.get(name)) for name, site in sites.items()}
 
 
 def _checked_specs(site: Site, recipe: Recipe) -> list[LayerSpec]:

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from moefy.budgets import Sensitivity, allocate, measure
-from moefy.convert import Report, check_dense, convert
+from moefy.convert import Report, check_dense, convert, planned_specs
 from moefy.evaluate import is_causal_lm, perplexity
 from moefy.moe import realised_fraction, usage
 from moefy.recipe import Recipe
-from moefy.sites import find_sites
+from moefy.sites import Site, find_sites
 from moefy.types import MoefyError
 
 # Conversions at most, and how near the smallest budget the search stops.
@@ -53,39 +53,72 @@ def smallest_budget(
     """
     if not is_causal_lm(model):
         raise MoefyError(f"A target loss needs a causal language model, and this is a {type(model).__name__}.")
-    if target <= 0:
-        raise MoefyError(f"A target loss is a rise of perplexity above 0, such as 0.05 for 5 %, and not {target}.")
+    check_target(target)
     if recipe.budget is None:
         raise MoefyError(f"A target loss needs a recipe with a budget, such as reconstructed; {recipe.name} has none.")
     check_dense(model)
-    recipe = Recipe.of(recipe, allocation="sensitivity")
     sites = {site.entry_name: site for site in find_sites(model)}
-    found = measure(model, sites, batches, hold_bytes, recipe.chunk_tokens, progress)
+    _fit(sites, Recipe.of(recipe, budget=LARGEST), None)  # what does not fit at all is refused before it is measured
+    found = None
+    if recipe.allocation == "sensitivity":
+        found = measure(model, sites, batches, hold_bytes, recipe.chunk_tokens, progress)
+    least = _least_budget(sites, recipe, found)
     dense = perplexity(model, held_out, prefix).perplexity
     low, high, scale = 0.0, 1.0, FIRST_GUESS
     best: tuple[Any, Report] | None = None
     trials: list[Trial] = []
-    while len(trials) < TRIALS and high - low > NEAR and low < LARGEST:
-        budget = _predicted_budget(found, math.log1p(target) / scale)
-        budget = min(LARGEST, budget if low < budget < high else (low + high) / 2)
+    while len(trials) < TRIALS and high - low > NEAR and low < LARGEST and high > least:
+        predicted = _predicted_budget(found, math.log1p(target) / scale) if found else high
+        budget = predicted if low < predicted < high else (low + high) / 2
+        budget = max(least, min(LARGEST, budget))
         copied, wanted = copy.deepcopy(model), Recipe.of(recipe, budget=budget)
         step = _named(progress, len(trials), budget)
         report = convert(copied, wanted, batches, hold_bytes=hold_bytes, progress=step, sensitivity=found)
         with usage(copied) as counted:
             loss = math.log(perplexity(copied, held_out, prefix).perplexity / dense)
         trials.append(Trial(budget, realised_fraction(copied, counted), math.expm1(loss)))
-        scale = max(loss, 1e-4) / max(found.predicted_loss(allocate(found.curves, budget)), 1e-9)
+        if found:
+            scale = max(loss, 1e-4) / max(found.predicted_loss(allocate(found.curves, budget)), 1e-9)
         if trials[-1].rise <= target:
             high, best = budget, (copied, report)
         else:
             low = budget
     if best is None:
-        least = min(trials, key=lambda t: t.rise)
+        nearest = min(trials, key=lambda t: t.rise)
         raise MoefyError(
             f"No budget up to {LARGEST} keeps perplexity within {target:.1%} of the dense model's on the held-out text "
-            f"(the nearest, {least.budget:.2f}, is {least.rise:.1%} above); raise the target or calibrate on more text."
+            f"(the nearest, {nearest.budget:.2f}, is {nearest.rise:.1%} above); raise the target or calibrate on more "
+            f"text."
         )
     return *best, trials
+
+
+def check_target(target: float) -> None:
+    """MoefyError if `target` is no rise of perplexity to search for."""
+    if not 0 < target < math.inf:
+        raise MoefyError(f"A target loss is a rise of perplexity above 0, such as 0.05 for 5 %, and not {target}.")
+
+
+def _least_budget(sites: Mapping[str, Site], recipe: Recipe, found: Sensitivity | None) -> float:
+    """The least budget, to a thousandth, at which every FFN can be cut; MoefyError if LARGEST is too little."""
+    _fit(sites, Recipe.of(recipe, budget=LARGEST), found)
+    low, high = 0.0, LARGEST
+    while high - low > 1e-3:
+        middle = (low + high) / 2
+        try:
+            _fit(sites, Recipe.of(recipe, budget=middle), found)
+            high = middle
+        except MoefyError:
+            low = middle
+    return high
+
+
+def _fit(sites: Mapping[str, Site], recipe: Recipe, found: Sensitivity | None) -> None:
+    """MoefyError if `convert` would refuse the recipe's budget."""
+    assert recipe.budget is not None
+    planned_specs(sites, recipe)
+    if found:
+        planned_specs(sites, recipe, allocate(found.curves, recipe.budget))
 
 
 def _predicted_budget(found: Sensitivity, loss: float) -> float:
