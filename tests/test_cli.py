@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers as tf
 
 import tiny
 from moefy.cli import main
@@ -48,6 +49,21 @@ def test_eval_prints_every_figure(dense, converted):
     table = moefy("eval", converted, "--window", 32, "--windows", 3).stdout
     assert "perplexity" in table
     assert "3 windows of 32 tokens" in table
+
+
+@pytest.mark.parametrize(
+    ("neurons", "options", "sentence"),
+    [
+        (100, ["--active", "0.5"], "Experts of 8 neurons do not divide this model's FFNs: they are of 10."),
+        (48, ["--expert-size", "1", "--router", "mlp", "--active", "0.5"], "more work than the dense one"),
+    ],
+)
+def test_what_nobody_asked_for_is_said(neurons, options, sentence, tmp_path):
+    tiny._decoder(tf.LlamaConfig, tf.LlamaForCausalLM, intermediate_size=neurons).save_pretrained(tmp_path / "dense")
+    pydoc_tokenizer().save_pretrained(tmp_path / "dense")
+    done = moefy("convert", tmp_path / "dense", tmp_path / "out", *options, "--window", 32, "--windows", 4)
+    assert done.returncode == 0, done.stderr
+    assert sentence in " ".join(done.stderr.split())
 
 
 def test_generate_continues_the_prompt(converted):
@@ -142,7 +158,13 @@ MISTAKES = {
     "cut gzip": (["convert", "good", "out", "--calibration", "cut.txt.gz"], "cannot be read"),
     "short text": (["convert", "good", "out", "--calibration", "short.txt"], "shorter than a window"),
     "missing text": (["convert", "good", "out", "--calibration", "nowhere.txt"], "no text file 'nowhere.txt'"),
-    "budget above one": (["convert", "good", "out", "--active", "1.5"], "budget"),
+    "share above one": (["convert", "good", "out", "--active", "1.5"], "neither a share"),
+    "share that is no number": (["convert", "good", "out", "--active", "50%"], "takes a share such as 0.5"),
+    "shared that is no number": (["convert", "good", "out", "--shared", "x"], "--shared takes a share such as 0.5"),
+    "memory that is no size": (["convert", "good", "out", "--memory", "nan"], "--memory takes GiB"),
+    "no windows": (["convert", "good", "out", "--task", "t2t", "--windows", "0"], "--windows"),
+    "eval of no windows": (["eval", "good", "--windows", "0"], "--windows"),
+    "study of windows of nothing": (["inspect", "good", "out", "--window", "0"], "--window"),
     "target below nothing": (["convert", "good", "out", "--target-loss", "-1", "--window", "32"], "above 0"),
     "too little to hold out": (
         ["convert", "good", "out", "--target-loss", "0.1", "--windows", "3", "--window", "32"],

@@ -334,6 +334,13 @@ def test_on_the_command_line(dense, tmp_path):
     assert again.stdout == first.stdout
 
 
+def test_what_is_left_out_is_said_once(dense, tmp_path):
+    arguments = ["compare", str(dense), str(tmp_path / "out"), "--recipes", "cmoe", "--active", "0.6", "--seeds", "2"]
+    done = CliRunner().invoke(app, [*arguments, "--rounds", "0", "--window", "32", "--windows", "2"])
+    assert done.exit_code == 0, done.output
+    assert " ".join(done.stderr.split()).count("cmoe at 60% is left out: 64 experts do not divide") == 1
+
+
 def test_calibration_and_measurement_share_no_words(dense, tmp_path):
     from moefy.cli_compare import _bodies
 
@@ -356,6 +363,7 @@ MISTAKES = {
     "not finite": (["--active", "nan"], "nan is not a share"),
     "text": (["--text", "nowhere.txt"], "no text file 'nowhere.txt'"),
     "seeds": (["--seeds", "0"], "--seeds"),
+    "window": (["--window", "-1"], "--window"),
 }
 
 

@@ -24,6 +24,7 @@ ORDER = [
     "hf",
     "slim",
     "recipe",
+    "wanted",
     "residuals",
     "one_pass",
     "sensitivity",

@@ -56,7 +56,9 @@ def test_the_target_is_kept_and_less_would_not_be_found_to_keep_it(model):
     assert 1 <= len(trials) <= TRIALS
 
 
-@pytest.mark.parametrize(("recipe", "size", "trials"), [("reconstructed", 8, 1), ("slim", 1, TRIALS)])
+@pytest.mark.parametrize(
+    ("recipe", "size", "trials"), [("reconstructed", 8, 1), ("slim", 1, TRIALS), ("shared-only", 2, 5)]
+)
 def test_a_target_that_every_budget_keeps_gives_the_least_that_can_be_cut(model, recipe, size, trials):
     kept, held_out = split_held_out(batches())
     recipe = Recipe.of(recipe, expert_size=size)
@@ -109,18 +111,3 @@ def test_a_recipe_without_a_budget_and_a_converted_model_are_refused(model):
 def test_a_model_without_perplexity_is_refused():
     with pytest.raises(moefy.MoefyError, match="causal language model"):
         smallest_budget(tiny.tiny("bert"), Recipe.of(DEFAULT), batches(), counting(2), 0.1)
-
-
-def test_what_words_mean():
-    assert Recipe.chosen(None).name == DEFAULT
-    assert Recipe.chosen(None, active=0.6).budget == 0.6
-    assert Recipe.chosen(None, seed=3).name == DEFAULT
-    assert Recipe.chosen("slim", active=0.25).budget == 0.25
-    assert Recipe.chosen(None, experts=16, shared=2, active=2).name == "cmoe"
-    assert Recipe.chosen(None, router="linear").name == "cmoe"
-    assert Recipe.chosen(None, active=2).active == 2
-    assert Recipe.chosen("moefication", active=0.3).active == 0.3
-    with pytest.raises(moefy.MoefyError, match="takes a share"):
-        Recipe.chosen("reconstructed", active=3)
-    with pytest.raises(moefy.MoefyError, match="budget"):
-        Recipe.chosen(None, active=1.5)

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from moefy import cli_compare, cli_run, cli_tasks
-from moefy.cli_common import Calibration, Dtype, RemoteCode, TaskName, load_any, text_batches
+from moefy.cli_common import Calibration, Dtype, RemoteCode, TaskName, gibibytes, load_any, number, text_batches
 from moefy.texts import BUILTIN
 from moefy.types import MoefyError
 from moefy.version import __version__
@@ -61,8 +61,8 @@ def convert(
     active: Annotated[
         str | None,
         typer.Option(
-            help="0.5: the share of FFN multiply-adds that run, router included (0.75 by default). Where a recipe "
-            "counts experts: how many routed ones run for each token, or their share of all."
+            help="0.5: the share of the FFNs' multiply-adds that runs, by any recipe (0.75 by default). 2: so many "
+            "routed experts for each token, where the recipe counts them. 1 is one expert there, elsewhere the whole."
         ),
     ] = None,
     target_loss: Annotated[
@@ -77,9 +77,10 @@ def convert(
     seed: Annotated[int | None, typer.Option(help="Of all that is random.")] = None,
     calibration: Calibration = "pydoc",
     task: TaskName = None,
-    window: Annotated[int, typer.Option(help="Tokens in a calibration window.")] = 1024,
+    window: Annotated[int, typer.Option(min=1, help="Tokens in a calibration window.")] = 1024,
     windows: Annotated[
-        int | None, typer.Option(help="Calibration windows at most; by default 48 where a recipe refits, else 16.")
+        int | None,
+        typer.Option(min=1, help="Calibration windows at most; by default 48 where a recipe refits, else 16."),
     ] = None,
     memory: Annotated[float, typer.Option(help="GiB of activations to hold between layers; more goes to disk.")] = 1.0,
     dtype: Dtype = "auto",
@@ -90,20 +91,21 @@ def convert(
     from moefy import checkpoint, console, slim, target, tasks, texts
     from moefy.calibrate import special_prefix
     from moefy.convert import convert as convert_model
-    from moefy.recipe import Recipe
     from moefy.sources import load_source
+    from moefy.wanted import chosen
 
+    hold = gibibytes("--memory", memory)
     changes = {
         "experts": experts,
         "expert_size": expert_size,
-        "shared": _number(shared),
-        "active": _number(active),
+        "shared": number("--shared", shared),
+        "active": number("--active", active),
         "construction": construction,
         "router": router,
         "refit": refit,
         "seed": seed,
     }
-    wanted = Recipe.chosen(recipe, **{k: v for k, v in changes.items() if v is not None})
+    wanted = chosen(recipe, **{k: v for k, v in changes.items() if v is not None})
     if windows is None:
         windows = 48 if wanted.refit else 16
     if task and calibration == BUILTIN:
@@ -127,16 +129,17 @@ def convert(
     trials: list[target.Trial] = []
     with console.progress("Converting layers") as update:
         if target_loss is None:
-            report = convert_model(model, wanted, batches, hold_bytes=int(memory * 2**30), progress=update)
+            report = convert_model(model, wanted, batches, hold_bytes=hold, progress=update)
         else:
             kept, held_out = target.split_held_out(batches)
             model, report, trials = target.smallest_budget(
                 model, wanted, kept, held_out, target_loss,
-                prefix=len(special_prefix(tokenizer)), hold_bytes=int(memory * 2**30), progress=update,
+                prefix=len(special_prefix(tokenizer)), hold_bytes=hold, progress=update,
             )  # fmt: skip
     with console.status(f"Saving {output}"):
         checkpoint.save(model, output, tokenizer, overwrite=overwrite, source=source)
     _show_conversion(output, report, trials)
+    _say_surprises(wanted, report)
     if wanted.slim:
         note = slim.summary(model.config.moefy)["output_bias"]
         console.out.print(f"{output} is an ordinary model of its architecture. {note}")
@@ -152,8 +155,8 @@ def evaluate(
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Examples at most, spread over the data.")] = None,
     against: Annotated[str | None, typer.Option(help="A dense model to measure beside it.")] = None,
-    window: Annotated[int, typer.Option(help="Tokens in a window.")] = 1024,
-    windows: Annotated[int, typer.Option(help="Windows at most.")] = 12,
+    window: Annotated[int, typer.Option(min=1, help="Tokens in a window.")] = 1024,
+    windows: Annotated[int, typer.Option(min=1, help="Windows at most.")] = 12,
     dtype: Dtype = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
     trust_remote_code: RemoteCode = False,
@@ -193,15 +196,16 @@ app.command()(cli_run.bench)
 def demo(
     output: Annotated[Path | None, typer.Option(help="Keep the converted model here.")] = None,
     recipe: Annotated[str | None, typer.Option(help="A recipe's name or a YAML file.")] = None,
-    active: Annotated[float, typer.Option(help="Share of FFN multiply-adds, where the recipe takes one.")] = 0.75,
-    windows: Annotated[int, typer.Option(help="Windows of 1,024 tokens to measure on.")] = 6,
+    active: Annotated[
+        float | None, typer.Option(help="Share of the FFNs' multiply-adds; by default the recipe's own, 0.75.")
+    ] = None,
+    windows: Annotated[int, typer.Option(min=1, help="Windows of 1,024 tokens to measure on.")] = 6,
 ) -> None:
     """Convert SmolLM2-135M on text that ships with Python, reload it from disk and measure it."""
     from moefy.demo import run
-    from moefy.recipe import Recipe
+    from moefy.wanted import chosen
 
-    chosen = Recipe.chosen(recipe)
-    run(output, Recipe.of(chosen, budget=active) if chosen.budget else chosen, windows)
+    run(output, chosen(recipe, **({} if active is None else {"active": active})), windows)
 
 
 def _show_conversion(output: Path, report: Any, trials: list[Any]) -> None:
@@ -226,6 +230,22 @@ def _show_conversion(output: Path, report: Any, trials: list[Any]) -> None:
     console.table(f"{output}", ["", ""], rows)
 
 
+def _say_surprises(wanted: Any, report: Any) -> None:
+    """What nobody asked for, on standard error: experts of another size, and more work than the dense model's."""
+    from moefy import console
+
+    if report.recipe.expert_size != wanted.expert_size:
+        console.err.print(
+            f"Experts of {wanted.expert_size} neurons do not divide this model's FFNs: they are of "
+            f"{report.recipe.expert_size}. Choose another size with --expert-size."
+        )
+    if report.active_fraction > 1:
+        console.err.print(
+            "This model does more work than the dense one: the routers cost more than they save. Use larger experts "
+            "(--expert-size) or another --router."
+        )
+
+
 def _share_rows(layers: list[Any]) -> list[list[str]]:
     """What each layer got of the budget, if not all the same: the least, the most, and those left dense."""
     least, most = (f(layers, key=lambda x: x.active_fraction) for f in (min, max))
@@ -247,14 +267,6 @@ def _routing_rows(layers: list[Any]) -> list[list[str]]:
         ["chosen experts that are the ground truth's", f"{overlap:.1%}"],
         ["seconds a layer, at most", f"{max(x.seconds for x in layers):.1f}"],
     ]
-
-
-def _number(text: str | None) -> int | float | str | None:
-    """A count if it is written as one, a share if it has a decimal point; anything else is for the recipe to refuse."""
-    try:
-        return None if text is None else float(text) if "." in text else int(text)
-    except ValueError:
-        return text
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any
 
 import typer
@@ -59,3 +60,22 @@ def positions(model: Any) -> int | None:
     # RoBERTa counts positions from its padding token's id on, so two of its positions are never used.
     offset = 2 if "roberta" in getattr(model.config, "base_model_type", config.model_type) else 0
     return longest and longest - offset
+
+
+def number(option: str, text: str | None) -> int | float | None:
+    """What an option that takes a count or a share was given: an int where it is written as one, else a float."""
+    if text is None:
+        return None
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    raise MoefyError(f"{option} takes a share such as 0.5 or a count such as 3, and not {text!r}.")
+
+
+def gibibytes(option: str, size: float) -> int:
+    """The bytes of an option in GiB; MoefyError if it is no size."""
+    if not 0 <= size < math.inf:
+        raise MoefyError(f"{option} takes GiB, 0 or more, such as 1.5, and not {size}.")
+    return int(size * 2**30)

@@ -34,7 +34,7 @@ def compare(
     seeds: Annotated[int, typer.Option(min=1, help="Conversions of each kind.")] = 3,
     windows: Annotated[int, typer.Option(min=1, help="Windows of each text to measure on, at most.")] = 12,
     calibration_windows: Annotated[int, typer.Option(min=1, help="Windows that a seed is calibrated on.")] = 16,
-    window: Annotated[int, typer.Option(help="Tokens in a window.")] = 1024,
+    window: Annotated[int, typer.Option(min=1, help="Tokens in a window.")] = 1024,
     rounds: Annotated[int, typer.Option(min=0, help="Rounds of timing beside the dense model; 0: no timing.")] = 3,
     dtype: Dtype = "auto",
     trust_remote_code: RemoteCode = False,
@@ -66,6 +66,9 @@ def compare(
     used = comparison.settings(dense, data, rounds, name)
     made = compare_page.write(used, base, done, output / "compare.html")
     print(compare_page.markdown(base, done))
+    left_out = [f"{x['recipe']} at {x['active']:.0%} is left out: {x['skipped']}" for x in done if "skipped" in x]
+    for sentence in dict.fromkeys(left_out):  # a seed changes nothing of it
+        console.err.print(sentence)
     console.out.print(f"Wrote {lines} and {made}.")
 
 

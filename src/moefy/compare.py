@@ -29,14 +29,13 @@ from moefy.routers import ROUTERS
 from moefy.sites import find_sites
 from moefy.slim import ordinary
 from moefy.types import MoefyError
+from moefy.wanted import at_share
 
 Progress = Callable[[int, int], None]
 
 #: "NAME:ROUTER" is the recipe NAME with another router, "NAME:control" the same without routing.
 DEFAULT_RECIPES = ("cmoe", "moefication", "shared-only", "slim", f"{DEFAULT}:control", DEFAULT, f"{DEFAULT}:oracle")
 DEFAULT_ACTIVE = (0.75, 0.5, 0.25)
-# Neurons of an expert of the control, which is never routed: fine enough for any fraction.
-_FINE = 8
 _HOLD_BYTES = 1 << 30
 
 
@@ -88,21 +87,8 @@ def plan(recipes: Sequence[str], active: Sequence[float], seeds: int) -> list[Ru
 
 
 def recipe_at(name: str, active: float, seed: int = 0) -> Recipe:
-    """The recipe `name` ("NAME", "NAME:ROUTER", "NAME:control" or a YAML file) at an active fraction.
-
-    A recipe with a budget gets that budget; one with shared experts as many shared as active ones, as CMoE's
-    S3A3E8; any other that share of active experts.
-    """
-    recipe = _base(name)
-    if recipe.construction == "shared_only":
-        size = recipe.expert_size or _FINE
-        return Recipe.of(recipe, name=name, seed=seed, budget=active, expert_size=size)
-    if recipe.budget is not None:
-        return Recipe.of(recipe, name=name, seed=seed, budget=active)
-    if recipe.shared:
-        half, experts = _halves(active)
-        return Recipe.of(recipe, name=name, seed=seed, experts=experts, shared=half, active=half)
-    return Recipe.of(recipe, name=name, seed=seed, active=float(active), shared=0)
+    """The recipe `name` ("NAME", "NAME:ROUTER", "NAME:control" or a YAML file) at an active fraction."""
+    return Recipe.of(at_share(_base(name), active), name=name, seed=seed)
 
 
 def _base(name: str) -> Recipe:
@@ -110,15 +96,6 @@ def _base(name: str) -> Recipe:
     if not colon or (name not in RECIPES and Path(name).is_file()):
         return Recipe.of(name)
     return Recipe.of(base).control() if router == "control" else Recipe.of(base, router=router)
-
-
-def _halves(active: float) -> tuple[int, int]:
-    """(H, E): H shared and H active experts of the least E, of 8 to 64, at which 2·H / E is the fraction to 1 %."""
-    for experts in (8, 16, 32, 64):
-        half = round(active * experts / 2)
-        if half > 1 and abs(2 * half / experts - active) <= 0.01:
-            return half, experts
-    return max(1, round(active * 32)), 64
 
 
 @torch.no_grad()

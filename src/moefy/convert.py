@@ -117,6 +117,7 @@ def convert(
     recipe, batches = Recipe.of(recipe), check_batches(calibration)
     check_dense(model)
     sites = {site.entry_name: site for site in find_sites(model)}
+    recipe = recipe.fitting(site.read().neurons for site in sites.values())
     specs = {name: _checked_specs(site, recipe) for name, site in sites.items()}
     if recipe.slim:
         slim.config_sizes(model, {name: spec for name, (spec,) in specs.items()})  # refused now, not when it is saved

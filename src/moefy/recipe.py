@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -49,7 +50,7 @@ class Recipe(BaseModel):
     most_active: float = Field(3.0, ge=1, description="selection by threshold: most experts of a token over the mean")
     slim: bool = Field(False, description="save an ordinary model with only the shared neurons, whole blocks of 32")
     top_activated: int = Field(10, ge=1, description="CMoE's K_a: neurons marked per token")
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, le=2**62)  # torch takes 64 bits, and each layer adds its number
     chunk_tokens: int = Field(1024, ge=1, description="tokens worked on at a time")
 
     @field_validator("construction")
@@ -113,9 +114,19 @@ class Recipe(BaseModel):
         if self.construction == "shared_only" or within == experts:
             return within, 0
         shared = int(share * within)
-        # A linear router costs D multiply-adds an expert; a neuron costs 3·D with a gate and 2·D without.
+        # The router in experts: a neuron costs 3·D multiply-adds with a gate and 2·D without.
         size = ffn.neurons // experts
-        router = (experts - shared) / (size * (2 if ffn.gate is None else 3))
+        spec = LayerSpec(
+            width=ffn.width,
+            shared=shared * size,
+            experts=experts - shared,
+            expert_size=size,
+            top_k=1,
+            router=self.router,
+            activation=ffn.activation,
+            gated=ffn.gate is not None,
+        )
+        router = ROUTERS[self.router].planned_multiply_adds(spec) / (size * ffn.width * (2 if ffn.gate is None else 3))
         active = int(budget * experts - shared - router)
         if active < 1 and self.allocation == "sensitivity":
             return within, 0  # a layer that gets too little to route keeps what is shared
@@ -129,6 +140,8 @@ class Recipe(BaseModel):
     def counts(self, experts: int) -> tuple[int, int]:
         """How many of an FFN's experts are shared and how many of the others active; ValueError if they do not fit."""
         shared, active = (_count(value, experts) for value in (self.shared, self.active))
+        if shared + active == 0:
+            raise ValueError("no expert is shared and none active, so nothing would run; give more")
         if shared > experts:
             raise ValueError(f"{shared} shared experts of {experts} in all; share fewer")
         if active > experts - shared:
@@ -154,10 +167,9 @@ class Recipe(BaseModel):
         if self.expert_size:
             parts, unit = self.expert_size, "neurons an expert"
         if ffn.neurons % parts:
-            raise MoefyError(
-                f"{parts} {unit} do not divide the {ffn.neurons} neurons of {site}; "
-                f"the nearest counts that do are {_nearest_divisors(ffn.neurons, parts)}."
-            )
+            option = "--expert-size" if self.expert_size else "--experts"
+            way_out = _way_out(ffn.neurons, parts, option)
+            raise MoefyError(f"{parts} {unit} do not divide the {ffn.neurons} neurons of {site}{way_out}.")
         size = self.expert_size or ffn.neurons // parts
         try:
             count, budget = ffn.neurons // size, budget or self.budget
@@ -186,6 +198,18 @@ class Recipe(BaseModel):
             activate_up=ffn.activate_up,
         )
         return slim_spec(spec, site) if self.slim else spec
+
+    def fitting(self, neurons: Iterable[int]) -> Recipe:
+        """The recipe for FFNs of so many neurons: a named recipe's own expert size gives way to the nearest that fits.
+
+        That is one from half to twice the size, or any smaller one if nothing is routed. A size that was chosen stays.
+        """
+        size, common = self.expert_size, math.gcd(*neurons)
+        if size is None or common % size == 0 or size != _own_size(self.name):
+            return self
+        least = 1 if self.construction == "shared_only" else size / 2
+        near = [n for n in _divisors(common) if least <= n <= 2 * size]
+        return self.model_copy(update={"expert_size": min(near, key=lambda n: abs(n - size))}) if near else self
 
     def control(self) -> Recipe:
         """The control at the same active fraction: as many neurons, always the same ones, no router."""
@@ -218,20 +242,6 @@ class Recipe(BaseModel):
             raise MoefyError(f"The recipe is not valid: {_sentence(error)}.") from None
 
     @classmethod
-    def chosen(cls, recipe: str | None, **changes: Any) -> Recipe:
-        """The recipe that a user's words mean: the default is the best one, and CMoE for who counts experts.
-
-        A share for `active` is the whole budget in a recipe that has one.
-        """
-        counted = any(isinstance(changes.get(k), int) for k in ("experts", "active")) or changes.keys() & _COUNTING
-        base = cls.of(recipe or ("cmoe" if counted else DEFAULT))
-        if base.budget is not None and "active" in changes:
-            changes["budget"] = changes.pop("active")
-            if isinstance(changes["budget"], int):
-                raise MoefyError(f"The recipe {base.name} takes a share such as --active 0.5, and not a count.")
-        return cls.of(base, **changes)
-
-    @classmethod
     def _named_or_file(cls, recipe: str | Path) -> Recipe:
         if str(recipe) in RECIPES:
             return RECIPES[str(recipe)]
@@ -246,6 +256,8 @@ class Recipe(BaseModel):
 
 #: The recipe for who asks for nothing else.
 DEFAULT = "reconstructed"
+#: Neurons of an expert where nothing is routed: fine enough for any share.
+FINE = 8
 
 
 def _count(value: int | float, experts: int) -> int:
@@ -258,23 +270,46 @@ def _one_of(what: str, value: str, known: dict[str, Any]) -> str:
     return value
 
 
-def _nearest_divisors(neurons: int, wanted: int) -> str:
-    divisors = [n for n in range(1, neurons + 1) if neurons % n == 0]
+def _own_size(name: str) -> int | None:
+    """The expert size that the recipe of a name comes with, as "NAME", "NAME:ROUTER" or its control."""
+    recipe = RECIPES.get(name.partition(":")[0].removesuffix("-shared-only"))
+    if recipe is None:
+        return None
+    return recipe.expert_size or (FINE if recipe.construction == "shared_only" else None)
+
+
+def _divisors(neurons: int) -> list[int]:
+    return [n for n in range(1, neurons + 1) if neurons % n == 0]
+
+
+def _way_out(neurons: int, wanted: int, option: str) -> str:
+    """What to do where `wanted` experts, or neurons an expert, do not divide an FFN."""
+    divisors = _divisors(neurons)
+    if len(divisors) <= 2:
+        return ", a prime number; use --recipe slim, or --recipe shared-only with --active 0.5, which route nothing"
     below, above = [n for n in divisors if n < wanted][-2:], [n for n in divisors if n > wanted][:2]
-    return ", ".join(map(str, below + above))
+    return f"; give {option} a count that does, such as {', '.join(map(str, below + above))}"
+
+
+# Fields of several types, whose mistakes pydantic tells once for each type.
+_UNIONS = {
+    "shared": "a count such as 3 or a share such as 0.5",
+    "active": "a count such as 3 or a share such as 0.5",
+    "shared_budget": "a share such as 0.5 or a list of them",
+}
 
 
 def _sentence(error: ValidationError) -> str:
-    parts = []
+    parts: dict[str, str] = {}
     for e in error.errors():
         where = ".".join(map(str, e["loc"]))
         message = e["msg"].removeprefix("Value error, ")
-        parts.append(f"{where}: {message}" if where else message)
-    return "; ".join(parts)
+        if len(e["loc"]) > 1 and e["loc"][0] in _UNIONS:
+            where = str(e["loc"][0])
+            message = f"give {_UNIONS[where]}, and not {str(e['input'])[:40]!r}"
+        parts.setdefault(where, f"{where}: {message}" if where else message)
+    return "; ".join(parts.values())
 
-
-# Words of who wants to cut and route in a certain way.
-_COUNTING = {"shared", "construction", "router"}
 
 RECIPES: dict[str, Recipe] = {
     # arXiv 2502.04416, its S3A3E8: 75 % of the neurons run.

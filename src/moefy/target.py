@@ -18,6 +18,7 @@ from moefy.moe import realised_fraction, usage
 from moefy.recipe import Recipe
 from moefy.sites import Site, find_sites
 from moefy.types import MoefyError
+from moefy.wanted import at_share
 
 # Conversions at most, and how near the smallest budget the search stops.
 TRIALS, NEAR = 5, 0.02
@@ -54,10 +55,15 @@ def smallest_budget(
     if not is_causal_lm(model):
         raise MoefyError(f"A target loss needs a causal language model, and this is a {type(model).__name__}.")
     check_target(target)
+    if recipe.construction == "shared_only":
+        recipe = at_share(recipe, LARGEST)
     if recipe.budget is None:
-        raise MoefyError(f"A target loss needs a recipe with a budget, such as reconstructed; {recipe.name} has none.")
+        raise MoefyError(
+            f"A target loss needs a recipe with a budget, such as reconstructed or slim; {recipe.name} has none."
+        )
     check_dense(model)
     sites = {site.entry_name: site for site in find_sites(model)}
+    recipe = recipe.fitting(site.read().neurons for site in sites.values())
     _fit(sites, Recipe.of(recipe, budget=LARGEST), None)  # what does not fit at all is refused before it is measured
     found = None
     if recipe.allocation == "sensitivity":

@@ -44,6 +44,16 @@ class Router(nn.Module, abc.ABC):
         """Multiply-adds a token: what the router costs."""
         return sum(p.numel() for p in self.parameters())
 
+    @classmethod
+    def planned_multiply_adds(cls, spec: LayerSpec) -> int:
+        """Multiply-adds a token of the matrices that a router of this kind will have in a layer of this shape.
+
+        One that does not ship stands for one that would: it counts as a row of width D an expert.
+        """
+        if not cls.ships:
+            return spec.experts * spec.width
+        return sum(p.numel() for p in cls(spec).parameters() if p.ndim > 1)
+
     def _weight(self, *shape: int) -> nn.Parameter:
         # Always float32: half precision flips near ties between experts.
         return nn.Parameter(torch.empty(shape, dtype=torch.float32), requires_grad=False)
