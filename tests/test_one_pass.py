@@ -138,6 +138,15 @@ def test_nan_weights_and_second_conversions_are_refused():
         moefy.convert(model, RECIPE, [tiny.inputs("llama")])
 
 
+@pytest.mark.parametrize("recipe", [RECIPE, "slim", moefy.Recipe.of("reconstructed", expert_size=2)])
+@pytest.mark.parametrize("part", ["up_proj", "down_proj"])
+def test_weights_whose_products_overflow_are_a_sentence_with_the_layer(recipe, part):
+    model = tiny.tiny("llama")
+    getattr(model.model.layers[1].mlp, part).weight.data *= 1e36
+    with pytest.raises(moefy.MoefyError, match=r"What model\.layers\.1\.mlp computes .* too large for float32"):
+        moefy.convert(model, recipe, [tiny.inputs("llama")])
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2", "t5-v1.0", "bert", "vit"])
 def test_no_keys_and_values_are_kept_for_later_tokens(family, monkeypatch):
     model, feed = tiny.tiny(family), tiny.inputs(family)

@@ -6,6 +6,7 @@ measured, cut, given a router and mounted, and the pass goes on through the conv
 
 from __future__ import annotations
 
+import math
 import resource
 import sys
 import time
@@ -33,7 +34,7 @@ from moefy.routers import ROUTERS
 from moefy.routers.base import Router
 from moefy.selection import set_threshold
 from moefy.sites import Site, find_sites
-from moefy.stats import HELD_OUT, NeuronStats
+from moefy.stats import HELD_OUT, NeuronStats, overflow
 from moefy.types import FFNWeights, LayerSpec, MoefyError
 
 Progress = Callable[[int, int, str], None]
@@ -194,6 +195,8 @@ def _convert_site(
     moe = min(built, key=lambda moe: _refit(moe, recipe, stats))
     spec = moe.spec
     error, routing = _measure(moe, ffn, inputs)
+    if not math.isfinite(error):
+        raise MoefyError(overflow(site.name))
     # One token now, outside every batch: what packing the weights keeps must not count as a batch's own to spill.
     moe(next(inputs())[:1])
     site.mount(moe)

@@ -150,13 +150,18 @@ class NeuronStats:
 
     @cached_property
     def gram(self) -> Tensor:
-        """Gram matrix (F + 1, F + 1) float64 of the activations and, last, a constant 1; token-weighted."""
+        """Gram matrix (F + 1, F + 1) float64 of the activations and, last, a constant 1; token-weighted.
+
+        MoefyError if activations or outputs are too large for float32, squared.
+        """
         gram = torch.zeros(self.ffn.neurons + 1, self.ffn.neurons + 1, dtype=torch.float64)
         weigh = self.token_weight
         for _, h, y in self.activations():
             weight = weigh(y).sqrt()[:, None]
             h = torch.cat([h * weight, weight], dim=1)
             gram += products(h, h)
+        if not gram.diagonal().isfinite().all():
+            raise MoefyError(overflow(self.name))
         return gram
 
     def forget_gram(self) -> None:
@@ -187,6 +192,11 @@ class NeuronStats:
         """The markers as 0/1 matrices (t, F) float32, `chunk` tokens at a time."""
         for rows in self.markers.split(self.chunk):
             yield torch.zeros(len(rows), self.ffn.neurons).scatter_(1, rows.long(), 1.0)
+
+
+def overflow(name: str) -> str:
+    """The sentence about an FFN whose numbers are finite one by one and no longer when they are squared."""
+    return f"What {name} computes on the calibration is too large for float32; its weights are broken, or the text is."
 
 
 def _rows(tensor: Tensor, keep: Tensor) -> Tensor:
