@@ -1,11 +1,17 @@
 """ReLU-fication and the training loop under it: what is swapped, that a cut-off run ends the same."""
 
+import errno
+import os
+import signal
+
 import pytest
 import torch
 import transformers as tf
+from safetensors import SafetensorError
 from transformers import AutoModelForSequenceClassification
 
 import moefy
+import moefy.finetune
 import tiny
 import words
 from moefy.finetune import Schedule, finetune
@@ -73,18 +79,125 @@ def test_a_run_that_was_cut_off_ends_with_the_same_weights(tmp_path, data):
             break
         assert (tmp_path / ".pieces.training.safetensors").exists()
         assert not (tmp_path / "pieces").exists()
-    whole, pieces = (
-        AutoModelForSequenceClassification.from_pretrained(tmp_path / name).state_dict() for name in ("whole", "pieces")
-    )
-    assert all(torch.equal(whole[k], pieces[k]) for k in whole)
+    assert same_weights(tmp_path / "whole", tmp_path / "pieces")
+
+
+def same_weights(*paths):
+    first, second = (AutoModelForSequenceClassification.from_pretrained(path).state_dict() for path in paths)
+    return all(torch.equal(first[k], second[k]) for k in first)
+
+
+def test_ctrl_c_keeps_what_was_done(tmp_path, data, monkeypatch):
+    source, options = encoder(tmp_path / "dense"), {"epochs": 1, "batch_size": 8}
+    relufy(source, tmp_path / "whole", "sst2", data, **options)
+
+    def stop_at(step):
+        def progress(done, total):
+            if done == step:
+                raise KeyboardInterrupt
+
+        return progress
+
+    with pytest.raises(KeyboardInterrupt):
+        relufy(source, tmp_path / "pieces", "sst2", data, progress=stop_at(3), **options)
+    seen, step = [], torch.optim.AdamW.step
+
+    def interrupted(self, *args, **kwargs):
+        if len(seen) == 4:
+            signal.raise_signal(signal.SIGINT)  # in the middle of a step, which is done to its end
+        return step(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            relufy(source, tmp_path / "pieces", "sst2", data, progress=lambda done, _: seen.append(done), **options)
+    assert seen == [4, 5, 6, 7]
+    last = []
+    relufy(source, tmp_path / "pieces", "sst2", data, progress=lambda done, _: last.append(done), **options)
+    assert last == [9, 10, 11, 12]
+    assert same_weights(tmp_path / "whole", tmp_path / "pieces")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"epochs": 0}, "epochs must be above 0"),
+        ({"epochs": float("nan")}, "epochs must be above 0"),
+        ({"epochs": float("inf")}, "epochs must be above 0"),
+        ({"epochs": 1e308}, "epochs must be above 0"),
+        ({"rate": -1e-4}, "rate must be above 0"),
+        ({"rate": float("nan")}, "rate must be above 0"),
+        ({"seconds": 0}, "seconds must be above 0"),
+        ({"seconds": -3}, "seconds must be above 0"),
+        ({"batch_size": 0}, "batch size must be above 0"),
+        ({"examples": 0}, "examples must be above 0"),
+    ],
+)
+def test_numbers_out_of_range_are_refused_before_anything_is_read(tmp_path, wrong, message):
+    with pytest.raises(moefy.MoefyError, match=message):
+        relufy(tmp_path / "no-model", tmp_path / "out", "sst2", tmp_path / "no-data", **wrong)
+    assert not list(tmp_path.iterdir())
+
+
+def test_converted_models_are_refused(tmp_path, data):
+    model = tiny.tiny("bert")
+    recipe = {"construction": "weights", "router": "similarity", "expert_size": 8, "shared": 0, "active": 2}
+    moefy.convert(model, recipe, [tiny.inputs("bert", batch=24)])
+    moefy.save(model, tmp_path / "moe", words.tokenizer())
+    with pytest.raises(moefy.MoefyError, match="converted already"):
+        relufy(tmp_path / "moe", tmp_path / "out", "sst2", data)
+
+
+def test_a_failed_overwrite_keeps_the_old_model_and_goes_on(tmp_path, data, monkeypatch):
+    source, out, options = encoder(tmp_path / "dense"), tmp_path / "out", {"epochs": 1, "overwrite": True}
+    relufy(source, out, "sst2", data, batch_size=16)
+    old = (out / "model.safetensors").read_bytes()
+
+    def full(self, folder, **kwargs):
+        (folder / "half.safetensors").write_bytes(b"half")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tf.BertForSequenceClassification, "save_pretrained", full)
+        with pytest.raises(moefy.MoefyError, match="disk is full"):
+            relufy(source, out, "sst2", data, **options)
+    assert (out / "model.safetensors").read_bytes() == old
+    assert sorted(path.name for path in tmp_path.glob(".*")) == [".out.training.safetensors"]
+    rename = type(out).rename
+
+    def cut_off(self, target):
+        if target == out:
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(out), "rename", cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            relufy(source, out, "sst2", data, **options)
+    with pytest.raises(moefy.MoefyError, match="exists already"):  # the old one is back in its place
+        relufy(source, out, "sst2", data, epochs=1)
+    assert (out / "model.safetensors").read_bytes() == old
+    trained = relufy(source, out, "sst2", data, **options)
+    assert trained.done
+    assert trained.loss is None  # all steps came from the state
+    assert (out / "model.safetensors").read_bytes() != old
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_a_state_of_another_training_or_a_broken_one_is_one_sentence(tmp_path, data):
     model, state = tiny.tiny("bert"), tmp_path / "state.safetensors"
     features = TASKS["sst2"].encode(model, words.tokenizer(), TASKS["sst2"].examples(_rows(data)))
     assert finetune(model, features, 0, Schedule(16, 8), state=state).done
-    with pytest.raises(moefy.MoefyError, match="is the state of another training"):
-        finetune(model, features, 0, Schedule(16, 4), state=state)
+    relabelled = [{**feature, "labels": 1 - feature["labels"]} for feature in features]
+    for other in (
+        (tiny.tiny("bert"), features, Schedule(16, 4)),
+        (tiny.tiny("bert", seed=1), features, Schedule(16, 8)),
+        (tiny.tiny("bert"), relabelled, Schedule(16, 8)),
+        (tiny.tiny("bert"), features[::-1], Schedule(16, 8)),
+    ):
+        with pytest.raises(moefy.MoefyError, match="is the state of another training"):
+            finetune(other[0], other[1], 0, other[2], state=state)
+    assert finetune(tiny.tiny("bert"), features, 0, Schedule(16, 8), state=state).loss is None
     state.write_bytes(state.read_bytes()[:100])
     with pytest.raises(moefy.MoefyError, match="cannot be read"):
         finetune(model, features, 0, Schedule(16, 8), state=state)
@@ -98,6 +211,38 @@ def test_a_loss_that_is_not_finite_stops_the_training(tmp_path, data):
     features = TASKS["sst2"].encode(model, words.tokenizer(), TASKS["sst2"].examples(_rows(data)))
     with pytest.raises(moefy.MoefyError, match="loss is not finite at step 1"):
         finetune(model, features, 0, Schedule(16, 8), state=tmp_path / "state")
+
+
+def test_weights_that_are_not_finite_after_the_last_step_are_not_kept(tmp_path, data, monkeypatch):
+    model = tiny.tiny("bert")
+    features = TASKS["sst2"].encode(model, words.tokenizer(), TASKS["sst2"].examples(_rows(data)))
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: model.classifier.weight.data.fill_(float("nan")))
+    with pytest.raises(moefy.MoefyError, match="not finite after step 1"):
+        finetune(model, features, 0, Schedule(8, 8), state=tmp_path / "state")
+    assert not list(tmp_path.glob("*state*"))
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), SafetensorError("No space left")])
+def test_a_state_that_cannot_be_written_leaves_the_one_before(tmp_path, data, monkeypatch, error):
+    model, state = tiny.tiny("bert"), tmp_path / "state"
+    features = TASKS["sst2"].encode(model, words.tokenizer(), TASKS["sst2"].examples(_rows(data)))
+    with pytest.raises(KeyboardInterrupt):
+        finetune(model, features, 0, Schedule(16, 8), state=state, progress=_stop)
+    before = state.read_bytes()
+
+    def full(tensors, path, metadata):
+        path.write_bytes(b"half")
+        raise error
+
+    monkeypatch.setattr(moefy.finetune, "save_file", full)
+    with pytest.raises(moefy.MoefyError, match=r"No space left.*the one before it is kept"):
+        finetune(tiny.tiny("bert"), features, 0, Schedule(16, 8), state=state)
+    assert state.read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["state", "train.tsv"]
+
+
+def _stop(done, total):
+    raise KeyboardInterrupt
 
 
 def test_a_relative_rate_moves_every_parameter_by_its_own_size(tmp_path, data):

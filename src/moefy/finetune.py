@@ -1,16 +1,21 @@
 """A small training loop on the CPU: length-bucketed batches, AdamW, and a state on disk to go on from.
 
 A step's batch and dropout follow from the seed and the step's number alone, so a run that was cut off ends
-with the weights of one that was not.
+with the weights of one that was not. The state names what it started from, so no other training goes on from it.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import os
 import random
+import signal
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +49,9 @@ class Schedule:
     seed: int = 0
     relative: bool = False
 
+    def __post_init__(self) -> None:
+        check_positive({"The batch size": self.batch_size, "The rate": self.rate})
+
     @property
     def steps(self) -> int:
         return max(1, self.examples // self.batch_size)
@@ -66,6 +74,13 @@ class Trained:
         return self.step >= self.steps
 
 
+def check_positive(numbers: Mapping[str, float | None]) -> None:
+    """MoefyError for the first of the named numbers that is not above 0 and finite; None passes."""
+    for name, value in numbers.items():
+        if value is not None and not 0 < value < 1e9:
+            raise MoefyError(f"{name} must be above 0 and below a billion; {value} is not.")
+
+
 def finetune(
     model: nn.Module,
     features: Sequence[dict[str, Any]],
@@ -79,61 +94,79 @@ def finetune(
 ) -> Trained:
     """Train `model` in place on features (see `Task.encode`); its own loss decides.
 
-    `state` is a file: if it is there training goes on from it, and it is rewritten every `save_every` seconds
-    and at the end. With `seconds`, stop after that long; call again to go on. Raises MoefyError if the state
-    belongs to another model or schedule, or the loss is not finite.
+    `state` is a file: if it is there training goes on from it, and it is rewritten every `save_every` seconds,
+    at the end and on Ctrl-C. With `seconds`, stop after that long; call again to go on. Raises MoefyError if the
+    state belongs to another start (model, data or schedule) or cannot be written, or if the loss or a weight is
+    not finite; the state is then what it was before.
     """
     if not features:
         raise MoefyError("There is nothing to train on; give data with some examples.")
+    check_positive({"The number of seconds": seconds})
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     groups = [{"params": [p], "scale": _size(p) if schedule.relative else 1.0} for p in trained.values()]
     optimizer = torch.optim.AdamW(groups, lr=0.0, weight_decay=schedule.weight_decay, fused=True)
-    step = _restore(state, trained, optimizer, schedule, len(features))
+    run = _Run(state, trained, optimizer, _identity(model, features, schedule))
+    begun = run.restore()
     start = saved = time.monotonic()
     losses: list[float] = []
     model.train()
     order: list[list[int]] = []
     per_epoch = -(-len(features) // schedule.batch_size)
-    while step < schedule.steps and (seconds is None or time.monotonic() - start < seconds):
-        epoch, place = divmod(step, per_epoch)
-        if place == 0 or not order:
-            order = _epoch(features, schedule, epoch)
-        batch = collate([features[i] for i in order[place]], pad)
-        losses.append(_step(model, trained, optimizer, batch, schedule, step))
-        step += 1
-        if progress:
-            progress(step, schedule.steps)
-        if time.monotonic() - saved > save_every:
-            _save(state, trained, optimizer, schedule, len(features), step)
-            saved = time.monotonic()
-    if losses:
-        _save(state, trained, optimizer, schedule, len(features), step)
+    try:
+        while run.step < schedule.steps and (seconds is None or time.monotonic() - start < seconds):
+            epoch, place = divmod(run.step, per_epoch)
+            if place == 0 or not order:
+                order = _epoch(features, schedule, epoch)
+            losses.append(_step(model, run, collate([features[i] for i in order[place]], pad), schedule))
+            if progress:
+                progress(run.step, schedule.steps)
+            if time.monotonic() - saved > save_every:
+                run.save()
+                saved = time.monotonic()
+    except KeyboardInterrupt:
+        if run.step > begun:
+            run.save()
+        raise
+    if run.step > begun:
+        run.save()
     model.eval()
     last = losses[-100:]
-    return Trained(step, schedule.steps, sum(last) / len(last) if last else None)
+    return Trained(run.step, schedule.steps, sum(last) / len(last) if last else None)
 
 
-def _step(
-    model: nn.Module,
-    trained: dict[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    batch: dict[str, Tensor],
-    schedule: Schedule,
-    step: int,
-) -> float:
-    torch.manual_seed(schedule.seed * 1_000_003 + step)  # dropout
-    for group in optimizer.param_groups:
-        group["lr"] = schedule.rate_at(step) * group["scale"]
+def _step(model: nn.Module, run: _Run, batch: dict[str, Tensor], schedule: Schedule) -> float:
+    torch.manual_seed(schedule.seed * 1_000_003 + run.step)  # dropout
+    for group in run.optimizer.param_groups:
+        group["lr"] = schedule.rate_at(run.step) * group["scale"]
     with torch.enable_grad():
         loss = model(**batch).loss
         value = float(loss.detach())
-        if value != value or value in (float("inf"), -float("inf")):
-            raise MoefyError(f"The loss is not finite at step {step + 1}; use a lower learning rate.")
-        optimizer.zero_grad(set_to_none=True)
+        if not math.isfinite(value):
+            raise MoefyError(f"The loss is not finite at step {run.step + 1}; use a lower learning rate.")
+        run.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-    nn.utils.clip_grad_norm_(trained.values(), 1.0)
-    optimizer.step()
+    nn.utils.clip_grad_norm_(run.trained.values(), 1.0)
+    with _uninterrupted():  # half a step could not be gone on from
+        run.optimizer.step()
+        run.step += 1
     return value
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ctrl-C and SIGTERM come after the block."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals do not come here
+        return
+    caught: list[int] = []
+    before = {n: signal.signal(n, lambda number, _: caught.append(number)) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for which, handler in before.items():
+            signal.signal(which, signal.SIG_DFL if handler is None else handler)
+    if caught:
+        signal.raise_signal(caught[0])
 
 
 def _size(parameter: Tensor) -> float:
@@ -159,55 +192,81 @@ def _length(feature: dict[str, Any]) -> int:
     return len(feature["input_ids"]) + (len(labels) if isinstance(labels, list) else 0)
 
 
-def _identity(schedule: Schedule, examples: int) -> dict[str, Any]:
-    return {**vars(schedule), "features": examples}
+def _identity(model: nn.Module, features: Sequence[dict[str, Any]], schedule: Schedule) -> dict[str, Any]:
+    """What a training starts from: the schedule, and fingerprints of the model's weights and of the features."""
+    weights, data = hashlib.sha256(), hashlib.sha256()
+    for name, p in model.named_parameters():
+        weights.update(f"{name}{tuple(p.shape)}{p.dtype}".encode())
+        weights.update(p.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    for feature in features:
+        data.update(json.dumps(feature, sort_keys=True).encode())
+    start = {"features": len(features), "weights": weights.hexdigest()[:16], "data": data.hexdigest()[:16]}
+    return {**vars(schedule), **start}
 
 
-def _save(
-    state: Path,
-    trained: dict[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    schedule: Schedule,
-    examples: int,
-    step: int,
-) -> None:
-    tensors = {f"weight.{name}": p.detach().contiguous() for name, p in trained.items()}
-    for name, p in trained.items():
-        for moment in ("exp_avg", "exp_avg_sq"):
-            if moment in optimizer.state[p]:
-                tensors[f"{moment}.{name}"] = optimizer.state[p][moment]
-    metadata = {"moefy": json.dumps({"step": step, **_identity(schedule, examples)})}
-    state.parent.mkdir(parents=True, exist_ok=True)
-    partial = state.with_name(f".{state.name}.partial")
-    save_file(tensors, partial, metadata=metadata)
-    os.replace(partial, state)
+@dataclass
+class _Run:
+    """A training on its way: `step` steps of it are in the weights, and `state` is the file to keep it in."""
 
+    state: Path
+    trained: dict[str, nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    identity: dict[str, Any]
+    step: int = 0
 
-def _restore(
-    state: Path,
-    trained: dict[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    schedule: Schedule,
-    examples: int,
-) -> int:
-    """Load the state, if there is one, and return the step that it had come to."""
-    if not state.exists():
-        return 0
-    try:
-        with safe_open(state, framework="pt") as stored:
-            known = json.loads((stored.metadata() or {}).get("moefy", "{}"))
-            step = known.pop("step", None)
-            if known != _identity(schedule, examples) or not _fits(stored, trained):
-                raise MoefyError(f"{state} is the state of another training; remove it to start anew.")
-            with torch.no_grad():
-                for name, p in trained.items():
-                    p.copy_(stored.get_tensor(f"weight.{name}"))
-                    if f"exp_avg.{name}" in stored.keys():  # noqa: SIM118 - no mapping
-                        moments = {m: stored.get_tensor(f"{m}.{name}") for m in ("exp_avg", "exp_avg_sq")}
-                        optimizer.state[p] = {"step": torch.tensor(float(step)), **moments}
-    except (SafetensorError, OSError) as error:
-        raise MoefyError(f"The training state {state} cannot be read ({error}); remove it to start anew.") from None
-    return int(step)
+    def save(self) -> None:
+        """Write the state: beside its place first, then renamed into it."""
+        tensors = {f"weight.{name}": p.detach().contiguous() for name, p in self.trained.items()}
+        if not all(bool(weight.isfinite().all()) for weight in tensors.values()):
+            raise MoefyError(f"A weight is not finite after step {self.step}; use a lower learning rate.")
+        for name, p in self.trained.items():
+            for moment in ("exp_avg", "exp_avg_sq"):
+                if moment in self.optimizer.state[p]:
+                    tensors[f"{moment}.{name}"] = self.optimizer.state[p][moment]
+        metadata = {"moefy": json.dumps({"step": self.step, **self.identity})}
+        partial = self.state.with_name(f".{self.state.name}.partial")
+        try:
+            self.state.parent.mkdir(parents=True, exist_ok=True)
+            save_file(tensors, partial, metadata=metadata)
+            os.replace(partial, self.state)
+        except (SafetensorError, OSError) as error:
+            kept = "; the one before it is kept" if self.state.exists() else ""
+            raise MoefyError(
+                f"The training state {self.state} cannot be written ({error}){kept}. Repeat the command when it can."
+            ) from None
+        finally:
+            with suppress(OSError):
+                partial.unlink()
+
+    def restore(self) -> int:
+        """Load the state, if there is one, and return the step that it had come to."""
+        if not self.state.exists():
+            return 0
+        try:
+            with safe_open(self.state, framework="pt") as stored:
+                known = json.loads((stored.metadata() or {}).get("moefy", "{}"))
+                step = known.pop("step", None)
+                if known != self.identity or not _fits(stored, self.trained):
+                    raise MoefyError(
+                        f"{self.state} is the state of another training (its model, data or schedule differ); "
+                        f"repeat that one's command, or remove the file to start anew."
+                    )
+                self._load(stored, int(step))
+        except (SafetensorError, OSError) as error:
+            raise MoefyError(
+                f"The training state {self.state} cannot be read ({error}); remove it to start anew."
+            ) from None
+        return self.step
+
+    @torch.no_grad()
+    def _load(self, stored: Any, step: int) -> None:
+        names = set(stored.keys())
+        for name, p in self.trained.items():
+            p.copy_(stored.get_tensor(f"weight.{name}"))
+            if f"exp_avg.{name}" in names:
+                moments = {m: stored.get_tensor(f"{m}.{name}") for m in ("exp_avg", "exp_avg_sq")}
+                self.optimizer.state[p] = {"step": torch.tensor(float(step)), **moments}
+        self.step = step
 
 
 def _fits(stored: Any, trained: dict[str, nn.Parameter]) -> bool:

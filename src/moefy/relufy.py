@@ -16,7 +16,8 @@ import torch
 
 from moefy.calibrate import check_ids
 from moefy.checkpoint import check_output, written
-from moefy.finetune import Progress, Schedule, Trained, finetune
+from moefy.convert import check_dense
+from moefy.finetune import Progress, Schedule, Trained, check_positive, finetune
 from moefy.sites import find_sites
 from moefy.sources import load_source, quiet_transformers
 from moefy.tasks import named, task_examples
@@ -48,9 +49,11 @@ def with_activation(model: Any, activation: str = "relu") -> Any:
 def load_for_task(source: str | os.PathLike[str], task: Task, *, remote_code: bool = False) -> tuple[Any, Any]:
     """A dense model ready to be trained on a task, in float32, and its tokenizer.
 
-    A model without the task's head gets a fresh one. Raises MoefyError if a head that it has does not fit.
+    A model without the task's head gets a fresh one. Raises MoefyError if a head that it has does not fit, or the
+    model is converted already.
     """
     model, tokenizer = load_source(source, dtype="float32", remote_code=remote_code)
+    check_dense(model)
     if tokenizer is None:
         raise MoefyError(f"{os.fspath(source)} has no tokenizer, so it cannot be trained on text.")
     try:
@@ -91,7 +94,11 @@ def relufy(
 
     `examples` are at most trained on, spread over the data. The state of the training lies beside `output`
     and is removed at its end; a call that was cut off, or stopped by `seconds`, goes on when it is repeated.
+    Raises MoefyError, before training where that can be known, if a number, the model, the data or the output
+    does not fit, and if the training diverges; what is at `output` is replaced only by a whole model.
     """
+    check_positive({"The number of epochs": epochs, "The rate": rate, "The batch size": batch_size})
+    check_positive({"The number of seconds": seconds, "The number of examples": examples})
     out, found = check_output(output, overwrite, source), named(task)
     rows = task_examples(found, data, examples)
     model, tokenizer = load_for_task(source, found, remote_code=remote_code)
@@ -108,7 +115,7 @@ def relufy(
 
 
 def save_dense(model: Any, tokenizer: Any, out: Path) -> None:
-    """Write an ordinary checkpoint: beside its place first, then renamed into it."""
+    """Write an ordinary checkpoint: beside its place first, then renamed into it. MoefyError if it cannot be."""
     with written(out) as folder, quiet_transformers():
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
