@@ -1,5 +1,6 @@
 """The study: its figures on data with a known answer, its tests' error rates, the page it makes."""
 
+import importlib
 import json
 import re
 
@@ -13,7 +14,7 @@ from moefy import report
 from moefy.cli import app
 from moefy.study import measures, study
 from moefy.study.collect import collect
-from moefy.study.preferences import benjamini_hochberg, over_sequences, over_tokens, preferences, within
+from moefy.study.preferences import benjamini_hochberg, over_sequences, over_tokens, preferences, turned
 
 
 def converted(family="bert", **changes):
@@ -73,12 +74,85 @@ def test_chance_is_rarely_significant_and_a_real_preference_is():
     assert preferences(by_sequence, label, ["n", "p"], over_sequences(sequences), 12)["significant"] < 0.1
 
 
+def sequences_of(generator, rho, experts=24, top_k=4, count=60, longest=40):
+    """Choices (T, K) by scores that are autoregressive within a sequence, sequence numbers (T,), and quarters (T,)."""
+    lengths = torch.randint(5, longest, (count, 1), generator=generator)
+    scores = torch.randn(count, longest, experts, generator=generator)
+    for i in range(1, longest):
+        scores[:, i] = rho * scores[:, i - 1] + (1 - rho**2) ** 0.5 * scores[:, i]
+    real = torch.arange(longest) < lengths
+    parts = torch.arange(longest) * 4 // lengths
+    return scores[real].topk(top_k, 1).indices, torch.arange(count)[:, None].expand_as(real)[real], parts[real]
+
+
+@pytest.mark.parametrize("rho", [0.0, 0.6, 0.8])
+def test_p_values_are_uniform_where_neighbours_choose_alike_and_nothing_is_preferred(rho, monkeypatch):
+    monkeypatch.setattr(importlib.import_module("moefy.study.preferences"), "SHUFFLES", 200)
+    found = {"part": [], "label": []}
+    for seed in range(12):
+        generator = torch.Generator().manual_seed(seed)
+        chosen, sequences, parts = sequences_of(generator, rho)
+        labels = torch.randint(2, (60,), generator=generator)[sequences]
+        found["part"].append(preferences(chosen, parts, list("abcd"), turned(sequences), 24)["p"])
+        found["label"].append(preferences(chosen, labels, list("np"), over_sequences(sequences), 24)["p"])
+    for p in map(torch.tensor, found.values()):
+        assert 0.02 < (p < 0.05).float().mean() < 0.075
+        assert 0.4 < (p < 0.5).float().mean() < 0.6
+        assert (p < 0.01).float().mean() < 0.02
+
+
+def test_p_values_of_independent_tokens_are_exact(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    chosen, classes = (torch.randint(n, (300,), generator=generator) for n in (12, 10))
+    chosen[classes == 3] = chosen[classes == 3] // 3
+    exact = preferences(chosen[:, None], classes, list("abcdefghij"), over_tokens, 12)["p"]
+
+    def shuffled(classes, generator):
+        return over_tokens(classes, generator)
+
+    monkeypatch.setattr(importlib.import_module("moefy.study.preferences"), "SHUFFLES", 4000)
+    drawn = preferences(chosen[:, None], classes, list("abcdefghij"), shuffled, 12)["p"]
+    torch.testing.assert_close(torch.tensor(drawn), torch.tensor(exact), atol=0.06, rtol=0)
+    p = []
+    for _ in range(20):
+        chosen, classes = (torch.randint(n, (8000,), generator=generator) for n in (12, 10))
+        p += preferences(chosen[:, None], classes, list("abcdefghij"), over_tokens, 12)["p"]
+    for level in (0.5, 0.05, 0.01):  # counts are whole, so levels are reached from below
+        assert level / 3 < (torch.tensor(p) <= level).float().mean() <= 1.1 * level
+
+
+def test_strong_preferences_are_significant_among_thousands_of_pairs():
+    generator = torch.Generator().manual_seed(0)
+    tokens, scores = torch.randint(150, (8000,), generator=generator), torch.randn(8000, 48, generator=generator)
+    wanted = torch.zeros(48, 150, dtype=torch.bool)
+    wanted[torch.arange(48), torch.arange(48) * 3] = True
+    scores += 4 * wanted.t()[tokens]
+    found = preferences(scores.topk(10, 1).indices, tokens, list(map(str, range(150))), over_tokens, 48)
+    q = torch.tensor(found["q"])
+    assert (q[wanted] < 1e-6).all()
+    assert (q[~wanted] < 0.05).float().mean() < 0.01
+    sequences = torch.arange(400).repeat_interleave(15)
+    label = torch.randint(2, (400,), generator=generator)[sequences]
+    scores = torch.randn(6000, 200, generator=generator)
+    scores[:, 7] += 2 * label - 1
+    found = preferences(scores.topk(20, 1).indices, label, ["n", "p"], over_sequences(sequences), 200)
+    q = torch.tensor(found["q"])
+    assert (q[7] < 1e-6).all()
+    assert (q[torch.arange(200) != 7] < 0.05).float().mean() < 0.05
+    # Few sequences cannot show much, whatever the shape of the draws.
+    few = torch.arange(6).repeat_interleave(50)
+    found = preferences((few >= 3).long()[:, None], (few >= 3).long(), ["n", "p"], over_sequences(few), 2)
+    assert torch.tensor(found["p"]).min() > 0.05
+
+
 def test_shuffles_keep_what_they_should():
     generator = torch.Generator().manual_seed(0)
     sequences, classes = torch.tensor([0, 0, 0, 1, 1, 2]), torch.tensor([5, 6, 7, 8, 9, 4])
     for _ in range(20):
-        moved = within(sequences)(classes, generator)
-        assert [sorted(moved[sequences == s].tolist()) for s in range(3)] == [[5, 6, 7], [8, 9], [4]]
+        moved = turned(sequences)(classes, generator)
+        first = moved[:3].tolist()
+        assert first in ([5, 6, 7], [6, 7, 5], [7, 5, 6])
+        assert [sorted(moved[sequences == s].tolist()) for s in (1, 2)] == [[8, 9], [4]]
         labels = over_sequences(sequences)(sequences * 10, generator)
         assert all(len(set(labels[sequences == s].tolist())) == 1 for s in range(3))
         assert sorted({int(v) for v in labels}) == [0, 10, 20]
@@ -115,6 +189,7 @@ def test_study_is_plain_data_and_a_page_without_links(family, tmp_path):
     assert not re.search(r'(?:src|href)="(?!data:)', page)
     assert "http://" not in page
     assert "<script" not in page
+    assert "every token chooses for itself" in page  # what chance is
     assert page.count("<details") == page.count("</details>")
 
 

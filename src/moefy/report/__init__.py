@@ -90,8 +90,9 @@ def _experts(result: dict[str, Any], names: list[str], layers: list[dict[str, An
     found = [
         "<h2>Experts</h2>",
         table(head, rows),
-        "<p>The last columns: of all pairs of an expert and a class of tokens, the share whose count differs from "
-        f"chance (permutation test, false discovery rate {SIGNIFICANT:.0%}).</p>",
+        f"<p>The last columns: of all pairs of an expert and a class of tokens, the share whose count differs from "
+        f"chance (permutation test, false discovery rate {SIGNIFICANT:.0%} over the pairs of a layer). "
+        f"{' '.join(_NULLS[k] for k in kinds if k in _NULLS)}</p>",
         image(plots.loads(only), "Load of the experts."),
         image(plots.overlaps(only), "Experts that two tokens have in common."),
         "<h2>From layer to layer</h2>",
@@ -114,6 +115,14 @@ def _experts(result: dict[str, Any], names: list[str], layers: list[dict[str, An
 
 
 _KINDS = {"part": "part of the sequence", "frequency": "frequency", "label": "label", "token": "token"}
+# What chance is taken to be; the sentence on frequencies is on tokens too.
+_NULLS = {
+    "part": "Parts of a sequence are turned round within it, so chance is a choice that does not depend on the "
+    "place, however alike neighbours choose.",
+    "frequency": "For frequencies and tokens chance is that every token chooses for itself. Equal and neighbouring "
+    "tokens choose alike, so these shares are upper bounds.",
+    "label": "Labels go from sequence to sequence, so chance is that sequences do not choose by their label.",
+}
 
 
 def _kind(found: dict[str, Any], title: str) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moefy.study import measures
 from moefy.study.collect import Layer, collect
-from moefy.study.preferences import over_sequences, over_tokens, preferences, within
+from moefy.study.preferences import over_sequences, over_tokens, preferences, turned
 
 # A token is listed if it occurs so often, and only the commonest are.
 TOKEN_OCCURS, TOKENS_LISTED = 10, 150
@@ -88,7 +88,7 @@ def _preferences(
     ids, sequences = tokens["ids"], tokens["sequences"]
     parts = (tokens["positions"] * 4).long().clamp(0, 3)
     found = {
-        "part": preferences(chosen, parts, PARTS, within(sequences), experts, seed),
+        "part": preferences(chosen, parts, PARTS, turned(sequences), experts, seed),
         "frequency": preferences(chosen, _frequency(ids), FREQUENCIES, over_tokens, experts, seed),
     }
     if "labels" in tokens:

@@ -1,14 +1,20 @@
 """Which tokens each expert prefers, and whether that is more than chance: permutation tests.
 
 The statistic of an expert and a class of tokens is how many of the class chose the expert. Its distribution
-under chance comes from shuffling the classes: over all tokens, within each sequence (parts of a sequence) or
-over whole sequences (labels), so that tokens that belong together stay so. p = (1 + hits) / (1 + shuffles), and
-Benjamini-Hochberg's q over everything tested in the layer.
+under chance comes from moving the classes, in one of three ways:
+
+- over all tokens (`over_tokens`): tokens are taken to choose independently of each other. The count is then
+  hypergeometric, and its tail is exact;
+- by turning each sequence round (`turned`): parts of a sequence, whose neighbouring tokens choose alike;
+- over whole sequences (`over_sequences`): labels.
+
+The last two are drawn SHUFFLES times. What the draws do not resolve is read off a gamma distribution with
+their mean, deviation and skewness. Benjamini-Hochberg's q is over all experts and classes of a layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -16,8 +22,10 @@ from torch import Tensor
 
 from moefy.stats import as_mask
 
-SHUFFLES = 400
+SHUFFLES = 800
 SIGNIFICANT = 0.05
+# Draws as far out as the observed count: with fewer, the tail's shape says more than their number.
+RESOLVED = 10
 
 Shuffle = Callable[[Tensor, torch.Generator], Tensor]
 
@@ -30,29 +38,74 @@ def preferences(
     `lift` (E, C) is the share of the class that chose the expert over the share of all tokens that did; `p` and
     `q` are two-sided; `significant` is the share of (expert, class) pairs with q under 5 %.
     """
-    generator = torch.Generator().manual_seed(seed)
     picked = as_mask(chosen, experts).float()
     observed = _counts(picked, classes, len(names))
-    size = torch.bincount(classes[classes >= 0], minlength=len(names)).float()
-    expected = torch.zeros_like(observed)
-    drawn = []
-    for _ in range(SHUFFLES):
-        drawn.append(_counts(picked, shuffle(classes, generator), len(names)))
-        expected += drawn[-1] / SHUFFLES
-    far = (observed - expected).abs() - 1e-6
-    hits = sum(((d - expected).abs() >= far).float() for d in drawn)
-    p = (1 + torch.as_tensor(hits)) / (1 + SHUFFLES)
+    size = torch.bincount(classes[classes >= 0], minlength=len(names))
+    if shuffle is over_tokens:
+        p = independent_tokens(observed, picked.sum(0), size, len(picked))
+    else:
+        generator = torch.Generator().manual_seed(seed)
+        p = beyond((_counts(picked, shuffle(classes, generator), len(names)) for _ in range(SHUFFLES)), observed)
     q = benjamini_hochberg(p)
     rate = picked.mean(0)[:, None].clamp_min(1e-12)
     lift = observed / size.clamp_min(1) / rate
     return {
         "classes": names,
-        "sizes": size.long().tolist(),
-        "lift": _rounded(lift),
-        "p": _rounded(p),
-        "q": _rounded(q),
-        "significant": float((q < SIGNIFICANT).float().mean()),
+        "sizes": size.tolist(),
+        "lift": [[round(v, 4) for v in row] for row in lift.tolist()],
+        "p": _three_digits(p),
+        "q": _three_digits(q),
+        "significant": float((q < SIGNIFICANT).double().mean()),
     }
+
+
+def independent_tokens(observed: Tensor, picked: Tensor, size: Tensor, tokens: int) -> Tensor:
+    """The share (E, C) of all placings of the classes on the tokens whose count is as far out, on either side.
+
+    `observed` (E, C) are the counts, `picked` (E,) the tokens of each expert and `size` (C,) of each class.
+    """
+    picked, p = picked.double()[:, None], torch.ones(observed.shape, dtype=torch.float64)
+    for c, n in enumerate(size.double()):
+        count = torch.arange(int(n) + 1, dtype=torch.float64)
+        possible = (count <= picked) & (n - count <= tokens - picked)
+        ways = _log_choose(picked, count) + _log_choose(tokens - picked, n - count)
+        share = (ways - _log_choose(torch.tensor(float(tokens)).double(), n)).exp().where(possible, 0.0)
+        here = observed[:, c, None]
+        p[:, c] = torch.minimum((share * (count >= here)).sum(1), (share * (count <= here)).sum(1))
+    return _two_sided(p)
+
+
+def _log_choose(of: Tensor, some: Tensor) -> Tensor:
+    some = torch.minimum(some, of).clamp_min(0)  # what is impossible is left out by the caller
+    return torch.lgamma(of + 1) - torch.lgamma(some + 1) - torch.lgamma(of - some + 1)
+
+
+def beyond(draws: Iterable[Tensor], observed: Tensor) -> Tensor:
+    """How likely a draw is as far out as `observed`, on either side, element by element, in float64."""
+    drawn = torch.stack(list(draws)).double()
+    hits = torch.minimum((drawn >= observed).sum(0), (drawn <= observed).sum(0)).double()
+    mean = drawn.mean(0)
+    off = drawn - mean
+    deviation = off.square().mean(0).sqrt().clamp_min(1e-12)
+    skewness = (off**3).mean(0) / deviation**3 * (observed - mean).sign()
+    # At least what the draws have seen: a count of few tokens has a rougher tail than any formula.
+    tail = _gamma_tail((observed - mean).abs() / deviation, skewness).maximum(hits / (1 + len(drawn)))
+    return _two_sided(torch.where(hits < RESOLVED, tail, (1 + hits) / (1 + len(drawn))))
+
+
+def _two_sided(p: Tensor) -> Tensor:
+    """From the smaller of the two tails."""
+    return (2 * p).clamp_max(1)
+
+
+def _gamma_tail(z: Tensor, skewness: Tensor) -> Tensor:
+    """P(Z > z) of a gamma distribution with that skewness, shifted and scaled to mean 0 and deviation 1.
+
+    A tail on the short side is taken as normal, which is more than it is.
+    """
+    shape = 4 / skewness.clamp_min(1e-2) ** 2
+    gamma = torch.special.gammaincc(shape, shape + z * shape.sqrt())
+    return torch.where(skewness > 1e-2, gamma, torch.special.erfc(z / 2**0.5) / 2)
 
 
 def benjamini_hochberg(p: Tensor) -> Tensor:
@@ -69,17 +122,19 @@ def over_tokens(classes: Tensor, generator: torch.Generator) -> Tensor:
     return classes[torch.randperm(len(classes), generator=generator)]
 
 
-def within(sequences: Tensor) -> Shuffle:
-    """Classes move only within their sequence."""
+def turned(sequences: Tensor) -> Shuffle:
+    """Each sequence's classes turned round within it, by any number of tokens: all but its ends stay neighbours.
+
+    `sequences` (T,) numbers the tokens' sequences from 0, each in one piece.
+    """
+    lengths = sequences.bincount()
+    starts = lengths.cumsum(0) - lengths
+    length, start = lengths[sequences], starts[sequences]
+    place = torch.arange(len(sequences)) - start
 
     def shuffle(classes: Tensor, generator: torch.Generator) -> Tensor:
-        # Sorted by sequence, then at random: position i of that order gets what position i of the plain one had.
-        by_sequence = sequences.argsort(stable=True)
-        noise = torch.rand(len(classes), generator=generator)
-        mixed = (sequences.double() + noise.double()).argsort()
-        out = torch.empty_like(classes)
-        out[by_sequence] = classes[mixed]
-        return out
+        shift = (torch.rand(len(lengths), generator=generator, dtype=torch.float64) * lengths).long()
+        return classes[start + (place + shift[sequences]) % length]
 
     return shuffle
 
@@ -103,5 +158,5 @@ def _counts(picked: Tensor, classes: Tensor, count: int) -> Tensor:
     return out.t().contiguous()
 
 
-def _rounded(t: Tensor) -> list[list[float]]:
-    return [[round(v, 4) for v in row] for row in t.tolist()]
+def _three_digits(t: Tensor) -> list[list[float]]:
+    return [[float(f"{v:.3g}") for v in row] for row in t.tolist()]
