@@ -21,7 +21,6 @@ COMMANDS = {
     "relufy": ["relufy", "small", "out", "--task", "t2t", "--data", "t2t.tsv"],
     "generate": ["generate", "small", WORDS],
     "bench": ["bench", "small", "--text", "text.txt", "--rounds", "1"],
-    "bench beside it": ["bench", "good", "--against", "small", "--text", "text.txt", "--rounds", "1"],
 }
 
 
