@@ -229,6 +229,7 @@ def test_a_conversion_that_is_stopped_leaves_nothing(stop, dense, tmp_path):
     while not list(scratch.glob("moefy-*")):  # for activations that wait for their turn
         assert running.poll() is None, running.stderr.read()
         time.sleep(0.01)
+    time.sleep(0.5)  # it is there a moment before anything knows that it has to be cleared away
     running.send_signal(stop)
     shown = running.communicate(timeout=120)[1]
     assert running.returncode == 130, shown
