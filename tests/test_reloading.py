@@ -51,6 +51,16 @@ def test_heads_on_a_decoder_come_back_the_same(family, head, tmp_path):
         assert torch.equal(body, model.base_model(**feed).last_hidden_state)
 
 
+@pytest.mark.parametrize(("family", "made"), [("gpt_neox", "GPTNeoXForCausalLM"), ("vit", "ViTModel")])
+def test_weights_that_are_stored_by_other_names_come_back(family, made, tmp_path):
+    getattr(tf, made)(tiny.tiny(family).config).save_pretrained(tmp_path / "dense")
+    model, feed = load_source(tmp_path / "dense")[0], tiny.inputs(family)
+    moefy.convert(model, RECIPE, [feed])
+    moefy.save(model, tmp_path / "out")
+    with torch.no_grad():
+        assert torch.equal(moefy.load(tmp_path / "out")(**feed)[0], model(**feed)[0])
+
+
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory):
     model = tiny.tiny("llama")

@@ -21,6 +21,7 @@ import torch
 import transformers
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -114,7 +115,20 @@ def model_class(base: Any, config: Any) -> Any:
         "_keep_in_fp32_modules_strict": keep,
     }
     made = type(f"Moefy{base.__name__}", (base,), members)
+    _share_renamings(base, made)
     return made
+
+
+def _share_renamings(base: Any, made: Any) -> None:
+    """Let a converted class read the names that transformers stores its base's weights by.
+
+    They are looked up by class or model type: GPT-NeoX saves its lm_head as embed_out, and would not find it again.
+    """
+    for name in (base.__name__, base.config_class.model_type):
+        renamings = get_checkpoint_conversion_mapping(name)
+        if renamings is not None:
+            register_checkpoint_conversion_mapping(made.__name__, renamings, overwrite=True)
+            return
 
 
 def own_memory(model: PreTrainedModel) -> None:
