@@ -10,6 +10,7 @@ import tiny
 from moefy.budgets import GRID, Curve, Sensitivity, allocate, loss_curve
 from moefy.calibrate import real_tokens
 from moefy.construct.elimination import eliminate
+from moefy.convert import LAYER_WORK
 from moefy.sensitivity import output_metrics
 from moefy.sites import find_sites
 from moefy.stats import NeuronStats
@@ -153,3 +154,16 @@ def test_a_broken_metric_is_a_sentence():
     metric = torch.full((stats.ffn.width, stats.ffn.width), torch.nan)
     with pytest.raises(moefy.MoefyError, match="metric"):
         eliminate(NeuronStats(stats.ffn, stats.batches, metric=metric))
+
+
+@pytest.mark.parametrize(("recipe", "measured"), [("reconstructed", 2 * (4 + 4)), ("slim", 0)])
+def test_progress_counts_work_and_ends_at_the_total(recipe, measured):
+    """A batch through a layer is 1 when it is measured, and more when it is converted."""
+    model, batches, seen = tiny.tiny("llama"), [tiny.inputs("llama", seed=i) for i in range(4)], []
+    recipe = moefy.Recipe.of(recipe, budget=0.75)
+    moefy.convert(model, recipe, batches, progress=lambda done, total, name: seen.append((done, total)))
+    total = measured + 2 * LAYER_WORK * 4
+    assert {of for _, of in seen} == {total}
+    assert [done for done, _ in seen] == sorted({done for done, _ in seen})
+    assert [done for done, _ in seen][-2:] == [total - 4 * LAYER_WORK, total]
+    assert (seen[-3][0] if measured else 0) == measured

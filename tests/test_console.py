@@ -44,6 +44,12 @@ def test_a_log_gets_lines_with_an_estimate(monkeypatch, capsys):
     assert all(line.endswith(" left") for line in lines)
 
 
+def test_work_that_is_not_counted_is_a_percentage(capsys):
+    with console.progress("Sorting", counted=False) as update:
+        update(1, 3)
+    assert capsys.readouterr().err.startswith("Sorting: 33%, 0:00:00, about ")
+
+
 def test_a_bar_where_there_is_a_terminal(monkeypatch, capsys):
     monkeypatch.setattr(console, "err", Console(stderr=True, force_terminal=True, markup=False))
     with console.progress("Sorting [b]", 2) as update:

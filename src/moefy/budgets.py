@@ -61,10 +61,10 @@ def measure(
 ) -> Sensitivity:
     """Measure a dense model, which stays as it is, on a few of the calibration batches.
 
-    `chunk` tokens are worked on at a time; `progress(done, total, name)` is called after each step.
+    `chunk` tokens are worked on at a time; `progress(done, total, name)` counts as `measure_work` does.
     """
-    some, total = spread(batches, METRIC_BATCHES), measure_steps(sites, batches)
-    step = (lambda done: progress(done, total, "the loss")) if progress else None
+    some, total = spread(batches, METRIC_BATCHES), measure_work(sites, batches)
+    step = (lambda done: progress(done * len(sites), total, "the loss")) if progress else None
     metrics = output_metrics(model, sites, some, progress=step)
     curves: dict[str, Curve] = {}
     for arrival in OnePass(model, sites, spread(batches, CURVE_BATCHES), real_tokens, hold_bytes):
@@ -72,13 +72,13 @@ def measure(
         ffn = sites[name].read().to(torch.float32)
         curves[name] = loss_curve(NeuronStats(ffn, arrival.inputs, chunk, name=name, metric=metrics.get(name)))
         if progress:
-            progress(len(some) + len(curves), total, name)
+            progress(total - (len(sites) - len(curves)) * min(CURVE_BATCHES, len(batches)), total, name)
     return Sensitivity(metrics, curves)
 
 
-def measure_steps(sites: Mapping[str, Site], batches: Sequence[Mapping[str, Any]]) -> int:
-    """How many steps of progress `measure` reports."""
-    return min(METRIC_BATCHES, len(batches)) + len(sites)
+def measure_work(sites: Mapping[str, Site], batches: Sequence[Mapping[str, Any]]) -> int:
+    """How much work `measure` is: a batch through a layer is 1, with its gradients or in a curve."""
+    return len(sites) * (min(METRIC_BATCHES, len(batches)) + min(CURVE_BATCHES, len(batches)))
 
 
 def loss_curve(stats: NeuronStats) -> Curve:

@@ -127,7 +127,7 @@ def convert(
     else:
         batches = text_batches(model, tokenizer, text or "", window, windows)
     trials: list[target.Trial] = []
-    with console.progress("Converting layers") as update:
+    with console.progress("Converting layers", counted=False) as update:
         if target_loss is None:
             report = convert_model(model, wanted, batches, hold_bytes=hold, progress=update)
         else:

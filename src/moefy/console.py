@@ -8,7 +8,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -20,16 +28,19 @@ EVERY = 30.0
 
 
 @contextmanager
-def progress(what: str, total: int | None = None) -> Iterator[Callable[..., None]]:
-    """Progress with an estimate on standard error, a bar or lines for a log; yields `update(done, total)`."""
+def progress(what: str, total: int | None = None, counted: bool = True) -> Iterator[Callable[..., None]]:
+    """Progress with an estimate on standard error, a bar or lines for a log; yields `update(done, total)`.
+
+    What is done is shown as a count, or as a percentage where it is work that is not `counted`.
+    """
     if not err.is_terminal:
-        with _progress_lines(what, total) as update_lines:
+        with _progress_lines(what, total, counted) as update_lines:
             yield update_lines
         return
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(),
-        MofNCompleteColumn(),
+        MofNCompleteColumn() if counted else TaskProgressColumn(),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
@@ -44,14 +55,15 @@ def progress(what: str, total: int | None = None) -> Iterator[Callable[..., None
 
 
 @contextmanager
-def _progress_lines(what: str, total: int | None) -> Iterator[Callable[..., None]]:
+def _progress_lines(what: str, total: int | None, counted: bool) -> Iterator[Callable[..., None]]:
     """A line every EVERY seconds, for logs, and one at the end."""
     start = said = time.monotonic()
     last = (0, total)
 
     def line(done: int, of: int | None, seconds: float) -> str:
         left = f", about {_clock(seconds / done * (of - done))} left" if of and 0 < done < of else ""
-        return f"{what}: {done}{f' of {of}' if of else ''}, {_clock(seconds)}{left}"
+        shown = f"{done}{f' of {of}' if of else ''}" if counted or not of else f"{done / of:.0%}"
+        return f"{what}: {shown}, {_clock(seconds)}{left}"
 
     def update(done: int, of: int | None = None, *_: object) -> None:
         nonlocal said, last

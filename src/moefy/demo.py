@@ -65,7 +65,7 @@ def _run(recipe: Recipe, output: Path, control: Path, windows: int) -> None:
 
 
 def _convert(what: str, model: Any, recipe: Recipe, batches: list[dict[str, Any]]) -> Report:
-    with console.progress(what) as update:
+    with console.progress(what, counted=False) as update:
         return convert(model, recipe, batches, progress=update)
 
 

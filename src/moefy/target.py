@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moefy.budgets import Sensitivity, allocate, measure
-from moefy.convert import Report, check_dense, convert, planned_specs
+from moefy.budgets import Sensitivity, allocate, measure, measure_work
+from moefy.convert import LAYER_WORK, Report, check_dense, convert, planned_specs
 from moefy.evaluate import is_causal_lm, perplexity
 from moefy.moe import realised_fraction, usage
 from moefy.recipe import Recipe
@@ -65,9 +65,11 @@ def smallest_budget(
     sites = {site.entry_name: site for site in find_sites(model)}
     recipe = recipe.fitting(site.read().neurons for site in sites.values())
     _fit(sites, Recipe.of(recipe, budget=LARGEST), None)  # what does not fit at all is refused before it is measured
-    found = None
+    found, total = None, TRIALS * LAYER_WORK * len(batches) * len(sites)
     if recipe.allocation == "sensitivity":
-        found = measure(model, sites, batches, hold_bytes, recipe.chunk_tokens, progress)
+        measured = (lambda done, of, name: progress(done, of + total, f"measuring {name}")) if progress else None
+        found = measure(model, sites, batches, hold_bytes, recipe.chunk_tokens, measured)
+    before = measure_work(sites, batches) if found else 0
     least = _least_budget(sites, recipe, found)
     dense = perplexity(model, held_out, prefix).perplexity
     low, high, scale = 0.0, 1.0, FIRST_GUESS
@@ -78,7 +80,7 @@ def smallest_budget(
         budget = predicted if low < predicted < high else (low + high) / 2
         budget = max(least, min(LARGEST, budget))
         copied, wanted = copy.deepcopy(model), Recipe.of(recipe, budget=budget)
-        step = _named(progress, len(trials), budget)
+        step = _named(progress, before, len(trials), budget)
         report = convert(copied, wanted, batches, hold_bytes=hold_bytes, progress=step, sensitivity=found)
         with usage(copied) as counted:
             loss = math.log(perplexity(copied, held_out, prefix).perplexity / dense)
@@ -138,12 +140,13 @@ def _predicted_budget(found: Sensitivity, loss: float) -> float:
 
 
 def _named(
-    progress: Callable[[int, int, str], None] | None, trial: int, budget: float
+    progress: Callable[[int, int, str], None] | None, before: int, trial: int, budget: float
 ) -> Callable[[int, int, str], None] | None:
+    """Progress of one trial, `before` which the model was measured, as that of all that there may be."""
     if progress is None:
         return None
     return lambda done, total, name: progress(
-        trial * total + done, TRIALS * total, f"trial {trial + 1}, budget {budget:.2f}"
+        before + trial * total + done, before + TRIALS * total, f"trial {trial + 1}, budget {budget:.2f}"
     )
 
 
