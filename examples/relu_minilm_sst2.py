@@ -21,7 +21,7 @@ from pathlib import Path
 from moefy import console
 from moefy.relufy import relufy
 from moefy.sources import load_source
-from moefy.tasks import evaluate_task
+from moefy.tasks import evaluate_task, task_examples
 from moefy.types import MoefyError
 
 
@@ -41,6 +41,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=float, default=2.0)
     parser.add_argument("--seconds", type=float, help="stop after so long; the same command goes on later")
     args = parser.parse_args()
+    measured_on = task_examples("sst2", args.dev)  # a mistake in it is told before the training
     if not Path(args.output).exists():
         with console.progress("Training") as update:
             trained = relufy(
@@ -57,11 +58,16 @@ def main() -> None:
         if not trained.done:
             return
     model, tokenizer = load_source(args.output)
-    print(f"accuracy on dev: {evaluate_task(model, tokenizer, 'sst2', args.dev)['accuracy']:.4f}")
+    figures = evaluate_task(model, tokenizer, "sst2", args.dev)
+    print(f"accuracy on {len(measured_on):,} sentences: {figures['accuracy']:.4f}")
 
 
 if __name__ == "__main__":
     try:
         main()
     except MoefyError as error:
-        sys.exit(str(error))
+        print(error, file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("Interrupted; the same command goes on.", file=sys.stderr)
+        sys.exit(130)

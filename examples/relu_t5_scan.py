@@ -23,11 +23,15 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
 from moefy import console
-from moefy.finetune import Schedule, finetune
+from moefy.checkpoint import check_output
+from moefy.finetune import Schedule, check_positive, finetune
 from moefy.relufy import save_dense
 from moefy.sources import load_source
 from moefy.tasks import TASKS, evaluate_task, task_examples
 from moefy.types import MoefyError
+
+# Of the development data, spread over it.
+LINES = 1000
 
 
 def word_tokenizer(pairs: list[tuple[str, str]]) -> PreTrainedTokenizerFast:
@@ -63,9 +67,11 @@ def small_t5(tokenizer: Any) -> T5ForConditionalGeneration:
 
 
 def train(args: argparse.Namespace) -> bool:
+    check_positive({"The number of epochs": args.epochs, "The number of seconds": args.seconds})
+    out = check_output(args.output)
     task, pairs = TASKS["t2t"], task_examples("t2t", args.train)
     tokenizer = word_tokenizer(pairs)
-    model, out = small_t5(tokenizer), Path(args.output).absolute()
+    model = small_t5(tokenizer)
     state = out.parent / f".{out.name}.training.safetensors"
     schedule = Schedule(
         round(len(pairs) * args.epochs), batch_size=64, rate=1e-2, warmup=0.03, weight_decay=0.0, relative=True
@@ -76,7 +82,7 @@ def train(args: argparse.Namespace) -> bool:
     print(f"step {trained.step} of {trained.steps}, loss {trained.loss}")
     if trained.done:
         save_dense(model, tokenizer, out)
-        state.unlink()
+        state.unlink(missing_ok=True)
     return trained.done
 
 
@@ -88,15 +94,20 @@ def main() -> None:
     parser.add_argument("--epochs", type=float, default=15.0)
     parser.add_argument("--seconds", type=float, help="stop after so long; the same command goes on later")
     args = parser.parse_args()
+    measured_on = task_examples("t2t", args.dev, LINES)  # a mistake in it is told before the training
     if not Path(args.output).exists() and not train(args):
         return
     model, tokenizer = load_source(args.output)
-    figures = evaluate_task(model, tokenizer, "t2t", args.dev, limit=1000)
-    print(f"exact match on 1,000 lines: {figures['exact_match']:.4f}")
+    figures = evaluate_task(model, tokenizer, "t2t", args.dev, limit=LINES)
+    print(f"exact match on {len(measured_on):,} lines: {figures['exact_match']:.4f}")
 
 
 if __name__ == "__main__":
     try:
         main()
     except MoefyError as error:
-        sys.exit(str(error))
+        print(error, file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("Interrupted; the same command goes on.", file=sys.stderr)
+        sys.exit(130)
