@@ -3,6 +3,7 @@
 import importlib
 import json
 import re
+import sys
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import tiny
 import words
 from moefy import report
 from moefy.cli import app
+from moefy.moe import moe_layers
 from moefy.study import measures, study
 from moefy.study.collect import collect
 from moefy.study.preferences import benjamini_hochberg, over_sequences, over_tokens, preferences, turned
@@ -244,3 +246,46 @@ def test_inspect_on_the_command_line(tmp_path):
     label = next(iter(result["layers"].values()))["preferences"]["label"]
     assert label["classes"] == ["negative", "positive"]
     assert (tmp_path / "out" / "study.html").stat().st_size > 10_000
+
+
+def test_inspect_refuses_before_it_runs_what_it_could_not_write(tmp_path, monkeypatch):
+    from typer.testing import CliRunner
+
+    (tmp_path / "file").write_text("a file")
+    for output, hidden, message in (("file", None, "is a file"), ("out", "matplotlib", "Plots need matplotlib")):
+        with monkeypatch.context() as patch:
+            if hidden:
+                patch.setitem(sys.modules, hidden, None)
+            done = CliRunner().invoke(app, ["inspect", str(tmp_path / "no-model"), str(tmp_path / output)])
+        assert isinstance(done.exception, moefy.MoefyError)
+        assert message in str(done.exception)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("active", [0, 6])
+def test_a_model_that_chooses_nothing_is_still_converted(active):
+    model, feed = converted(active=2)
+    for moe in moe_layers(model).values():
+        moe.top_k = active
+    result = study(model, None, [feed])
+    assert result["converted"]
+    assert "nothing is chosen" in report.page(result, "A model")
+
+
+def test_weights_that_are_not_finite_are_one_sentence():
+    model, feed = converted()
+    moe = next(iter(moe_layers(model).values()))
+    moe.unpack()
+    with torch.no_grad():
+        moe.experts_up[0, 0, 0] = float("nan")
+    moe.pack()  # where the parameters are empty
+    with pytest.raises(moefy.MoefyError, match="holds NaN or infinite values"):
+        study(model, None, [feed])
+
+
+def test_thresholds_may_leave_every_expert_out():
+    none = torch.full((20, 2), -1)
+    assert measures.load(none, 4)["never_chosen"] == 4
+    found = measures.between_inputs(none, torch.arange(4).repeat_interleave(5), 4)
+    assert set(found.values()) == {0.0}
+    assert preferences(none, torch.arange(20) % 2, ["a", "b"], over_tokens, 4)["significant"] == 0

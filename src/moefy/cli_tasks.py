@@ -68,6 +68,7 @@ def inspect(
 
     if (task is None) != (data is None):
         raise MoefyError("A task is studied on its data; give both --task and --data.")
+    report.check(output)
     with console.status(f"Loading {model}"):
         loaded, tokenizer = load_any(model, dtype, trust_remote_code)
     if task and data:

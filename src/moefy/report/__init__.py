@@ -10,9 +10,17 @@ from typing import Any
 from moefy.report import plots
 from moefy.report.html import document, image, table, write_whole
 from moefy.study.preferences import SIGNIFICANT
+from moefy.types import MoefyError
 
 # Rows of the tables of preferences, the strongest first.
 TOKENS_SHOWN, EXPERTS_SHOWN = 5, 6
+
+
+def check(folder: Path) -> None:
+    """MoefyError, before a study is run, if `write` could not write its page into `folder`."""
+    plots.check()
+    if folder.exists() and not folder.is_dir():
+        raise MoefyError(f"{folder} is a file; choose a directory for study.json and study.html.")
 
 
 def write(result: dict[str, Any], folder: Path, title: str) -> tuple[Path, Path]:
@@ -29,7 +37,7 @@ def page(result: dict[str, Any], title: str) -> str:
         f"<h1>{escape(title)}</h1>",
         _facts(result),
         *_neurons(names, layers),
-        *(_experts(result, names, layers) if result["converted"] else []),
+        *_experts(result, names, layers),
     ]
     return document(title, parts)
 
@@ -72,6 +80,9 @@ def _neurons(names: list[str], layers: list[dict[str, Any]]) -> list[str]:
 
 def _experts(result: dict[str, Any], names: list[str], layers: list[dict[str, Any]]) -> list[str]:
     routed = [(i, n, x) for i, (n, x) in enumerate(zip(names, layers, strict=True)) if "load" in x]
+    if not routed:
+        none = "<h2>Experts</h2><p>Every FFN runs all of its experts or none, so nothing is chosen.</p>"
+        return [none] if result["converted"] else []
     only = [x for _, _, x in routed]
     kinds = {k: title for k, title in _KINDS.items() if any(k in x["preferences"] for x in only)}
     rows = [

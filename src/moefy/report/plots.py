@@ -14,11 +14,18 @@ _COLORS = (_BLUE, _ORANGE, "#3c8d5a", "#a94442", "#7a5ca8", "#555555")
 _MARKERS = "os^DvPX"
 
 
-def _figure(height: float, **options: Any) -> tuple[Any, Any]:
+def check() -> None:
+    """MoefyError if there is nothing to draw with."""
     try:
-        import matplotlib
+        import matplotlib  # noqa: F401 - whether it is there
     except ImportError:
         raise MoefyError("Plots need matplotlib: pip install 'moefy[report]'.") from None
+
+
+def _figure(height: float, **options: Any) -> tuple[Any, Any]:
+    check()
+    import matplotlib
+
     matplotlib.use("Agg", force=False)
     from matplotlib.figure import Figure
 

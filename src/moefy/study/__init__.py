@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moefy.moe import moe_layers
+from moefy.sources import check_weights
 from moefy.study import measures
 from moefy.study.collect import Layer, collect
 from moefy.study.preferences import over_sequences, over_tokens, preferences, turned
@@ -32,8 +34,13 @@ def study(
 ) -> dict[str, Any]:
     """Everything about every FFN of a model, dense or converted, on model inputs, as plain data.
 
-    `labels` gives the label (N,) of each batch's sequences. Raises MoefyError if there is nothing to look at.
+    `labels` gives the label (N,) of each batch's sequences. Raises MoefyError if there is nothing to look at
+    or a weight is not finite.
     """
+    converted = moe_layers(model)
+    for moe in converted.values():
+        moe.unpack()  # it is studied unpacked, and packed weights cannot be checked
+    check_weights(model)
     layers, streams = collect(model, batches, labels)
     tokens = {name: stream.joined() for name, stream in streams.items()}
     found = {layer.name: _layer(layer, tokens[layer.stream], tokenizer, label_names, seed) for layer in layers.values()}
@@ -41,7 +48,7 @@ def study(
     pairs = [{"first": a.name, "second": b.name, **_pair(a, b)} for a, b in pairwise(routed) if a.stream == b.stream]
     return {
         "model": type(model).__name__,
-        "converted": bool(routed),
+        "converted": bool(converted),
         "tokens": {name: len(t["ids"]) for name, t in tokens.items()},
         "sequences": {name: stream.count for name, stream in streams.items()},
         "layers": found,

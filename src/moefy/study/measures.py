@@ -63,7 +63,7 @@ def histogram(values: Tensor) -> list[float]:
 def load(chosen: Tensor, experts: int) -> dict[str, Any]:
     """How evenly choices (T, K) fall on the experts: shares, and what sums them up."""
     counts = torch.bincount(chosen[chosen >= 0].long(), minlength=experts).double()
-    share = counts / counts.sum()
+    share = counts / counts.sum().clamp_min(1)  # thresholds may leave all of them out
     ordered = share.sort().values
     rank = torch.arange(1, experts + 1, dtype=torch.float64)
     entropy = -(share * share.clamp_min(1e-30).log()).sum()
@@ -91,10 +91,11 @@ def between_inputs(chosen: Tensor, sequences: Tensor, experts: int, seed: int = 
     apart = sequences[a] != sequences[b]
     loads = torch.zeros(int(sequences.max()) + 1, experts).index_add_(0, sequences, picked)
     loads = torch.nn.functional.normalize(loads[loads.sum(1) > 0], dim=1)
-    c, d = (torch.randint(len(loads), (PAIRS,), generator=generator) for _ in range(2))
+    c, d = (torch.randint(max(1, len(loads)), (PAIRS if len(loads) else 0,), generator=generator) for _ in range(2))
+    many = max(top_k, 1e-12)
     return {
-        "neighbours": _mean((picked[near] * picked[near + 1]).sum(1) / top_k),
-        "other_sequences": _mean((picked[a] * picked[b]).sum(1)[apart] / top_k),
+        "neighbours": _mean((picked[near] * picked[near + 1]).sum(1) / many),
+        "other_sequences": _mean((picked[a] * picked[b]).sum(1)[apart] / many),
         "chance": top_k / experts,
         "sequence_similarity": _mean((loads[c] * loads[d]).sum(1)[c != d]),
     }
