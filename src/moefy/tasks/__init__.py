@@ -5,7 +5,7 @@ A kind of task is a class in a file of its own; a task is one line here.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +72,10 @@ def task_calibration(
     Padded batches of like length with their masks; an encoder-decoder also gets the decoder's inputs and
     mask, as in training. Raises MoefyError if the data or the model's head does not fit the task.
     """
-    return task_batches(model, tokenizer, task, data, tokens=tokens, batch_tokens=batch_tokens)[0]
+    _needs_tokenizer(tokenizer)
+    found = named(task)
+    found.check(model)
+    return _batches(model, tokenizer, found, found.to_calibrate, task_examples(task, data), tokens, batch_tokens)[0]
 
 
 def task_batches(
@@ -84,18 +87,35 @@ def task_batches(
     tokens: int = 16384,
     batch_tokens: int = 2048,
 ) -> tuple[list[dict[str, Tensor]], list[Tensor] | None, tuple[str, ...]]:
-    """What `task_calibration` gives, and each batch's labels (N,) with their names where the task has classes."""
+    """What `task_calibration` gives, and each batch's labels (N,) with their names where the task has classes.
+
+    The whole model runs on these batches; MoefyError if its head takes other ones (multiple choice).
+    """
     _needs_tokenizer(tokenizer)
     found = named(task)
     found.check(model)
     examples = task_examples(task, data)
+    batches, marks = _batches(model, tokenizer, found, found.encode, examples, tokens, batch_tokens)
+    return (batches, marks, found.labels) if isinstance(found, Classification) else (batches, None, ())
+
+
+def _batches(
+    model: Any,
+    tokenizer: Any,
+    task: Task,
+    encode: Callable[[Any, Any, Sequence[Any]], list[dict[str, Any]]],
+    examples: Sequence[Any],
+    tokens: int,
+    batch_tokens: int,
+) -> tuple[list[dict[str, Tensor]], list[Tensor]]:
+    """Batches of what `encode` makes of examples spread over the data, and of a task with classes their labels."""
     # Spread over the data, which may be sorted; a first look at some examples tells how many it takes.
-    some = found.encode(model, tokenizer, spread(examples, 64))
-    mean = max(1.0, sum(len(f["input_ids"]) for f in some) / len(some))
+    first = spread(examples, 64)
+    mean = max(1.0, sum(len(f["input_ids"]) for f in encode(model, tokenizer, first)) / len(first))
     chosen = spread(examples, max(2, round(tokens / mean)))
-    features = found.encode(model, tokenizer, chosen)
+    features = encode(model, tokenizer, chosen)
     check_ids(model, [i for feature in features for i in feature["input_ids"]])
-    classes = isinstance(found, Classification)
+    classes = isinstance(task, Classification)
     pad, batches, marks = pad_id(tokenizer), [], []
     for indices in by_length([len(f["input_ids"]) for f in features], batch_tokens):
         batch = collate([features[i] for i in indices], pad)
@@ -107,7 +127,7 @@ def task_batches(
             batch["decoder_attention_mask"] = (labels != -100).long()
         batches.append(batch)
         marks.append(torch.tensor([chosen[i].label for i in indices]) if classes else torch.empty(0))
-    return batches, (marks if classes else None), (found.labels if isinstance(found, Classification) else ())
+    return batches, marks
 
 
 def _needs_tokenizer(tokenizer: Any) -> None:

@@ -35,6 +35,10 @@ class Task(abc.ABC):
     def encode(self, model: Any, tokenizer: Any, examples: Sequence[Any]) -> list[dict[str, Any]]:
         """Each example as training features: lists of ids `input_ids` and, by the head, the kind of labels."""
 
+    def to_calibrate(self, model: Any, tokenizer: Any, examples: Sequence[Any]) -> list[dict[str, Any]]:
+        """The features that calibration takes: those of training, unless the head cannot be trained."""
+        return self.encode(model, tokenizer, examples)
+
     @abc.abstractmethod
     def evaluate(
         self, model: Any, tokenizer: Any, examples: Sequence[Any], progress: Progress | None = None

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from moefy.tasks.base import Progress, Task, head_of, longest_input, pad_id, padded, refuse_head
+from moefy.tasks.base import Progress, Task, collate, head_of, longest_input, pad_id, refuse_head
 from moefy.tasks.likelihood import log_likelihoods
 from moefy.tasks.rows import Row, column
 from moefy.types import MoefyError
@@ -75,8 +75,14 @@ class MultipleChoice(Task):
         from moefy.tasks.text_to_text import encode_pairs
 
         if head_of(model) == "choice":
-            raise MoefyError(f"A multiple-choice head cannot be calibrated or trained on {self.name}; use text.")
+            raise MoefyError(f"A multiple-choice head cannot be trained or studied on {self.name}; use text.")
         return encode_pairs(model, tokenizer, [(e.prompt, e.answers[e.right]) for e in examples])
+
+    def to_calibrate(self, model: Any, tokenizer: Any, examples: Sequence[Choices]) -> list[dict[str, Any]]:
+        if head_of(model) != "choice":
+            return self.encode(model, tokenizer, examples)
+        # Each answer is a sequence of its own: no FFN sees more than one, and the head is not run.
+        return [feature for e in examples for feature in _answers_to_head(model, tokenizer, e)]
 
     @torch.no_grad()
     def evaluate(
@@ -85,8 +91,13 @@ class MultipleChoice(Task):
         self.check(model)
         model.eval()
         if head_of(model) == "choice":
-            picked = [_by_head(model, tokenizer, e) for e in examples]
-            return {"accuracy": sum(p == e.right for p, e in zip(picked, examples, strict=True)) / len(examples)}
+            right = 0
+            for i, e in enumerate(examples):
+                feed = collate(_answers_to_head(model, tokenizer, e), pad_id(tokenizer))
+                right += int(model(**{k: v[None] for k, v in feed.items()}).logits.argmax()) == e.right
+                if progress:
+                    progress(i + 1, len(examples))
+            return {"accuracy": right / len(examples)}
         blank = "" if head_of(model) == "seq2seq" else " "
         pairs = [(e.prompt, blank + a) for e in examples for a in e.answers]
         scores, start = log_likelihoods(model, tokenizer, pairs, progress), 0
@@ -104,11 +115,11 @@ def _best(scores: Sequence[float]) -> int:
     return max(range(len(scores)), key=scores.__getitem__)
 
 
-def _by_head(model: Any, tokenizer: Any, example: Choices) -> int:
+def _answers_to_head(model: Any, tokenizer: Any, example: Choices) -> list[dict[str, Any]]:
+    """The features of a multiple-choice head, one for each answer: ids, and token types if the tokenizer has them."""
     longest = longest_input(model, tokenizer)
-    ids = [tokenizer(example.prompt, a, truncation=True, max_length=longest)["input_ids"] for a in example.answers]
-    feed, mask = padded(ids, pad_id(tokenizer)), padded([[1] * len(r) for r in ids], 0)
-    return int(model(input_ids=feed[None], attention_mask=mask[None]).logits.argmax())
+    found = [tokenizer(example.prompt, a, truncation=True, max_length=longest) for a in example.answers]
+    return [{k: f[k] for k in ("input_ids", "token_type_ids") if k in f} for f in found]
 
 
 _LISTED = (("choices", "options"),)
