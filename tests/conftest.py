@@ -2,6 +2,7 @@ import pytest
 import torch
 
 import tiny
+from task_data import DATA, write
 from words import pydoc_tokenizer
 
 torch.set_num_threads(2)
@@ -18,3 +19,9 @@ def dense(tmp_path_factory):
     tiny.tiny("llama").save_pretrained(folder)
     pydoc_tokenizer().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def data(tmp_path):
+    """A file of each task, by its name."""
+    return {task: write(tmp_path / f"{task}-{name}", text) for task, (name, text) in DATA.items()}

@@ -2,7 +2,7 @@
 
 from collections import Counter
 
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 import tiny
@@ -45,6 +45,18 @@ def tokenizer(kind: str = "bert") -> PreTrainedTokenizerFast:
         eos_token="[SEP]",
         model_input_names=["input_ids", "token_type_ids", "attention_mask"],
     )
+
+
+def byte_level() -> PreTrainedTokenizerFast:
+    """GPT-2's kind of tokenizer: a word and the blank before it are one token, and no text starts with another."""
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<end>"], initial_alphabet=alphabet)
+    text = [" ".join(["Answer: question", *WORDS[60:]])] * 20
+    made.train_from_iterator(text, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<end>")
 
 
 def pydoc_tokenizer() -> PreTrainedTokenizerFast:

@@ -55,6 +55,17 @@ def _first_characters(text: str, windows: int | None, window: int) -> str:
     return text if windows is None else text[: windows * window * 12]
 
 
+def positions(model: Any) -> int | None:
+    """Tokens that the model has positions for, None if it does not say."""
+    config = model.config.get_text_config()
+    found = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    for name, module in model.named_modules():
+        # RoBERTa and its kin count positions from their padding token's id on, so some rows are never used.
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            return module.num_embeddings - module.padding_idx - 1
+    return found
+
+
 def text_calibration(
     tokenizer: Any,
     texts: str | Iterable[str],

@@ -9,11 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moefy.calibrate import positions
 from moefy.tasks.rows import Row
 from moefy.types import MoefyError
 
 Progress = Callable[[int, int], None]
 Inputs = dict[str, Tensor]
+# Tokens of an input at most, whatever the model holds: memory grows with their square in the older models.
+LONGEST = 2048
 # Tokens of a batch, padding included.
 BATCH_TOKENS = 2048
 
@@ -56,11 +59,10 @@ class Task(abc.ABC):
         return {}
 
 
-def longest_input(model: Any, tokenizer: Any, at_most: int = 512) -> int:
-    """Tokens of an input at most: what the model has positions for, and `at_most`."""
-    config = model.config.get_text_config()
-    positions = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or at_most
-    return min(at_most, positions, getattr(tokenizer, "model_max_length", at_most) or at_most)
+def longest_input(model: Any, tokenizer: Any) -> int:
+    """Tokens of an input at most: what the model and its tokenizer hold, and LONGEST."""
+    limits = (positions(model), getattr(tokenizer, "model_max_length", None), LONGEST)
+    return min(int(limit) for limit in limits if limit)
 
 
 def collate(features: Sequence[dict[str, Any]], pad: int, left: bool = False) -> Inputs:

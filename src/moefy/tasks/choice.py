@@ -15,6 +15,7 @@ import torch
 
 from moefy.tasks.base import Progress, Task, collate, head_of, longest_input, pad_id, refuse_head
 from moefy.tasks.likelihood import log_likelihoods
+from moefy.tasks.pairs import encode_pairs
 from moefy.tasks.rows import Row, column
 from moefy.types import MoefyError
 
@@ -72,8 +73,6 @@ class MultipleChoice(Task):
             raise refuse_head(self.name, model, "a language model or a model with a multiple-choice head")
 
     def encode(self, model: Any, tokenizer: Any, examples: Sequence[Choices]) -> list[dict[str, Any]]:
-        from moefy.tasks.text_to_text import encode_pairs
-
         if head_of(model) == "choice":
             raise MoefyError(f"A multiple-choice head cannot be trained or studied on {self.name}; use text.")
         return encode_pairs(model, tokenizer, [(e.prompt, e.answers[e.right]) for e in examples])
@@ -98,8 +97,7 @@ class MultipleChoice(Task):
                 if progress:
                     progress(i + 1, len(examples))
             return {"accuracy": right / len(examples)}
-        blank = "" if head_of(model) == "seq2seq" else " "
-        pairs = [(e.prompt, blank + a) for e in examples for a in e.answers]
+        pairs = [(e.prompt, a) for e in examples for a in e.answers]
         scores, start = log_likelihoods(model, tokenizer, pairs, progress), 0
         whole = per_byte = 0
         for e in examples:

@@ -14,6 +14,7 @@ import torch
 
 from moefy.tasks.base import Progress, Task, by_length, collate, head_of, longest_input, pad_id, refuse_head
 from moefy.tasks.likelihood import log_likelihoods
+from moefy.tasks.pairs import encode_pairs
 from moefy.tasks.rows import Row, column
 from moefy.types import MoefyError
 
@@ -66,8 +67,6 @@ class Classification(Task):
         if head_of(model) == "classification":
             to_head = self._head_order(model)
             return [{**self._ids(model, tokenizer, e), "labels": to_head[e.label]} for e in examples]
-        from moefy.tasks.text_to_text import encode_pairs
-
         return encode_pairs(model, tokenizer, [(self._prompt(e), self.labels[e.label]) for e in examples])
 
     @torch.no_grad()
@@ -79,7 +78,7 @@ class Classification(Task):
         if head_of(model) == "classification":
             predicted = self._by_head(model, tokenizer, examples, progress)
         else:
-            pairs = [(self._prompt(e), label) for e in examples for label in self._continuations(model)]
+            pairs = [(self._prompt(e), label) for e in examples for label in self.labels]
             scores = torch.tensor(log_likelihoods(model, tokenizer, pairs, progress))
             predicted = scores.view(len(examples), -1).argmax(1).tolist()
         truth = [e.label for e in examples]
@@ -129,9 +128,6 @@ class Classification(Task):
     def _prompt(self, example: Labelled) -> str:
         parts = [f"{names[0]}: {text}" for names, text in zip(self.fields, example.texts, strict=True)]
         return f"{self.name} {' '.join(parts)}"
-
-    def _continuations(self, model: Any) -> list[str]:
-        return list(self.labels) if head_of(model) == "seq2seq" else [f" {label}" for label in self.labels]
 
 
 _PAIR = (("sentence1", "#1 String"), ("sentence2", "#2 String"))

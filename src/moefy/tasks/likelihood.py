@@ -1,4 +1,4 @@
-"""How likely a language model finds a continuation of a prompt: causal models and encoder-decoders."""
+"""How likely a language model finds a target after an input: causal models and encoder-decoders."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from moefy.tasks.base import Progress, by_length, head_of, longest_input, pad_id, padded
+from moefy.tasks.base import Progress, by_length, head_of, pad_id, padded
+from moefy.tasks.pairs import encode_pair
 
 
 @torch.no_grad()
 def log_likelihoods(
     model: Any, tokenizer: Any, pairs: Sequence[tuple[str, str]], progress: Progress | None = None
 ) -> list[float]:
-    """log p(continuation | prompt), summed over the continuation's tokens, for each (prompt, continuation)."""
-    encoded = [_encode(model, tokenizer, *pair) for pair in pairs]
+    """log p(target | input), summed over the target's tokens, for each (input, target)."""
+    encoded = [encode_pair(model, tokenizer, *pair) for pair in pairs]
     found = [0.0] * len(pairs)
     done = 0
     for batch in by_length([len(source) + len(target) for source, target in encoded]):
@@ -29,18 +30,6 @@ def log_likelihoods(
         if progress:
             progress(done, len(pairs))
     return found
-
-
-def _encode(model: Any, tokenizer: Any, prompt: str, continuation: str) -> tuple[list[int], list[int]]:
-    longest = longest_input(model, tokenizer, 2048)
-    if head_of(model) == "seq2seq":
-        target = tokenizer(text_target=continuation)["input_ids"]
-        return tokenizer(prompt, truncation=True, max_length=longest)["input_ids"], target
-    # Tokens of the whole less those of the prompt: a token may span neither, as in lm-evaluation-harness.
-    source = tokenizer(prompt)["input_ids"]
-    whole = tokenizer(prompt + continuation)["input_ids"]
-    source, target = whole[: len(source)], whole[len(source) :]
-    return source[-(longest - len(target)) :], target
 
 
 def _forward(model: Any, pad: int, rows: Sequence[tuple[list[int], list[int]]]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 
 from moefy.tasks.base import Progress, Task, head_of, longest_input, refuse_head
+from moefy.tasks.pairs import encode_pairs
 from moefy.tasks.rows import Row, column
-from moefy.tasks.text_to_text import encode_pairs, generate
+from moefy.tasks.text_to_text import generate
 from moefy.types import MoefyError
 
 WINDOW, STRIDE, LONGEST_ANSWER = 384, 128, 30
@@ -116,12 +117,19 @@ def _prompt(e: Question) -> str:
 
 
 def _windows(model: Any, tokenizer: Any, e: Question) -> Any:
+    """The question with each window of the context; of a question that would fill half a window its start."""
+    longest = min(WINDOW, longest_input(model, tokenizer))
+    asked = tokenizer(e.question, add_special_tokens=False, return_offsets_mapping=True, verbose=False)[
+        "offset_mapping"
+    ]
+    most = longest // 2 - tokenizer.num_special_tokens_to_add(pair=True)
+    question = e.question if len(asked) <= most else e.question[: asked[most - 1][1]]
     return tokenizer(
-        e.question,
+        question,
         e.context,
         truncation="only_second",
-        max_length=min(WINDOW, longest_input(model, tokenizer)),
-        stride=min(STRIDE, longest_input(model, tokenizer) // 3),
+        max_length=longest,
+        stride=min(STRIDE, longest // 3),
         return_overflowing_tokens=True,
         return_offsets_mapping=True,
     )

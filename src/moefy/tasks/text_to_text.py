@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from moefy.tasks.base import Progress, Task, by_length, head_of, longest_input, pad_id, padded, refuse_head
+from moefy.tasks.pairs import encode_pair, encode_pairs, prompt_ids
 from moefy.tasks.rows import Row, column
 from moefy.types import MoefyError
 
@@ -45,38 +46,29 @@ class TextToText(Task):
         self, model: Any, tokenizer: Any, examples: Sequence[tuple[str, str]], progress: Progress | None = None
     ) -> dict[str, float]:
         self.check(model)
-        longest = max(len(tokenizer(text_target=target)["input_ids"]) for _, target in examples)
+        longest = max(len(encode_pair(model, tokenizer, *example)[1]) for example in examples)
         written = generate(model, tokenizer, [source for source, _ in examples], longest + 1, progress)
         right = sum(_plain(w) == _plain(t) for w, (_, t) in zip(written, examples, strict=True))
         return {"exact_match": right / len(examples)}
-
-
-def encode_pairs(model: Any, tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
-    """Training features of (input, target) pairs; a causal model reads both and learns the target."""
-    longest, features = longest_input(model, tokenizer), []
-    for source, target in pairs:
-        if head_of(model) == "seq2seq":
-            ids = tokenizer(source, truncation=True, max_length=longest)["input_ids"]
-            features.append({"input_ids": ids, "labels": tokenizer(text_target=target)["input_ids"]})
-            continue
-        prompt = tokenizer(f"{source} ")["input_ids"]
-        answer = tokenizer(target, add_special_tokens=False)["input_ids"] + [
-            tokenizer.eos_token_id or pad_id(tokenizer)
-        ]
-        ids = (prompt + answer)[-longest:]
-        features.append({"input_ids": ids, "labels": ([-100] * len(prompt) + answer)[-longest:]})
-    return features
 
 
 @torch.no_grad()
 def generate(
     model: Any, tokenizer: Any, prompts: Sequence[str], new_tokens: int, progress: Progress | None = None
 ) -> list[str]:
-    """The model's greedy continuation of each prompt."""
+    """The model's greedy continuation of each prompt, of at most `new_tokens` tokens.
+
+    Fewer where the model has no room for so many. A causal model needs that room in the same positions: its
+    prompts are cut at their start to make it, but not below half of what the model holds.
+    """
     model.eval()
     seq2seq, pad = head_of(model) == "seq2seq", pad_id(tokenizer)
     longest = longest_input(model, tokenizer)
-    ids = [tokenizer(p, truncation=True, max_length=longest)["input_ids"] for p in prompts]
+    if seq2seq:
+        ids = [tokenizer(p, truncation=True, max_length=longest)["input_ids"] for p in prompts]
+    else:
+        room = max(longest - new_tokens, longest // 2)
+        ids = [prompt_ids(tokenizer, p)[-room:] for p in prompts]
     written, done = [""] * len(prompts), 0
     for batch in by_length([len(i) + new_tokens for i in ids], tokens=8192):
         rows = [ids[i] for i in batch]
@@ -85,7 +77,7 @@ def generate(
         out = model.generate(
             input_ids=feed,
             attention_mask=mask,
-            max_new_tokens=new_tokens,
+            max_new_tokens=min(new_tokens, longest - (1 if seq2seq else feed.shape[1])),
             do_sample=False,
             num_beams=1,
             pad_token_id=pad,
