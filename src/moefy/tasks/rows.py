@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import gzip
+import io
 import json
+import re
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,8 +22,9 @@ FORMATS = (".tsv", ".csv", ".jsonl", ".json", ".txt")
 def read_rows(sources: str | Path | Sequence[str | Path]) -> list[Row]:
     """The rows of one or several sources, each a dictionary by column name.
 
-    .tsv is read with quoting off; .json may be a list of objects or {"data": [...]}; of .txt every line
-    is a row with the one column "line"; `hf:NAME[/CONFIG][:SPLIT]` is a hub data set (needs `datasets`).
+    .tsv is read with quoting off. .json may be a list of objects, {"data": [...]} or one passage of RACE. Every
+    line of .txt is a row with the one column "line", but such a file may hold JSON, as RACE's do.
+    `hf:NAME[/CONFIG][:SPLIT]` is a hub data set (needs `datasets`).
     """
     listed = [sources] if isinstance(sources, (str, Path)) else list(sources)
     rows = [row for source in listed for row in _read(str(source))]
@@ -43,6 +46,23 @@ def column(rows: Sequence[Row], names: Sequence[str], task: str) -> str:
     raise MoefyError(f"The task {task} needs a column {wanted}; the data has {', '.join(map(str, rows[0]))}.")
 
 
+def text_of(row: Row, column: str, number: int) -> str:
+    """A field that must hold text (or a number, as text); MoefyError names the row, counted from 0, if not."""
+    value = row[column]
+    if isinstance(value, str):
+        return value
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and value == value:
+        return str(value)
+    held = "nothing" if value is None or value != value else f"a {type(value).__name__}"
+    raise MoefyError(f"Row {number + 1} has {held} in {column!r}, where there must be text; mend or remove it.")
+
+
+def label_text(value: Any) -> str:
+    """A label as its text: stripped, and whole numbers without the ".0" that tables make of them."""
+    text = str(value).strip()
+    return text.partition(".")[0] if re.fullmatch(r"[0-9]+\.0+", text) else text
+
+
 def _read(source: str) -> list[Row]:
     if source.startswith("hf:"):
         return hub_rows(source[3:])
@@ -53,11 +73,13 @@ def _read(source: str) -> list[Row]:
     if kind is None:
         raise MoefyError(f"{path} has none of the endings {', '.join(FORMATS)} (or one of them with .gz).")
     text = _text(path)
+    if not text.strip():
+        raise MoefyError(f"The data file {path} is empty; give one with some rows.")
     if kind in (".tsv", ".csv"):
-        return list(_table(text, path, "\t" if kind == ".tsv" else ","))
-    if kind == ".txt":
+        return _table(text, path, tabs=kind == ".tsv")
+    if kind == ".txt" and not text.lstrip().startswith("{"):  # RACE's .txt files hold JSON
         return [{"line": line} for line in text.split("\n") if line.strip()]
-    return _json(text, path, lines=kind == ".jsonl")
+    return _json(text, path, lines=kind == ".jsonl" or (kind == ".txt" and "\n{" in text.strip()))
 
 
 def _text(path: Path) -> str:
@@ -71,16 +93,33 @@ def _text(path: Path) -> str:
         raise MoefyError(f"The data file {path} cannot be read ({error}); check that it is whole.") from None
 
 
-def _table(text: str, path: Path, delimiter: str) -> Iterator[Row]:
-    # GLUE's files have stray quotation marks and no quoting; str.splitlines would also cut at U+0085 and the like.
-    lines = (line for line in text.split("\n") if line)
-    tabs = delimiter == "\t"
-    reader = csv.reader(lines, delimiter=delimiter, quoting=csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL)
-    header = next(reader, [])
-    for number, fields in enumerate(reader, 2):
+def _table(text: str, path: Path, tabs: bool) -> list[Row]:
+    records = _tab_separated(text) if tabs else _comma_separated(text, path)
+    header, rows = next(records, []), []
+    twice = next((name for name in header if name and header.count(name) > 1), None)
+    if twice is not None:
+        raise MoefyError(f"{path} has two columns {twice!r}; rename one of them.")
+    for number, fields in enumerate(records, 2):
         if len(fields) != len(header):
             raise MoefyError(f"Row {number} of {path} has {len(fields)} fields, and its header has {len(header)}.")
-        yield dict(zip(header, fields, strict=True))
+        rows.append(dict(zip(header, fields, strict=True)))
+    return rows
+
+
+def _tab_separated(text: str) -> Iterator[list[str]]:
+    # GLUE's files have stray quotation marks and no quoting; str.splitlines would also cut at U+0085 and the like.
+    lines = text.split("\n") if "\n" in text else text.split("\r")
+    return (line.split("\t") for line in lines if line)
+
+
+def _comma_separated(text: str, path: Path) -> Iterator[list[str]]:
+    usual = csv.field_size_limit(len(text) + 1)
+    try:
+        yield from (fields for fields in csv.reader(io.StringIO(text, newline=""), strict=True) if fields)
+    except csv.Error as error:
+        raise MoefyError(f"{path} is not valid CSV ({error}); see whether a quotation mark is left open.") from None
+    finally:
+        csv.field_size_limit(usual)
 
 
 def _json(text: str, path: Path, lines: bool) -> list[Row]:
@@ -88,6 +127,10 @@ def _json(text: str, path: Path, lines: bool) -> list[Row]:
         data = [json.loads(line) for line in text.split("\n") if line.strip()] if lines else json.loads(text)
     except json.JSONDecodeError as error:
         raise MoefyError(f"{path} is not valid JSON{' lines' if lines else ''}: {error}.") from None
+    except RecursionError:
+        raise MoefyError(f"{path} nests its JSON too deeply to be rows of a task.") from None
+    if isinstance(data, dict) and "article" in data:  # a file of RACE is one passage
+        data = [data]
     rows = data.get("data") if isinstance(data, dict) else data
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise MoefyError(f'{path} must hold objects: one a line, a list of them, or {{"data": [...]}}.')
