@@ -149,6 +149,65 @@ def test_calibration_is_padded_masked_and_bounded(tmp_path):
     assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(batches, again, strict=True))
 
 
+def rows_of(*rows):
+    return "\n".join(map(json.dumps, rows))
+
+
+def arc(choices, answer="B", question="w1"):
+    return rows_of({"question": question, "choices": choices, "answerKey": answer})
+
+
+def squad(answers, **more):
+    return rows_of({"question": "w1", "context": "the w7 w8", "answers": answers, **more})
+
+
+RACE_FILE = {"article": "w5", "questions": ["w1", "w2"], "options": [["w3", "w4"], ["w6", "w7"]], "answers": ["B", "A"]}
+INSIDE = {"stem": "w1", "choices": [{"text": "w2", "label": "A"}, {"text": "w3", "label": "B"}]}
+SAME_AS = [
+    # quoting, newlines and line ends
+    ("sst2", "a.csv", 'sentence,label\n"good\nfilm",1\n\n"w1\n\nw2",0\n', [("good\nfilm", 1), ("w1\n\nw2", 0)]),
+    ("sst2", "a.csv", 'sentence,label\r\n"a ""b""",1\r\n', [('a "b"', 1)]),
+    ("sst2", "a.csv", "sentence,label\rgood,1\rbad,0\r", [("good", 1), ("bad", 0)]),
+    ("sst2", "a.csv", f"sentence,label\n{'good ' * 30000},1\n", [("good " * 30000, 1)]),
+    ("sst2", "a.tsv", f"sentence\tlabel\n{'good ' * 30000}\t1\n", [("good " * 30000, 1)]),
+    ("sst2", "a.tsv", "sentence\tlabel\rgood\t1\rbad\t0\r", [("good", 1), ("bad", 0)]),
+    ("sst2", "a.tsv", 'sentence\tlabel\n"good\rfilm\t1\n', [('"good\rfilm', 1)]),
+    # labels and texts
+    ("sst2", "a.jsonl", rows_of({"text": "x", "label": 1.0}, {"text": 7, "label": "0.0"}), [("x", 1), ("7", 0)]),
+    ("sst2", "a.jsonl", rows_of({"text": "x", "label": "Positive"}, {"text": "y", "label": 0}), [("x", 1), ("y", 0)]),
+    # multiple choice
+    ("arc", "a.jsonl", arc(INSIDE["choices"]), [("Question: w1\nAnswer:", ("w2", "w3"), 1)]),
+    ("arc", "a.jsonl", rows_of({"question": INSIDE, "answerKey": "A"}), [("Question: w1\nAnswer:", ("w2", "w3"), 0)]),
+    ("arc", "a.jsonl", arc(["w2", 3.5], 1.0), [("Question: w1\nAnswer:", ("w2", "3.5"), 1)]),
+    *(
+        ("race", name, json.dumps(RACE_FILE), [
+            ("Article: w5\n\nQuestion: w1\nAnswer:", ("w3", "w4"), 1),
+            ("Article: w5\n\nQuestion: w2\nAnswer:", ("w6", "w7"), 0),
+        ])
+        for name in ("a.txt", "a.json", "a.jsonl")
+    ),
+    # answers in a passage: (texts, place)
+    ("squad", "a.jsonl", squad({"text": "w8", "answer_start": 7}), [(("w8",), 7)]),
+    ("squad", "a.jsonl", squad({"text": ["w8"]}), [(("w8",), 7)]),
+    ("squad", "a.jsonl", squad({"text": ["w8"], "answer_start": [None]}), [(("w8",), 7)]),
+    ("squad", "a.jsonl", squad({"text": ["w8"], "answer_start": [0]}), [(("w8",), 7)]),
+    ("squad", "a.jsonl", squad([{"text": "w8", "answer_start": None}, {"text": "w7"}]), [(("w8", "w7"), 7)]),
+    ("squad", "a.jsonl", squad(["w8"]), [(("w8",), 7)]),
+    ("squad", "a.jsonl", squad("w8"), [(("w8",), 7)]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("task", "name", "text", "expected"), SAME_AS)
+def test_other_layouts_that_are_understood(task, name, text, expected, tmp_path):
+    plain = {
+        "sst2": lambda e: (e.texts[0], e.label),
+        "squad": lambda e: (e.answers, e.start),
+        "arc": lambda e: (e.prompt, e.answers, e.right),
+        "race": lambda e: (e.prompt, e.answers, e.right),
+    }[task]
+    assert [plain(e) for e in task_examples(task, write(tmp_path / name, text))] == expected
+
+
 @pytest.mark.parametrize(
     ("task", "name", "text", "sentence"),
     [
@@ -156,6 +215,51 @@ def test_calibration_is_padded_masked_and_bounded(tmp_path):
         ("sst2", "a.tsv", "sentence\tlabel\nx\t2\n", "label '2'; the task sst2 knows negative, positive or 0 to 1"),
         ("sst2", "a.tsv", "sentence\tlabel\nx\n", "Row 2 of .* has 1 fields, and its header has 2"),
         ("sst2", "a.tsv", "sentence\tlabel\n", "There are no rows"),
+        *(("sst2", f"a{end}", " \n", "a.* is empty; give one") for end in (".json", ".jsonl", ".tsv", ".csv", ".txt")),
+        ("sst2", "a.json", "[" * 100_000, "nests its JSON too deeply"),
+        ("sst2", "a.csv", "sentence,label,label\nx,1,0\n", "has two columns 'label'; rename one"),
+        ("sst2", "a.csv", "sentence,label\ngood\rfilm,1\n", "Row 2 of .* has 1 fields"),
+        ("sst2", "a.csv", 'sentence,label\n1,"good\n0,bad\n', "is not valid CSV .*see whether a quotation mark"),
+        ("sst2", "a.tsv", "sentence\tlabel\nx\t\u00b2\n", "the label '\u00b2'; the task sst2 knows"),
+        ("sst2", "a.tsv", "sentence\tlabel\nx\t\u0661\n", "the label '\u0661'; the task sst2 knows"),
+        (
+            "sst2",
+            "a.jsonl",
+            '{"sentence": null, "label": 1}',
+            "Row 1 has nothing in 'sentence', where there must be text",
+        ),
+        ("sst2", "a.jsonl", '{"sentence": NaN, "label": 1}', "Row 1 has nothing in 'sentence'"),
+        ("sst2", "a.jsonl", '{"sentence": ["x"], "label": 1}', "Row 1 has a list in 'sentence'"),
+        ("t2t", "a.jsonl", '{"input": "x", "target": null}', "Row 1 has nothing in 'target'"),
+        ("arc", "a.jsonl", arc({"text": ["x", "y"], "label": ["A", "B", "C"]}), "Row 1 has 2 answers and 3 labels"),
+        ("arc", "a.jsonl", arc({"text": ["x", "y"], "label": 5}), "Row 1 has no list of answers in 'choices'"),
+        ("arc", "a.jsonl", arc({"text": None, "label": None}), "Row 1 has no list of answers in 'choices'"),
+        ("arc", "a.jsonl", arc(["x", None]), "Row 1 has nothing in 'choices'"),
+        ("arc", "a.jsonl", arc(["x", ""]), "Row 1 has an empty answer in 'choices'"),
+        ("arc", "a.jsonl", arc(["x", "y"], question=None), "Row 1 has nothing in 'question'"),
+        (
+            "race",
+            "a.json",
+            json.dumps({**RACE_FILE, "answers": ["A"]}),
+            "Row 1 needs lists of one length in 'questions'",
+        ),
+        ("squad", "a.jsonl", squad([{"text": "w8"}], context=None), "Row 1 has nothing in 'context'"),
+        ("squad", "a.jsonl", squad({"text": ["w7", "w8"], "answer_start": [1]}), "Row 1 has 2 answers and 1 starts"),
+        (
+            "squad",
+            "a.jsonl",
+            squad([{"text": "w8", "answer_start": "x"}]),
+            "Row 1 has an answer_start that is no whole",
+        ),
+        ("squad", "a.jsonl", squad({"answer_start": [1]}), "Row 1 has no answers with a text"),
+        ("squad", "a.jsonl", squad("{'text': ['w8']}"), "Row 1 has no answers with a text"),
+        ("squad", "a.json", '{"data": [{"paragraphs": []}]}', "There are no questions in"),
+        (
+            "race",
+            "a.json",
+            '{"article": "x", "questions": [], "options": [], "answers": []}',
+            "There are no questions in",
+        ),
         ("sst2", "a.jsonl", '{"sentence": "x", "label": 1}\n{"label": 1}\n', "column sentence in every row; row 2"),
         ("sst2", "a.jsonl", "{", "is not valid JSON lines"),
         ("sst2", "a.json", "[1]", "must hold objects"),
@@ -173,6 +277,34 @@ def test_bad_data_is_one_sentence(task, name, text, sentence, tmp_path):
     path = write(tmp_path / name, text) if text is not None else tmp_path / name
     with pytest.raises(moefy.MoefyError, match=sentence):
         task_examples(task, path)
+
+
+@pytest.mark.parametrize(
+    ("names", "order"),
+    [
+        (["POSITIVE", "NEGATIVE"], [1, 0]),
+        (["pos", "Neg"], [1, 0]),
+        (["LABEL_0", "LABEL_1"], [0, 1]),
+        (["0", "1"], [0, 1]),
+        (["LABEL_1", "LABEL_0"], [1, 0]),
+        (["5 stars", "1 star"], None),
+        (["positive", "other"], None),
+        (["", "negative"], None),
+    ],
+)
+def test_a_head_is_read_by_the_names_of_its_outputs(names, order, data):
+    model = randomised(tiny.tiny("bert"))
+    model.config.id2label = dict(enumerate(names))
+    model.config.label2id = {name: i for i, name in enumerate(names)}
+    if order is None:
+        with pytest.raises(
+            moefy.MoefyError, match=f"names its outputs {', '.join(names)}, .* negative, positive; name"
+        ):
+            evaluate_task(model, words.tokenizer(), "sst2", data["sst2"])
+        return
+    features = TASKS["sst2"].encode(model, words.tokenizer(), task_examples("sst2", data["sst2"]))
+    assert [f["labels"] for f in features] == [order[i] for i in (1, 0, 1)]
+    assert evaluate_task(model, words.tokenizer(), "sst2", data["sst2"])
 
 
 def test_a_label_set_that_does_not_fit_the_head_is_one_sentence(data):

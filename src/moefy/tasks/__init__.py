@@ -38,6 +38,9 @@ def named(task: str | Task) -> Task:
 def task_examples(task: str | Task, data: str | Path | Sequence[str | Path], limit: int | None = None) -> list[Any]:
     """The checked examples of data files or hub data sets; with `limit`, that many spread evenly over them."""
     found = named(task).examples(read_rows(data))
+    if not found:
+        listed = [data] if isinstance(data, (str, Path)) else data
+        raise MoefyError(f"There are no questions in {', '.join(map(str, listed))}; give data with some.")
     if limit is None or limit >= len(found):
         return found
     return [found[i * len(found) // limit] for i in range(limit)]

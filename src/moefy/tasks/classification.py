@@ -6,6 +6,7 @@ likelier after T5's prompt for the task (arXiv 1910.10683, appendix D).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from moefy.tasks.base import Progress, Task, by_length, collate, head_of, longest_input, pad_id, refuse_head
 from moefy.tasks.likelihood import log_likelihoods
 from moefy.tasks.pairs import encode_pairs
-from moefy.tasks.rows import Row, column
+from moefy.tasks.rows import Row, column, label_text, text_of
 from moefy.types import MoefyError
 
 
@@ -40,14 +41,16 @@ class Classification(Task):
     def examples(self, rows: Sequence[Row]) -> list[Labelled]:
         columns = [column(rows, names, self.name) for names in self.fields]
         label = column(rows, self.label, self.name)
-        return [Labelled(tuple(str(row[c]) for c in columns), self._label(row[label], i)) for i, row in enumerate(rows)]
+        return [
+            Labelled(tuple(text_of(row, c, i) for c in columns), self._label(row[label], i))
+            for i, row in enumerate(rows)
+        ]
 
     def _label(self, value: Any, row: int) -> int:
-        text = str(value).strip()
-        if text in self.labels:
-            return self.labels.index(text)
-        if text.isdigit() and int(text) < len(self.labels):
-            return int(text)
+        text = label_text(value)
+        known = [*self.labels, *map(str, range(len(self.labels)))]
+        if text.lower() in known:
+            return known.index(text.lower()) % len(self.labels)
         raise MoefyError(
             f"Row {row + 1} has the label {text!r}; the task {self.name} knows {', '.join(self.labels)} "
             f"or 0 to {len(self.labels) - 1}."
@@ -62,6 +65,8 @@ class Classification(Task):
                 f"The task {self.name} has {len(self.labels)} labels ({', '.join(self.labels)}), "
                 f"and the model's head has {model.config.num_labels}."
             )
+        if kind == "classification":
+            self._head_order(model)
 
     def encode(self, model: Any, tokenizer: Any, examples: Sequence[Labelled]) -> list[dict[str, Any]]:
         if head_of(model) == "classification":
@@ -116,10 +121,28 @@ class Classification(Task):
         return predicted
 
     def _head_order(self, model: Any) -> list[int]:
-        """The head's output for each label: by name if the head names them so, else in order."""
-        names = {str(name).lower(): index for name, index in (model.config.label2id or {}).items()}
-        known = [names.get(label) for label in self.labels]
-        return [k for k in known if k is not None] if None not in known else list(range(len(self.labels)))
+        """The head's output for each label, by the head's names; in order if it has none (LABEL_0, LABEL_1).
+
+        A name may be a label's beginning ("POS"), as long as no other label begins so. MoefyError if the names are
+        others: any order would then be a guess.
+        """
+        config = model.config
+        named = {str(name): int(i) for name, i in (config.label2id or {}).items()}
+        named = named or {str(name): int(i) for i, name in (config.id2label or {}).items()}
+        plain = {re.sub(r"[ -]", "_", name.strip().lower()): i for name, i in named.items()}
+        if all(re.fullmatch(r"(label_)?[0-9]+", name) for name in plain):
+            return [plain[name] for name in sorted(plain, key=lambda n: int(n.removeprefix("label_")))]
+        found = []
+        for label in self.labels:
+            same = [i for name, i in plain.items() if name == label]
+            begun = [i for n, i in plain.items() if n and [x for x in self.labels if x.startswith(n)] == [label]]
+            found += same or begun[:1]
+        if sorted(found) != list(range(len(self.labels))):
+            raise MoefyError(
+                f"The model's head names its outputs {', '.join(named)}, and the task {self.name} has the labels "
+                f"{', '.join(self.labels)}; name them so in id2label and label2id of the model's config.json."
+            )
+        return found
 
     def _ids(self, model: Any, tokenizer: Any, example: Labelled) -> dict[str, Any]:
         found = tokenizer(*example.texts, truncation=True, max_length=longest_input(model, tokenizer))

@@ -18,7 +18,7 @@ import torch
 
 from moefy.tasks.base import Progress, Task, head_of, longest_input, refuse_head
 from moefy.tasks.pairs import encode_pairs
-from moefy.tasks.rows import Row, column
+from moefy.tasks.rows import Row, column, text_of
 from moefy.tasks.text_to_text import generate
 from moefy.types import MoefyError
 
@@ -44,16 +44,23 @@ class ExtractiveQA(Task):
         return [self._question(row, i) for i, row in enumerate(flat)]
 
     def _question(self, row: Row, number: int) -> Question:
-        answers = row["answers"]
-        if isinstance(answers, dict):  # the hub's layout
-            answers = [
-                {"text": t, "answer_start": s} for t, s in zip(answers["text"], answers["answer_start"], strict=True)
-            ]
-        if not answers or not all(isinstance(a, dict) and "text" in a for a in answers):
-            raise MoefyError(f"Question {number + 1} has no answers with a text, which the task {self.name} needs.")
-        texts = tuple(str(a["text"]) for a in answers)
-        start = int(answers[0].get("answer_start", row["context"].find(texts[0])))
-        return Question(str(row["question"]), str(row["context"]), texts, start)
+        context, answers = text_of(row, "context", number), row["answers"]
+        if isinstance(answers, dict):  # the hub's layout, lists of texts and starts
+            texts, starts = _listed(answers.get("text")), _listed(answers.get("answer_start"))
+        else:
+            found = [a if isinstance(a, dict) else {"text": a} for a in _listed(answers)]
+            texts, starts = [a.get("text") for a in found], [a.get("answer_start") for a in found]
+        written_out = isinstance(answers, str) and answers not in context  # a table's rendering of a list, say
+        if written_out or not texts or not all(isinstance(text, str) and text for text in texts):
+            raise MoefyError(f"Row {number + 1} has no answers with a text, which the task {self.name} needs.")
+        if starts and len(starts) != len(texts):
+            raise MoefyError(f"Row {number + 1} has {len(texts)} answers and {len(starts)} starts of answers.")
+        if not all(start is None or isinstance(start, int) for start in starts):
+            raise MoefyError(f"Row {number + 1} has an answer_start that is no whole number.")
+        # Data may lack the place or count it otherwise (in bytes).
+        start = starts[0] if starts and starts[0] is not None else -1
+        start = start if start >= 0 and context.startswith(texts[0], start) else context.find(texts[0])
+        return Question(text_of(row, "question", number), context, tuple(texts), start)
 
     def check(self, model: Any) -> None:
         if head_of(model) not in ("qa", "seq2seq", "causal"):
@@ -102,6 +109,10 @@ def word_f1(ours: str, truth: str) -> float:
     a, b = normal(ours).split(), normal(truth).split()
     common = sum((Counter(a) & Counter(b)).values())
     return 2 * common / (len(a) + len(b)) if common else float(not a and not b)
+
+
+def _listed(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (list, tuple)) else [] if value is None else [value]
 
 
 def _flatten(article: Row) -> list[Row]:

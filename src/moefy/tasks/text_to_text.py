@@ -13,7 +13,7 @@ import torch
 
 from moefy.tasks.base import Progress, Task, by_length, head_of, longest_input, pad_id, padded, refuse_head
 from moefy.tasks.pairs import encode_pair, encode_pairs, prompt_ids
-from moefy.tasks.rows import Row, column
+from moefy.tasks.rows import Row, column, text_of
 from moefy.types import MoefyError
 
 INPUTS, TARGETS = ("input", "source", "inputs", "text", "question"), ("target", "output", "targets", "label", "answer")
@@ -27,7 +27,7 @@ class TextToText(Task):
         if all(set(row) == {"line"} for row in rows):
             return [self._line(row["line"], i) for i, row in enumerate(rows)]
         source, target = column(rows, INPUTS, self.name), column(rows, TARGETS, self.name)
-        return [(str(row[source]), str(row[target])) for row in rows]
+        return [(text_of(row, source, i), text_of(row, target, i)) for i, row in enumerate(rows)]
 
     def _line(self, line: str, number: int) -> tuple[str, str]:
         source, mark, target = line.strip().removeprefix("IN: ").partition(" OUT: ")
