@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from moefy.tasks.base import head_of
 from moefy.types import MoefyError
 
 
@@ -26,8 +27,11 @@ def run(
 ) -> dict[str, dict[str, Any]]:
     """The harness's figures by task, for the tasks it ships or those in the folder `include`.
 
-    Raises MoefyError if the harness is not installed, or does not know a task or cannot read its data.
+    Raises MoefyError if the harness is not installed, the model writes no text, or the harness does not know a
+    task or cannot read its data.
     """
+    if head_of(model) not in ("causal", "seq2seq"):
+        raise MoefyError(f"lm-evaluation-harness needs a language model; this is a {type(model).__name__}.")
     try:
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
