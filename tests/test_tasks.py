@@ -9,6 +9,7 @@ import transformers as tf
 import moefy
 import tiny
 import words
+from moefy import harness
 from moefy.tasks import TASKS, evaluate_task, task_batches, task_calibration, task_examples
 from moefy.tasks.likelihood import log_likelihoods
 from moefy.tasks.qa import normal, word_f1
@@ -90,6 +91,17 @@ def test_classification_equals_one_sentence_at_a_time(data):
     examples = task_examples("sst2", data["sst2"])
     right = sum(int(model(**tokenizer(*e.texts, return_tensors="pt")).logits.argmax()) == e.label for e in examples)
     assert evaluate_task(model, tokenizer, "sst2", data["sst2"]) == {"accuracy": right / 3}
+    gpt2 = tf.GPT2Config(vocab_size=tiny.VOCAB, n_embd=32, n_layer=1, n_head=4, n_positions=64)
+    for pad in (None, 5):  # whether the config names a padding token or not, each row is read at its last real one
+        gpt2.pad_token_id = pad
+        head = randomised(tf.GPT2ForSequenceClassification(gpt2))
+        alone = [int(head(**tokenizer(*e.texts, return_tensors="pt")).logits.argmax()) for e in examples]
+        same = sum(a == e.label for a, e in zip(alone, examples, strict=True))
+        assert evaluate_task(head, tokenizer, "sst2", data["sst2"]) == {"accuracy": same / 3}
+        batches = task_calibration(head, tokenizer, "sst2", data["sst2"], tokens=40)
+        assert all(head(**b).logits.isfinite().all() for b in batches)
+        wanted = tokenizer.pad_token_id if pad is None else pad
+        assert {int(i) for b in batches for i in b["input_ids"][b["attention_mask"] == 0]} == {wanted}
     model.config.label2id = {"POSITIVE": 0, "NEGATIVE": 1}
     assert evaluate_task(model, tokenizer, "sst2", data["sst2"]) == {"accuracy": pytest.approx(1 - right / 3)}
 
@@ -145,6 +157,9 @@ def test_calibration_is_padded_masked_and_bounded(tmp_path):
     assert all(torch.equal(b["input_ids"] != 0, b["attention_mask"].bool()) for b in batches)
     seq2seq = task_calibration(tiny.tiny("t5-v1.0"), words.tokenizer("t5"), "sst2", path, tokens=100)
     assert set(seq2seq[0]) == {"input_ids", "attention_mask", "decoder_input_ids", "decoder_attention_mask"}
+    widths = [b["input_ids"].shape[1] for b in batches]
+    assert len(set(widths)) > 3
+    assert all(widths != sorted(widths, reverse=r) for r in (False, True)), "the first tokens are of all lengths"
     again = task_calibration(tiny.tiny("bert"), tokenizer, "sst2", path, tokens=300, batch_tokens=64)
     assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(batches, again, strict=True))
 
@@ -305,6 +320,11 @@ def test_a_head_is_read_by_the_names_of_its_outputs(names, order, data):
     features = TASKS["sst2"].encode(model, words.tokenizer(), task_examples("sst2", data["sst2"]))
     assert [f["labels"] for f in features] == [order[i] for i in (1, 0, 1)]
     assert evaluate_task(model, words.tokenizer(), "sst2", data["sst2"])
+
+
+def test_the_harness_refuses_a_model_that_writes_no_text():
+    with pytest.raises(moefy.MoefyError, match="needs a language model; this is a BertForSequenceClassification"):
+        harness.run(tiny.tiny("bert"), words.tokenizer(), ["piqa"])
 
 
 def test_a_label_set_that_does_not_fit_the_head_is_one_sentence(data):

@@ -5,6 +5,7 @@ A kind of task is a class in a file of its own; a task is one line here.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from moefy.calibrate import check_ids, ids_checked, spread
-from moefy.tasks.base import Progress, Task, by_length, collate, head_of, pad_id
+from moefy.tasks.base import Progress, Task, by_length, collate, head_of, pad_id, padding
 from moefy.tasks.choice import ARC, PIQA, RACE
 from moefy.tasks.classification import MNLI, MRPC, RTE, SST2, Classification
 from moefy.tasks.qa import SQUAD
@@ -72,8 +73,9 @@ def task_calibration(
 ) -> list[dict[str, Tensor]]:
     """Model inputs from a task's (training) data, about `tokens` real ones, for `convert`.
 
-    Padded batches of like length with their masks; an encoder-decoder also gets the decoder's inputs and
-    mask, as in training. Raises MoefyError if the data or the model's head does not fit the task.
+    Padded batches of inputs of like length with their masks, in a shuffled order that is the same each time;
+    an encoder-decoder also gets the decoder's inputs and mask, as in training. Raises MoefyError if the data
+    or the model's head does not fit the task.
     """
     _needs_tokenizer(tokenizer)
     found = named(task)
@@ -119,8 +121,11 @@ def _batches(
     features = encode(model, tokenizer, chosen)
     check_ids(model, [i for feature in features for i in feature["input_ids"]])
     classes = isinstance(task, Classification)
-    pad, batches, marks = pad_id(tokenizer), [], []
-    for indices in by_length([len(f["input_ids"]) for f in features], batch_tokens):
+    pad = padding(model, tokenizer) if head_of(model) == "classification" else pad_id(tokenizer)
+    batches, marks = [], []
+    groups = list(by_length([len(f["input_ids"]) for f in features], batch_tokens))
+    random.Random(0).shuffle(groups)  # else the first tokens, and the last, would be those of inputs of one length
+    for indices in groups:
         batch = collate([features[i] for i in indices], pad)
         labels = batch.pop("labels", None)
         batch = {k: v for k, v in batch.items() if not k.endswith("_positions")}

@@ -119,6 +119,17 @@ def refuse_head(task: str, model: Any, wanted: str) -> MoefyError:
     return MoefyError(f"The task {task} needs {wanted}; this is a {type(model).__name__}.")
 
 
+def padding(model: Any, tokenizer: Any) -> int:
+    """The id to pad a classification head's inputs with; a model that names none is told the tokenizer's.
+
+    A head on a decoder reads each row's last token that is not this one, and refuses batches without it.
+    """
+    config = model.config.get_text_config()
+    if config.pad_token_id is None or config.pad_token_id < 0:
+        config.pad_token_id = pad_id(tokenizer)
+    return int(config.pad_token_id)
+
+
 def pad_id(tokenizer: Any) -> int:
     found = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     return int(found or 0)

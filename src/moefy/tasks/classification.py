@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from moefy.tasks.base import Progress, Task, by_length, collate, head_of, longest_input, pad_id, refuse_head
+from moefy.tasks.base import Progress, Task, by_length, collate, head_of, longest_input, padding, refuse_head
 from moefy.tasks.likelihood import log_likelihoods
 from moefy.tasks.pairs import encode_pairs
 from moefy.tasks.rows import Row, column, label_text, text_of
@@ -71,6 +71,7 @@ class Classification(Task):
     def encode(self, model: Any, tokenizer: Any, examples: Sequence[Labelled]) -> list[dict[str, Any]]:
         if head_of(model) == "classification":
             to_head = self._head_order(model)
+            padding(model, tokenizer)
             return [{**self._ids(model, tokenizer, e), "labels": to_head[e.label]} for e in examples]
         return encode_pairs(model, tokenizer, [(self._prompt(e), self.labels[e.label]) for e in examples])
 
@@ -109,10 +110,10 @@ class Classification(Task):
         self, model: Any, tokenizer: Any, examples: Sequence[Labelled], progress: Progress | None
     ) -> list[int]:
         features = [self._ids(model, tokenizer, e) for e in examples]
-        order = self._head_order(model)
+        order, pad = self._head_order(model), padding(model, tokenizer)
         predicted, done = [0] * len(examples), 0
         for batch in by_length([len(f["input_ids"]) for f in features]):
-            logits = model(**collate([features[i] for i in batch], pad_id(tokenizer))).logits[:, order]
+            logits = model(**collate([features[i] for i in batch], pad)).logits[:, order]
             for i, label in zip(batch, logits.argmax(1).tolist(), strict=True):
                 predicted[i] = label
             done += len(batch)
