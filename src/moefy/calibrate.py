@@ -59,11 +59,11 @@ def positions(model: Any) -> int | None:
     """Tokens that the model has positions for, None if it does not say."""
     config = model.config.get_text_config()
     found = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-    for name, module in model.named_modules():
-        # RoBERTa and its kin count positions from their padding token's id on, so some rows are never used.
-        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
-            return module.num_embeddings - module.padding_idx - 1
-    return found
+    # RoBERTa and its kin count positions from their padding token's id on, so some rows are never used.
+    embeddings = getattr(getattr(model, "base_model", None), "embeddings", None)
+    table = getattr(embeddings, "position_embeddings", None)
+    unused = getattr(table, "padding_idx", None)
+    return found if table is None or unused is None else table.num_embeddings - unused - 1
 
 
 def text_calibration(
