@@ -86,6 +86,18 @@ def test_what_ran_is_said_of_a_model_without_perplexity(models, monkeypatch, cap
     assert 0.4 < json.loads(capsys.readouterr().out)["active_fraction"] < 0.7
 
 
+def test_a_task_is_measured_with_what_ran(models, monkeypatch, capsys):
+    (models / "t2t.tsv").write_text("input\ttarget\n" + "the value\tof the\n" * 4)
+    made = ["convert", "llama", "routed", "--experts", "4", "--shared", "1", "--active", "1"]
+    assert run(models, monkeypatch, *made, "--window", "16", "--windows", "4") == 0
+    capsys.readouterr()
+    task = ["--task", "t2t", "--data", "t2t.tsv", "--against", "llama", "--json"]
+    assert run(models, monkeypatch, "eval", "routed", *task) == 0
+    ours, dense = json.loads(capsys.readouterr().out)["figures"].values()
+    assert 0.4 < ours["active_fraction"] < 0.7
+    assert dense["active_fraction"] == 1.0
+
+
 def test_a_loss_that_is_not_finite_is_refused():
     model, windows = tiny.tiny("llama"), torch.randint(0, 50, (2, 8))
     with torch.no_grad():

@@ -116,3 +116,12 @@ def test_a_recipe_without_a_budget_and_a_converted_model_are_refused(model):
 def test_a_model_without_perplexity_is_refused():
     with pytest.raises(moefy.MoefyError, match="causal language model"):
         smallest_budget(tiny.tiny("bert"), Recipe.of(DEFAULT), batches(), counting(2), 0.1)
+
+
+def test_the_search_goes_on_where_the_loss_between_two_trials_crosses_the_target():
+    trials = [target.Trial(0.5, 0.5, 0.20), target.Trial(0.9, 0.9, 0.02)]
+    crossing = target._between(trials, 0.5, 0.9, 0.05)
+    assert 0.8 < crossing < 0.85
+    assert target._between(trials, 0.5, 0.9, 0.0201) == 0.9 - target.NEAR / 2
+    assert target._between(trials, 0.5, 0.9, 0.1999) == 0.5 + target.NEAR / 2
+    assert target._between(trials, 0.0, 0.9, 0.05) is None

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from moefy.calibrate import positions
 from moefy.evaluate import is_causal_lm
 from moefy.kernels import native
 from moefy.moe import MoEFFN, realised_fraction, usage
@@ -39,7 +40,7 @@ def cases(model: Any, new_tokens: int = 32, text: torch.Tensor | None = None) ->
     vocabulary = getattr(model.config.get_text_config(), "vocab_size", None)
     if vocabulary is None:
         raise MoefyError(f"bench feeds token ids, and {type(model).__name__} takes none.")
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1024
+    longest = positions(model) or 1024
     generator = torch.Generator().manual_seed(0)
 
     def ids(batch: int, length: int) -> torch.Tensor:

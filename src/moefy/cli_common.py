@@ -36,7 +36,7 @@ def load_any(name: str, dtype: str, remote_code: bool) -> tuple[Any, Any]:
 
 
 def text_batches(model: Any, tokenizer: Any, text: str, window: int, windows: int) -> list[dict[str, Any]]:
-    from moefy.calibrate import check_ids, text_calibration
+    from moefy.calibrate import check_ids, positions, text_calibration
 
     if getattr(model, "main_input_name", "input_ids") != "input_ids":
         raise MoefyError(
@@ -51,15 +51,6 @@ def text_batches(model: Any, tokenizer: Any, text: str, window: int, windows: in
     for batch in batches:
         check_ids(model, batch["input_ids"])
     return batches
-
-
-def positions(model: Any) -> int | None:
-    """Tokens of an input at most; None if the model does not say."""
-    config = model.config.get_text_config()
-    longest = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-    # RoBERTa counts positions from its padding token's id on, so two of its positions are never used.
-    offset = 2 if "roberta" in getattr(model.config, "base_model_type", config.model_type) else 0
-    return longest and longest - offset
 
 
 def number(option: str, text: str | None) -> int | float | None:

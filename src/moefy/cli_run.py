@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from moefy.cli_common import Dtype, RemoteCode, load_any, positions
+from moefy.cli_common import Dtype, RemoteCode, load_any
 from moefy.types import MoefyError
 
 
@@ -120,6 +120,8 @@ def _bench_tokens(tokenizer: Any, text: str) -> Any:
 
 def _room(model: Any, prompt: int, tokens: int) -> int:
     """How many tokens may follow a prompt of so many; MoefyError if none."""
+    from moefy.calibrate import positions
+
     longest = positions(model)
     if longest is None or model.config.is_encoder_decoder:
         return tokens

@@ -92,6 +92,7 @@ def evaluate_task(
     remote_code: bool,
 ) -> None:
     from moefy import console, tasks
+    from moefy.moe import realised_fraction, usage
 
     if not task or not data:
         raise MoefyError("A task is measured on its data; give both --task and --data.")
@@ -100,8 +101,9 @@ def evaluate_task(
     for name in (model, *([against] if against else [])):
         with console.status(f"Loading {name}"):
             loaded, tokenizer = load_any(name, dtype, remote_code)
-        with console.progress(f"{task}: {name}") as update:
+        with console.progress(f"{task}: {name}") as update, usage(loaded) as counted:
             figures[name] = tasks.evaluate_task(loaded, tokenizer, task, data, limit, update)
+        figures[name]["active_fraction"] = realised_fraction(loaded, counted) if counted else 1.0
     if as_json:
         print(json.dumps({"task": task, "examples": len(examples), "figures": figures}, indent=2))
         return

@@ -77,7 +77,7 @@ def smallest_budget(
     trials: list[Trial] = []
     while len(trials) < TRIALS and high - low > NEAR and low < LARGEST and high > least:
         predicted = _predicted_budget(found, math.log1p(target) / scale) if found else high
-        budget = predicted if low < predicted < high else (low + high) / 2
+        budget = _between(trials, low, high, target) or (predicted if low < predicted < high else (low + high) / 2)
         budget = max(least, min(LARGEST, budget))
         copied, wanted = copy.deepcopy(model), Recipe.of(recipe, budget=budget)
         step = _named(progress, before, len(trials), budget)
@@ -127,6 +127,19 @@ def _fit(sites: Mapping[str, Site], recipe: Recipe, found: Sensitivity | None) -
     planned_specs(sites, recipe)
     if found:
         planned_specs(sites, recipe, allocate(found.curves, recipe.budget))
+
+
+def _between(trials: Sequence[Trial], low: float, high: float, target: float) -> float | None:
+    """Where the loss between two budgets that were tried crosses the target's, as a line; None if they were not.
+
+    Not nearer to either than half of what the search stops at: a trial a thousandth away would tell nothing.
+    """
+    rises = {trial.budget: trial.rise for trial in trials}
+    if low not in rises or high not in rises:
+        return None
+    above, goal, below = (math.log1p(rise) for rise in (rises[low], target, rises[high]))
+    crossing = low + (high - low) * (above - goal) / (above - below)
+    return min(high - NEAR / 2, max(low + NEAR / 2, crossing))
 
 
 def _predicted_budget(found: Sensitivity, loss: float) -> float:
