@@ -21,7 +21,7 @@ from moefy.finetune import Progress, Schedule, Trained, check_positive, finetune
 from moefy.sites import find_sites
 from moefy.sources import load_source, quiet_transformers
 from moefy.tasks import named, task_examples
-from moefy.tasks.base import Task, pad_id
+from moefy.tasks.base import Task, head_of, pad_id, padding
 from moefy.types import MoefyError
 
 
@@ -107,7 +107,8 @@ def relufy(
     state = out.parent / f".{out.name}.training.safetensors"
     features = found.encode(model, tokenizer, rows)
     check_ids(model, [i for feature in features for i in feature["input_ids"]])
-    trained = finetune(model, features, pad_id(tokenizer), schedule, state=state, seconds=seconds, progress=progress)
+    pad = padding(model, tokenizer) if head_of(model) == "classification" else pad_id(tokenizer)
+    trained = finetune(model, features, pad, schedule, state=state, seconds=seconds, progress=progress)
     if trained.done:
         save_dense(model, tokenizer, out)
         state.unlink(missing_ok=True)
