@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import tiny
-from moefy import calibrate, evaluate
+from moefy import calibrate, evaluate, texts
 from moefy.cli import main
 from moefy.texts import read_text
 from moefy.types import MoefyError
@@ -76,6 +76,13 @@ def test_bench_runs_on_a_text_of_one_word(models, monkeypatch, capsys):
 
 def test_json_lines_are_cut_at_line_feeds_alone(models):
     assert read_text(models / "lines.jsonl") == "the value\u2028of the value"
+
+
+@pytest.mark.parametrize("rows", [[], [{"text": " "}], [{"text": None}]])
+def test_a_data_set_without_text_is_a_sentence(rows, monkeypatch):
+    monkeypatch.setattr(texts, "hub_rows", lambda _: rows)
+    with pytest.raises(MoefyError, match="has no text in it"):
+        read_text("hf:empty")
 
 
 def test_what_ran_is_said_of_a_model_without_perplexity(models, monkeypatch, capsys):

@@ -166,7 +166,7 @@ def _embedding(model: Any) -> nn.Embedding | None:
     """The embedding of a model's tokens; None if it has no tokens."""
     try:
         found = model.get_input_embeddings()
-    except NotImplementedError:
+    except NotImplementedError:  # how transformers says that a model has none
         return None
     return found if isinstance(found, nn.Embedding) else None
 

@@ -10,6 +10,9 @@ import typer
 from moefy.cli_common import Dtype, RemoteCode, load_any
 from moefy.types import MoefyError
 
+# A short text is repeated to so many characters, enough for 1,024 tokens of any tokenizer.
+_CHARACTERS = 12_288
+
 
 def generate(
     model: Annotated[str, typer.Argument(help="A converted directory, or any dense model that convert takes.")],
@@ -67,12 +70,13 @@ def bench(
     """Time a model end to end: decode, prefill, batches, memory."""
     from moefy import console
     from moefy.bench import cases, compare
-    from moefy.calibrate import check_ids
+    from moefy.calibrate import check_ids, token_windows
     from moefy.evaluate import check_comparable
     from moefy.moe import moe_layers
     from moefy.texts import read_text
 
     body = read_text(text)  # a wrong name is refused before anything is loaded
+    whole = [body] * -(-_CHARACTERS // len(body))
     models: dict[str, Any] = {}
     with console.status("Loading"):
         if against:
@@ -86,7 +90,7 @@ def bench(
             models["model int8"] = load_any(model, dtype, trust_remote_code)[0]
             for layer in moe_layers(models["model int8"]).values():
                 layer.pack("int8")
-        tokens = _bench_tokens(tokenizer, body) if tokenizer is not None else None
+        tokens = token_windows(tokenizer, whole, 128, 8).flatten() if tokenizer is not None else None
     if tokens is not None:
         check_ids(models["model"], tokens)
     with console.progress("Timing") as update:
@@ -106,16 +110,6 @@ def bench(
         )
     weights = ", ".join(f"{name} {size / 2**20:.0f} MiB" for name, size in figures["weight_bytes"].items())
     console.out.print(f"Weights: {weights}. {', '.join(f'{k} {v}' for k, v in figures['machine'].items())}.")
-
-
-def _bench_tokens(tokenizer: Any, text: str) -> Any:
-    """Some 1,000 tokens (N,) of the text, or as many as it has: bench repeats them."""
-    import torch
-
-    ids = tokenizer(text[:12288], verbose=False)["input_ids"][:1024]
-    if not ids:
-        raise MoefyError("The text to run on has no tokens; give some words.")
-    return torch.tensor(ids)
 
 
 def _room(model: Any, prompt: int, tokens: int) -> int:

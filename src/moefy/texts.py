@@ -81,9 +81,12 @@ def _documents(lines: str, path: Path) -> str:
 
 def _hub_text(name: str) -> str:
     rows = hub_rows(name)
-    if rows and not isinstance(rows[0].get("text"), str):
+    if rows and "text" not in rows[0]:
         raise MoefyError(f'The data set {name!r} has no "text" column.')
-    return "\n\n".join(row["text"] for row in rows if row["text"].strip())
+    texts = [row["text"] for row in rows if isinstance(row["text"], str) and row["text"].strip()]
+    if not texts:
+        raise MoefyError(f"The data set {name!r} has no text in it; choose another, or another split.")
+    return "\n\n".join(texts)
 
 
 def hub_rows(name: str) -> list[dict[str, Any]]:
