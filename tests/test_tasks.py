@@ -10,7 +10,7 @@ import moefy
 import tiny
 import words
 from moefy import harness
-from moefy.tasks import TASKS, evaluate_task, task_batches, task_calibration, task_examples
+from moefy.tasks import TASKS, evaluate_task, task_calibration, task_examples
 from moefy.tasks.likelihood import log_likelihoods
 from moefy.tasks.qa import normal, word_f1
 from moefy.tasks.text_to_text import generate
@@ -61,29 +61,6 @@ def test_heads_do_their_task(task, head, data):
     wrong = next(t for t in ("squad", "sst2") if t != task)
     with pytest.raises(moefy.MoefyError, match=f"The task {wrong} needs .* this is a BertFor{head}"):
         evaluate_task(model, words.tokenizer(), wrong, data[wrong])
-
-
-def test_a_choice_head_is_fed_token_types(data):
-    """A head that differs by the token types alone: PIQA's pairs, one example at a time by transformers."""
-    model, tokenizer = randomised(tf.BertForMultipleChoice(tf.BertConfig(**SMALL))), words.tokenizer()
-    rows = [{"goal": f"w{i}", "sol1": f"w{i + 1} w{i + 2}", "sol2": f"w{i + 3}", "label": i % 2} for i in range(40)]
-    path = write(data["piqa"], "\n".join(map(json.dumps, rows)))
-    right = {True: 0, False: 0}
-    for row in rows:
-        feed = tokenizer(
-            [f"Question: {row['goal']}\nAnswer:"] * 2, [row["sol1"], row["sol2"]], padding=True, return_tensors="pt"
-        )
-        for typed in right:
-            logits = model(**{k: v[None] for k, v in feed.items() if typed or k != "token_type_ids"}).logits
-            right[typed] += int(logits.argmax()) == row["label"]
-    assert right[True] != right[False]
-    assert evaluate_task(model, tokenizer, "piqa", path) == {"accuracy": right[True] / 40}
-    batches = task_calibration(model, tokenizer, "piqa", path, tokens=200)
-    assert sum(int(b["attention_mask"].sum()) for b in batches) == pytest.approx(200, rel=0.15)
-    assert all(b["token_type_ids"].any(1).all() for b in batches)
-    moefy.convert(model, moefy.Recipe(construction="weights", router="mlp", expert_size=8, shared=0), batches)
-    with pytest.raises(moefy.MoefyError, match="cannot be trained or studied"):
-        task_batches(model, tokenizer, "piqa", path)
 
 
 def test_classification_equals_one_sentence_at_a_time(data):

@@ -193,5 +193,6 @@ def real_tokens(site: str, batch: Mapping[str, Any]) -> Tensor | None:
     """
     if ".decoder." in f".{site}" and "decoder_input_ids" in batch:
         return batch.get("decoder_attention_mask")
-    mask = batch.get("attention_mask")
-    return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+    mask, ids = batch.get("attention_mask"), batch.get("input_ids")
+    dims = ids.ndim if isinstance(ids, Tensor) else 2  # 3 for a multiple-choice head, (N, answers, L)
+    return mask if isinstance(mask, Tensor) and mask.ndim == dims else None

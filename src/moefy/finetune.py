@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from moefy.tasks.base import collate
+from moefy.tasks.base import by_answers, collate, longest_of
 from moefy.types import MoefyError
 
 Progress = Callable[[int, int], None]
@@ -111,7 +111,7 @@ def finetune(
     losses: list[float] = []
     model.train()
     order: list[list[int]] = []
-    per_epoch = -(-len(features) // schedule.batch_size)
+    per_epoch = sum(-(-len(alike) // schedule.batch_size) for alike in by_answers(features))
     try:
         while run.step < schedule.steps and (seconds is None or time.monotonic() - start < seconds):
             epoch, place = divmod(run.step, per_epoch)
@@ -177,19 +177,19 @@ def _size(parameter: Tensor) -> float:
 def _epoch(features: Sequence[dict[str, Any]], schedule: Schedule, epoch: int) -> list[list[int]]:
     """The epoch's batches of indices: shuffled, those of like length together."""
     generator = random.Random(schedule.seed * 1_000_003 + epoch)
-    order = list(range(len(features)))
-    generator.shuffle(order)
     size, batches = schedule.batch_size, []
-    for start in range(0, len(order), size * BUCKET):
-        near = sorted(order[start : start + size * BUCKET], key=lambda i: _length(features[i]))
-        batches += [near[i : i + size] for i in range(0, len(near), size)]
+    for order in by_answers(features):
+        generator.shuffle(order)
+        for start in range(0, len(order), size * BUCKET):
+            near = sorted(order[start : start + size * BUCKET], key=lambda i: _length(features[i]))
+            batches += [near[i : i + size] for i in range(0, len(near), size)]
     generator.shuffle(batches)
     return batches
 
 
 def _length(feature: dict[str, Any]) -> int:
     labels = feature.get("labels")
-    return len(feature["input_ids"]) + (len(labels) if isinstance(labels, list) else 0)
+    return longest_of(feature) + (len(labels) if isinstance(labels, list) else 0)
 
 
 def _identity(model: nn.Module, features: Sequence[dict[str, Any]], schedule: Schedule) -> dict[str, Any]:

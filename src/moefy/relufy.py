@@ -21,7 +21,7 @@ from moefy.finetune import Progress, Schedule, Trained, check_positive, finetune
 from moefy.sites import find_sites
 from moefy.sources import load_source, quiet_transformers
 from moefy.tasks import named, task_examples
-from moefy.tasks.base import Task, head_of, pad_id, padding
+from moefy.tasks.base import Task, head_of, pad_id, padding, sequences_of
 from moefy.types import MoefyError
 
 
@@ -61,7 +61,7 @@ def load_for_task(source: str | os.PathLike[str], task: Task, *, remote_code: bo
         return model, tokenizer
     except MoefyError:
         # A bare encoder or another kind of head can be given this one; one of another size is a mistake.
-        if any(type(model).__name__.endswith(e) for e in ("ForSequenceClassification", "ForQuestionAnswering")):
+        if head_of(model) in ("classification", "qa", "choice"):
             raise
     torch.manual_seed(0)
     with quiet_transformers():
@@ -106,7 +106,7 @@ def relufy(
     schedule = Schedule(round(len(rows) * epochs), batch_size, rate, seed=seed)
     state = out.parent / f".{out.name}.training.safetensors"
     features = found.encode(model, tokenizer, rows)
-    check_ids(model, [i for feature in features for i in feature["input_ids"]])
+    check_ids(model, [i for feature in features for row in sequences_of(feature) for i in row])
     pad = padding(model, tokenizer) if head_of(model) == "classification" else pad_id(tokenizer)
     trained = finetune(model, features, pad, schedule, state=state, seconds=seconds, progress=progress)
     if trained.done:

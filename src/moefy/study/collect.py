@@ -129,9 +129,9 @@ def _note(streams: dict[str, Stream], batch: Mapping[str, Any], labels: Tensor |
     else:
         sides = {"tokens": ("input_ids", "attention_mask")}
     for side, (ids_name, mask_name) in sides.items():
-        ids = batch[ids_name]
-        mask = batch.get(mask_name)
+        ids, mask = batch[ids_name], batch.get(mask_name)
         keep = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+        ids, keep = ids.reshape(-1, ids.shape[-1]), keep.reshape(-1, ids.shape[-1])  # a question's answers apart
         stream = streams.setdefault(side, Stream())
         lengths = keep.sum(1, keepdim=True).clamp_min(1)
         stream.ids.append(ids[keep])

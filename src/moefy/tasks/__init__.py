@@ -6,7 +6,7 @@ A kind of task is a class in a file of its own; a task is one line here.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,20 @@ import torch
 from torch import Tensor
 
 from moefy.calibrate import check_ids, ids_checked, spread
-from moefy.tasks.base import Progress, Task, by_length, collate, head_of, pad_id, padding
+from moefy.tasks.base import (
+    Progress,
+    Task,
+    by_answers,
+    by_length,
+    collate,
+    head_of,
+    longest_of,
+    pad_id,
+    padding,
+    sequences_of,
+)
 from moefy.tasks.choice import ARC, PIQA, RACE
-from moefy.tasks.classification import MNLI, MRPC, RTE, SST2, Classification
+from moefy.tasks.classification import MNLI, MRPC, RTE, SST2
 from moefy.tasks.qa import SQUAD
 from moefy.tasks.rows import read_rows
 from moefy.tasks.text_to_text import TEXT_TO_TEXT
@@ -80,7 +91,7 @@ def task_calibration(
     _needs_tokenizer(tokenizer)
     found = named(task)
     found.check(model)
-    return _batches(model, tokenizer, found, found.to_calibrate, task_examples(task, data), tokens, batch_tokens)[0]
+    return _batches(model, tokenizer, found, task_examples(task, data), tokens, batch_tokens)[0]
 
 
 def task_batches(
@@ -92,38 +103,41 @@ def task_batches(
     tokens: int = 16384,
     batch_tokens: int = 2048,
 ) -> tuple[list[dict[str, Tensor]], list[Tensor] | None, tuple[str, ...]]:
-    """What `task_calibration` gives, and each batch's labels (N,) with their names where the task has classes.
+    """What `task_calibration` gives, and the class of each batch's sequences (N,) with names where the task has any.
 
-    The whole model runs on these batches; MoefyError if its head takes other ones (multiple choice).
+    A multiple-choice head sees as many sequences of an example as it has answers.
     """
     _needs_tokenizer(tokenizer)
     found = named(task)
     found.check(model)
     examples = task_examples(task, data)
-    batches, marks = _batches(model, tokenizer, found, found.encode, examples, tokens, batch_tokens)
-    return (batches, marks, found.labels) if isinstance(found, Classification) else (batches, None, ())
+    batches, marks = _batches(model, tokenizer, found, examples, tokens, batch_tokens)
+    names = found.class_names(model)
+    return (batches, marks, names) if names else (batches, None, ())
 
 
 def _batches(
     model: Any,
     tokenizer: Any,
     task: Task,
-    encode: Callable[[Any, Any, Sequence[Any]], list[dict[str, Any]]],
     examples: Sequence[Any],
     tokens: int,
     batch_tokens: int,
 ) -> tuple[list[dict[str, Tensor]], list[Tensor]]:
-    """Batches of what `encode` makes of examples spread over the data, and of a task with classes their labels."""
+    """Batches of training features of examples spread over the data, and the classes of their sequences."""
     # Spread over the data, which may be sorted; a first look at some examples tells how many it takes.
     first = spread(examples, 64)
-    mean = max(1.0, sum(len(f["input_ids"]) for f in encode(model, tokenizer, first)) / len(first))
+    mean = max(1.0, sum(_tokens(f) for f in task.encode(model, tokenizer, first)) / len(first))
     chosen = spread(examples, max(2, round(tokens / mean)))
-    features = encode(model, tokenizer, chosen)
-    check_ids(model, [i for feature in features for i in feature["input_ids"]])
-    classes = isinstance(task, Classification)
+    features = task.encode(model, tokenizer, chosen)
+    check_ids(model, [i for f in features for row in sequences_of(f) for i in row])
     pad = padding(model, tokenizer) if head_of(model) == "classification" else pad_id(tokenizer)
     batches, marks = [], []
-    groups = list(by_length([len(f["input_ids"]) for f in features], batch_tokens))
+    groups = [
+        [alike[i] for i in group]
+        for alike in by_answers(features)
+        for group in by_length([len(sequences_of(features[i])) * longest_of(features[i]) for i in alike], batch_tokens)
+    ]
     random.Random(0).shuffle(groups)  # else the first tokens, and the last, would be those of inputs of one length
     for indices in groups:
         batch = collate([features[i] for i in indices], pad)
@@ -134,8 +148,12 @@ def _batches(
             batch["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels)
             batch["decoder_attention_mask"] = (labels != -100).long()
         batches.append(batch)
-        marks.append(torch.tensor([chosen[i].label for i in indices]) if classes else torch.empty(0))
+        marks.append(torch.tensor([mark for i in indices for mark in task.classes(model, chosen[i])]))
     return batches, marks
+
+
+def _tokens(feature: dict[str, Any]) -> int:
+    return sum(map(len, sequences_of(feature)))
 
 
 def _needs_tokenizer(tokenizer: Any) -> None:

@@ -36,11 +36,18 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def encode(self, model: Any, tokenizer: Any, examples: Sequence[Any]) -> list[dict[str, Any]]:
-        """Each example as training features: lists of ids `input_ids` and, by the head, the kind of labels."""
+        """Each example as training features: lists of ids `input_ids` and, by the head, the kind of labels.
 
-    def to_calibrate(self, model: Any, tokenizer: Any, examples: Sequence[Any]) -> list[dict[str, Any]]:
-        """The features that calibration takes: those of training, unless the head cannot be trained."""
-        return self.encode(model, tokenizer, examples)
+        For a multiple-choice head they are lists of such lists, one for each answer.
+        """
+
+    def classes(self, model: Any, example: Any) -> list[int]:
+        """The class of each sequence that the model sees of an example, by its place in `class_names`; or none."""
+        return []
+
+    def class_names(self, model: Any) -> tuple[str, ...]:
+        """What `classes` tells apart."""
+        return ()
 
     @abc.abstractmethod
     def evaluate(
@@ -66,18 +73,48 @@ def longest_input(model: Any, tokenizer: Any) -> int:
 
 
 def collate(features: Sequence[dict[str, Any]], pad: int, left: bool = False) -> Inputs:
-    """Features to padded model inputs with an attention mask; labels of sequences are padded with -100."""
+    """Features to padded model inputs with an attention mask; labels of sequences are padded with -100.
+
+    (N, L) each, or (N, answers, L) for a multiple-choice head, whose examples then have as many answers each.
+    """
     batch: dict[str, Tensor] = {}
+    answers = answers_of(features[0])
     for key in features[0]:
         values = [f[key] for f in features]
         if isinstance(values[0], int):
             batch[key] = torch.tensor(values)
             continue
         fill = -100 if key == "labels" else pad if key.endswith("input_ids") else 0
-        batch[key] = padded(values, fill, left)
-    ones = [[1] * len(f["input_ids"]) for f in features]
-    batch["attention_mask"] = padded(ones, 0, left)
-    return batch
+        batch[key] = padded([row for v in values for row in v] if answers else values, fill, left)
+    batch["attention_mask"] = padded([[1] * len(row) for f in features for row in sequences_of(f)], 0, left)
+    if not answers:
+        return batch
+    return {k: v.view(len(features), answers, -1) if v.ndim == 2 else v for k, v in batch.items()}
+
+
+def sequences_of(feature: dict[str, Any]) -> list[list[int]]:
+    """The ids of each sequence of a feature: one, or one for each answer."""
+    ids = feature["input_ids"]
+    return ids if answers_of(feature) else [ids]
+
+
+def answers_of(feature: dict[str, Any]) -> int:
+    """How many answers a feature of a multiple-choice head has; 0 for any other."""
+    ids = feature["input_ids"]
+    return len(ids) if ids and isinstance(ids[0], list) else 0
+
+
+def longest_of(feature: dict[str, Any]) -> int:
+    """Tokens of a feature's longest sequence."""
+    return max(map(len, sequences_of(feature)))
+
+
+def by_answers(features: Sequence[dict[str, Any]]) -> list[list[int]]:
+    """The indices of features that can share a batch, in their order: those with as many answers."""
+    groups: dict[int, list[int]] = {}
+    for i, feature in enumerate(features):
+        groups.setdefault(answers_of(feature), []).append(i)
+    return list(groups.values())
 
 
 def padded(rows: Sequence[Sequence[int]], fill: int, left: bool = False) -> Tensor:

@@ -82,14 +82,23 @@ class MultipleChoice(Task):
 
     def encode(self, model: Any, tokenizer: Any, examples: Sequence[Choices]) -> list[dict[str, Any]]:
         if head_of(model) == "choice":
-            raise MoefyError(f"A multiple-choice head cannot be trained or studied on {self.name}; use text.")
+            return [{**_answers_to_head(model, tokenizer, e), "labels": e.right} for e in examples]
         return encode_pairs(model, tokenizer, [(e.prompt, e.answers[e.right]) for e in examples])
 
-    def to_calibrate(self, model: Any, tokenizer: Any, examples: Sequence[Choices]) -> list[dict[str, Any]]:
-        if head_of(model) != "choice":
-            return self.encode(model, tokenizer, examples)
-        # Each answer is a sequence of its own: no FFN sees more than one, and the head is not run.
-        return [feature for e in examples for feature in _answers_to_head(model, tokenizer, e)]
+    def classes(self, model: Any, example: Choices) -> list[int]:
+        return [int(i == example.right) for i in range(len(example.answers))] if head_of(model) == "choice" else []
+
+    def class_names(self, model: Any) -> tuple[str, ...]:
+        return ("wrong answer", "right answer") if head_of(model) == "choice" else ()
+
+    def model_class(self, config: Any) -> Any:
+        from transformers import MODEL_FOR_MULTIPLE_CHOICE_MAPPING, AutoModelForMultipleChoice
+
+        return (
+            AutoModelForMultipleChoice
+            if type(config) in MODEL_FOR_MULTIPLE_CHOICE_MAPPING
+            else super().model_class(config)
+        )
 
     @torch.no_grad()
     def evaluate(
@@ -100,8 +109,8 @@ class MultipleChoice(Task):
         if head_of(model) == "choice":
             right = 0
             for i, e in enumerate(examples):
-                feed = collate(_answers_to_head(model, tokenizer, e), pad_id(tokenizer))
-                right += int(model(**{k: v[None] for k, v in feed.items()}).logits.argmax()) == e.right
+                feed = collate([_answers_to_head(model, tokenizer, e)], pad_id(tokenizer))
+                right += int(model(**feed).logits.argmax()) == e.right
                 if progress:
                     progress(i + 1, len(examples))
             return {"accuracy": right / len(examples)}
@@ -134,11 +143,19 @@ def _best(scores: Sequence[float]) -> int:
     return max(range(len(scores)), key=scores.__getitem__)
 
 
-def _answers_to_head(model: Any, tokenizer: Any, example: Choices) -> list[dict[str, Any]]:
-    """The features of a multiple-choice head, one for each answer: ids, and token types if the tokenizer has them."""
-    longest = longest_input(model, tokenizer)
-    found = [tokenizer(example.prompt, a, truncation=True, max_length=longest) for a in example.answers]
-    return [{k: f[k] for k in ("input_ids", "token_type_ids") if k in f} for f in found]
+def _answers_to_head(model: Any, tokenizer: Any, example: Choices) -> dict[str, list[list[int]]]:
+    """Ids, and token types if the tokenizer has them, of each answer with the question before it.
+
+    What does not fit is cut from the start, so that of a long passage the question stays.
+    """
+    side, tokenizer.truncation_side = tokenizer.truncation_side, "left"
+    try:
+        asked = [example.prompt] * len(example.answers)
+        longest = longest_input(model, tokenizer)
+        found = tokenizer(asked, list(example.answers), truncation=True, max_length=longest)
+    finally:
+        tokenizer.truncation_side = side
+    return {k: found[k] for k in ("input_ids", "token_type_ids") if k in found}
 
 
 _LISTED = (("choices", "options"),)

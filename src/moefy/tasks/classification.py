@@ -75,6 +75,12 @@ class Classification(Task):
             return [{**self._ids(model, tokenizer, e), "labels": to_head[e.label]} for e in examples]
         return encode_pairs(model, tokenizer, [(self._prompt(e), self.labels[e.label]) for e in examples])
 
+    def classes(self, model: Any, example: Labelled) -> list[int]:
+        return [example.label]
+
+    def class_names(self, model: Any) -> tuple[str, ...]:
+        return self.labels
+
     @torch.no_grad()
     def evaluate(
         self, model: Any, tokenizer: Any, examples: Sequence[Labelled], progress: Progress | None = None
