@@ -10,7 +10,7 @@ from moefy.construct import construct
 from moefy.kernels import native
 from moefy.moe import MoEFFN, moe_layers, realised_fraction, usage
 from moefy.routers import ROUTERS
-from moefy.selection import above, set_threshold
+from moefy.selection import above, held_out_parts, set_threshold
 from test_construct import make_stats
 
 
@@ -22,7 +22,7 @@ def build(stats, router="linear", active=2, most_active=2.0, **changes):
     spec = recipe.layer_spec(stats.ffn, "ffn")
     partition = construct("weights", spec, stats, seed=0)
     moe = MoEFFN.from_dense(stats.ffn, partition, spec, ROUTERS[router].build(spec, partition, stats, 0))
-    set_threshold(moe.router, stats, moe.weights())
+    set_threshold({7: moe.router}, stats, moe.weights())
     return moe.requires_grad_(False)
 
 
@@ -51,7 +51,7 @@ def test_a_mean_above_the_bound_is_refused():
     moe = build(stats)
     moe.router.spec = moefy.LayerSpec(**{**vars(moe.spec), "most": 1})
     with pytest.raises(ValueError, match="cannot be"):
-        set_threshold(moe.router, stats, moe.weights())
+        set_threshold({7: moe.router}, stats, moe.weights())
 
 
 @pytest.mark.parametrize("router", ["linear", "logistic", "mlp"])
@@ -120,27 +120,34 @@ def test_statistics_without_a_part_are_those_of_the_other_tokens(kept):
     assert few.without(0) is few
 
 
-def test_with_few_tokens_a_threshold_is_set_on_all_parts_each_scored_by_a_router_that_has_not_seen_it(monkeypatch):
+def test_with_few_tokens_a_threshold_is_set_on_all_parts_each_scored_by_a_router_that_has_not_seen_it():
     stats, x = make_stats(tokens=400)
     moe = build(stats)
-    partition, asked = construct("weights", moe.spec, stats, seed=0), []
-
-    def refitted(part):
-        asked.append(part)
-        return ROUTERS["linear"].build(moe.spec, partition, stats.without(part), 0)
-
-    moe.router = refitted(7)
-    asked.clear()
-    threshold = set_threshold(moe.router, stats, moe.weights(), refitted)
-    assert asked == [6, 5, 4, 3, 2, 1, 0]
+    partition, parts = construct("weights", moe.spec, stats, seed=0), held_out_parts(stats)
+    assert parts == [7, 6, 5, 4, 3, 2, 1, 0]
+    routers = ROUTERS["linear"].build_without(moe.spec, partition, stats, parts, seed=0)
+    moe.router = routers[7]
+    threshold = set_threshold(routers, stats, moe.weights())
+    assert routers[7].threshold == threshold
     unseen = 0
-    for part in range(8):
+    for part, router in routers.items():
         held = torch.cat([mask for _, mask in stats.split_inputs(part)])
         assert held.sum() == 50
-        unseen += int((above(refitted(part)(x[held], None), threshold, moe.spec.most) >= 0).sum())
+        alone = ROUTERS["linear"].build(moe.spec, partition, stats.without(part), seed=0)
+        assert torch.equal(router.weight, alone.weight)
+        unseen += int((above(router(x[held], None), threshold, moe.spec.most) >= 0).sum())
     assert abs(unseen - 400 * moe.spec.top_k) <= 1
-    for enough, more in ((90, [6]), (50, [])):
-        asked.clear()
-        monkeypatch.setattr("moefy.selection.ENOUGH", enough)
-        set_threshold(moe.router, stats, moe.weights(), refitted)
-        assert asked == more
+    assert held_out_parts(stats, enough=90) == [7, 6]
+    assert held_out_parts(stats, enough=50) == [7]
+    assert held_out_parts(make_stats(tokens=9)[0]) == [7]
+
+
+def test_routers_made_together_are_those_made_without_each_part():
+    """The logistic router looks at the calibration once for all of them."""
+    stats, _ = make_stats(tokens=400)
+    spec = build(stats).spec
+    partition = construct("weights", spec, stats, seed=0)
+    for part, router in ROUTERS["logistic"].build_without(spec, partition, stats, [7, 3], seed=0).items():
+        alone = ROUTERS["logistic"].build(spec, partition, stats.without(part), seed=0)
+        torch.testing.assert_close(router.weight, alone.weight, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(router.bias, alone.bias, rtol=1e-3, atol=1e-4)

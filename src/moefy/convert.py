@@ -31,10 +31,9 @@ from moefy.recipe import Recipe
 from moefy.reconstruct import refit
 from moefy.residuals import find_residuals
 from moefy.routers import ROUTERS
-from moefy.routers.base import Router
-from moefy.selection import set_threshold
+from moefy.selection import held_out_parts, set_threshold
 from moefy.sites import Site, find_sites
-from moefy.stats import HELD_OUT, NeuronStats, overflow
+from moefy.stats import NeuronStats, overflow
 from moefy.types import FFNWeights, LayerSpec, MoefyError
 
 Progress = Callable[[int, int, str], None]
@@ -224,17 +223,16 @@ def _build(
 ) -> MoEFFN:
     """An FFN of one shape with its router and threshold, before any refit."""
     partition = construct(recipe.construction, spec, stats, seed, recipe.sharing, scores)
-
-    def without(part: int) -> Router:
-        assert spec.router
-        return ROUTERS[spec.router].build(spec, partition, stats.without(part), seed)
-
-    router = None
-    if spec.router:
-        router = without(HELD_OUT - 1) if spec.most else ROUTERS[spec.router].build(spec, partition, stats, seed)
+    router, routers = None, {}
+    if spec.router and spec.most:
+        parts = held_out_parts(stats)
+        routers = ROUTERS[spec.router].build_without(spec, partition, stats, parts, seed)
+        router = routers[parts[0]]
+    elif spec.router:
+        router = ROUTERS[spec.router].build(spec, partition, stats, seed)
     moe = MoEFFN.from_dense(ffn, partition, spec, router).requires_grad_(False)
-    if router and spec.most:
-        set_threshold(router, stats, moe.weights(), without)
+    if routers:
+        set_threshold(routers, stats, moe.weights())
     return moe
 
 

@@ -7,7 +7,7 @@ can cost is bounded by `most`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -33,23 +33,18 @@ def above(scores: Tensor, threshold: Tensor | float, most: int) -> Tensor:
 
 
 @torch.no_grad()
-def set_threshold(
-    router: Router, stats: NeuronStats, weights: MoEWeights, refitted: Callable[[int], Router] | None = None
-) -> float:
-    """Set and return the router's threshold: the spec's `top_k` experts a token on average.
+def set_threshold(routers: Mapping[int, Router], stats: NeuronStats, weights: MoEWeights) -> float:
+    """Set and return the threshold of the first router: the spec's `top_k` experts a token on average.
 
-    It is set on held-out tokens: on those that a router was fitted to, its scores spread wider. Where the part
-    that `router` was not fitted to is small, `refitted(part)`, a router fitted without another part, scores that.
-    Raises ValueError if the spec's `most` is below that average: no threshold can reach it.
+    `routers` are alike, by the part of the calibration that each was not fitted to, and score that: on tokens that
+    a router was fitted to, its scores spread wider. Raises ValueError if the spec's `most` is below that average:
+    no threshold can reach it.
     """
+    router = next(iter(routers.values()))
     mean, most = router.spec.top_k, router.spec.most
     if mean > most:
         raise ValueError(f"at most {most} experts a token cannot be {mean} on average")
-    parts = _held_out_parts(stats, ENOUGH if refitted else 0)
-    scores = [_scores(router, stats, weights, parts[0])]
-    for part in parts[1:]:
-        assert refitted is not None
-        scores.append(_scores(refitted(part), stats, weights, part))
+    scores = [_scores(each, stats, weights, part) for part, each in routers.items()]
     high = _threshold(torch.cat(scores), mean, most)
     assert router.threshold is not None
     router.threshold.fill_(high)
@@ -65,8 +60,8 @@ def _threshold(scores: Tensor, mean: int, most: int) -> float:
     return high
 
 
-def _held_out_parts(stats: NeuronStats, enough: int) -> list[int]:
-    """The last of the parts, and as many before it as it takes to have `enough` tokens, if there are so many."""
+def held_out_parts(stats: NeuronStats, enough: int = ENOUGH) -> list[int]:
+    """The parts to set a threshold on: the last, and before it as many as it takes to have `enough` tokens."""
     if stats.tokens < 2 * HELD_OUT:
         return [HELD_OUT - 1]  # every part is all of the tokens
     sizes = [stats.held_out_tokens(part) for part in reversed(range(HELD_OUT))]

@@ -131,9 +131,14 @@ class NeuronStats:
                 yield chunk, keep
 
     def _held_out(self, start: int, count: int, part: int) -> Tensor:
+        return (self.parts(start, count) == part) | (self.tokens < 2 * HELD_OUT)
+
+    def parts(self, start: int, count: int) -> Tensor:
+        """Which of the eight parts each of `count` tokens from `start` on is held out with (count,); -1: none."""
+        if self.tokens < 2 * HELD_OUT:
+            return torch.full((count,), -1)
         block = max(1, min(HELD_BLOCK, self.tokens // HELD_OUT))
-        number = torch.arange(start, start + count) // block
-        return (number % HELD_OUT == part) | (self.tokens < 2 * HELD_OUT)
+        return torch.arange(start, start + count) // block % HELD_OUT
 
     @cached_property
     def token_weight(self) -> Callable[[Tensor], Tensor]:

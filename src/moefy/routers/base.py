@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,13 @@ class Router(nn.Module, abc.ABC):
     @abc.abstractmethod
     def build(cls, spec: LayerSpec, partition: Partition, stats: NeuronStats, seed: int) -> Router:
         """A router for `partition`, made from the calibration."""
+
+    @classmethod
+    def build_without(
+        cls, spec: LayerSpec, partition: Partition, stats: NeuronStats, parts: Sequence[int], seed: int
+    ) -> dict[int, Router]:
+        """Routers by the part of the calibration (see `NeuronStats.split_inputs`) that each is made without."""
+        return {part: cls.build(spec, partition, stats.without(part), seed) for part in parts}
 
     @abc.abstractmethod
     def forward(self, x: Tensor, weights: MoEWeights | None) -> Tensor:

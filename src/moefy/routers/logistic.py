@@ -8,10 +8,14 @@ regression to the cost's root. The form is that of `LinearRouter`, so what runs 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from moefy.routers.base import Router
 from moefy.routers.linear import LinearRouter, ridge
 from moefy.stats import NeuronStats, unrepaired
 from moefy.types import LayerSpec, Partition
@@ -19,6 +23,8 @@ from moefy.types import LayerSpec, Partition
 EPOCHS, BATCH, RATE, DECAY = 10, 1024, 2e-3, 1e-4
 # Bytes of inputs and costs to train on; more tokens are thinned evenly. SmolLM2: 190,000 tokens.
 HOLD_BYTES = 1 << 29
+# Costs that the going rate is read from.
+SAMPLE = 1 << 17
 # An example counts at most as if its cost were this many times the going rate.
 CLIP = 20.0
 
@@ -26,32 +32,62 @@ CLIP = 20.0
 class LogisticRouter(LinearRouter):
     @classmethod
     def build(cls, spec: LayerSpec, partition: Partition, stats: NeuronStats, seed: int) -> LogisticRouter:
-        x, cost, weight = _examples(spec, partition, stats)
+        return cls._fit(spec, _examples(spec, partition, stats), seed)
+
+    @classmethod
+    def build_without(
+        cls, spec: LayerSpec, partition: Partition, stats: NeuronStats, parts: Sequence[int], seed: int
+    ) -> dict[int, Router]:
+        seen = _examples(spec, partition, stats)
+        return {part: cls._fit(spec, seen.without(part), seed) for part in parts}
+
+    @classmethod
+    def _fit(cls, spec: LayerSpec, seen: _Examples, seed: int) -> LogisticRouter:
+        x, cost = seen.inputs, seen.cost
         generator = torch.Generator().manual_seed(seed)
-        sample = cost.flatten()[torch.randint(cost.numel(), (1 << 20,), generator=generator)]
+        sample = cost.flatten()[torch.randint(cost.numel(), (SAMPLE,), generator=generator)]
         rate = sample.quantile(1 - spec.top_k / spec.experts).clamp_min(1e-30)
-        start, offset = ridge(x, cost.sqrt(), weight)
+        start, offset = ridge(x, cost.sqrt(), seen.weight)
         mean, spread = x.mean(0), x.std(0) + 1e-6
         # Of unit inputs, centred on the going rate, with scores of a scale that the logistic loss can use.
         scale = 2 / ((x[:4096] @ start).std() + 1e-9)
         w, b = start * spread[:, None] * scale, (offset + mean @ start - rate.sqrt()) * scale
-        w, b = _train(w, b, (x - mean) / spread, cost / rate, weight, generator)
+        w, b = _train(w, b, (x - mean) / spread, cost / rate, seen.weight, generator)
         router = cls(spec)
         router.weight.copy_((w / spread[:, None]).t())
         router.bias.copy_(b - mean @ (w / spread[:, None]))
         return router
 
 
-def _examples(spec: LayerSpec, partition: Partition, stats: NeuronStats) -> tuple[Tensor, Tensor, Tensor]:
-    """Inputs (T, D), costs (T, E) and weights (T,) of the calibration tokens, thinned to HOLD_BYTES."""
+@dataclass(frozen=True)
+class _Examples:
+    """Inputs (T, D), what losing each expert costs (T, E), and the weights (T,) and parts (T,) of the tokens."""
+
+    inputs: Tensor
+    cost: Tensor
+    weight: Tensor
+    part: Tensor
+
+    def without(self, part: int) -> _Examples:
+        """Those that `NeuronStats.split_inputs(part)` does not hold out; all, if there is no such part."""
+        keep = self.part != part
+        if keep.all():
+            return self
+        return _Examples(self.inputs[keep], self.cost[keep], self.weight[keep], self.part[keep])
+
+
+def _examples(spec: LayerSpec, partition: Partition, stats: NeuronStats) -> _Examples:
+    """What losing each expert alone costs on the calibration tokens, thinned to HOLD_BYTES."""
     cost = unrepaired(stats, partition)
     step = -(-stats.tokens * 4 * (spec.width + spec.experts) // HOLD_BYTES)
-    inputs, costs, weights = [], [], []
+    inputs, costs, weights, parts, start = [], [], [], [], 0
     for x, h, y in stats.activations():
         inputs.append(x[::step])
         costs.append(cost(h[::step]))
         weights.append(stats.token_weight(y[::step]))
-    return torch.cat(inputs), torch.cat(costs), torch.cat(weights)
+        parts.append(stats.parts(start, len(x))[::step])
+        start += len(x)
+    return _Examples(torch.cat(inputs), torch.cat(costs), torch.cat(weights), torch.cat(parts))
 
 
 def _train(
