@@ -52,19 +52,7 @@ def smallest_budget(
     `held_out` (N, window) token windows, with `prefix` special tokens each, are not calibrated on. Returns the
     converted copy, its report and every trial; MoefyError if even the largest budget does not keep the target.
     """
-    if not is_causal_lm(model):
-        raise MoefyError(f"A target loss needs a causal language model, and this is a {type(model).__name__}.")
-    check_target(target)
-    if recipe.construction == "shared_only":
-        recipe = at_share(recipe, LARGEST)
-    if recipe.budget is None:
-        raise MoefyError(
-            f"A target loss needs a recipe with a budget, such as reconstructed or slim; {recipe.name} has none."
-        )
-    check_dense(model)
-    sites = {site.entry_name: site for site in find_sites(model)}
-    recipe = recipe.fitting(site.read().neurons for site in sites.values())
-    _fit(sites, Recipe.of(recipe, budget=LARGEST), None)  # what does not fit at all is refused before it is measured
+    recipe, sites = _searchable(model, recipe, target)
     found, total = None, TRIALS * LAYER_WORK * len(batches) * len(sites)
     if recipe.allocation == "sensitivity":
         measured = (lambda done, of, name: progress(done, of + total, f"measuring {name}")) if progress else None
@@ -92,13 +80,34 @@ def smallest_budget(
         else:
             low = budget
     if best is None:
-        nearest = min(trials, key=lambda t: t.rise)
-        raise MoefyError(
-            f"No budget up to {LARGEST} keeps perplexity within {target:.1%} of the dense model's on the held-out text "
-            f"(the nearest, {nearest.budget:.2f}, is {nearest.rise:.1%} above); raise the target or calibrate on more "
-            f"text."
-        )
+        raise _none_keeps(target, trials)
     return *best, trials
+
+
+def _searchable(model: Any, recipe: Recipe, target: float) -> tuple[Recipe, dict[str, Site]]:
+    """The recipe as the search uses it, and the FFNs; MoefyError if there is nothing to search for."""
+    if not is_causal_lm(model):
+        raise MoefyError(f"A target loss needs a causal language model, and this is a {type(model).__name__}.")
+    check_target(target)
+    if recipe.construction == "shared_only":
+        recipe = at_share(recipe, LARGEST)
+    if recipe.budget is None:
+        raise MoefyError(
+            f"A target loss needs a recipe with a budget, such as reconstructed or slim; {recipe.name} has none."
+        )
+    check_dense(model)
+    sites = {site.entry_name: site for site in find_sites(model)}
+    recipe = recipe.fitting(site.read().neurons for site in sites.values())
+    _fit(sites, Recipe.of(recipe, budget=LARGEST), None)  # what does not fit at all is refused before it is measured
+    return recipe, sites
+
+
+def _none_keeps(target: float, trials: Sequence[Trial]) -> MoefyError:
+    nearest = min(trials, key=lambda t: t.rise)
+    return MoefyError(
+        f"No budget up to {LARGEST} keeps perplexity within {target:.1%} of the dense model's on the held-out text "
+        f"(the nearest, {nearest.budget:.2f}, is {nearest.rise:.1%} above); raise the target or calibrate on more text."
+    )
 
 
 def check_target(target: float) -> None:
