@@ -8,7 +8,7 @@ import torch
 import moefy
 import tiny
 from moefy.moe import moe_layers
-from moefy.reconstruct import Fit, refit, runs
+from moefy.reconstruct import NEARLY, RIDGES, Fit, _held_out_error, _largest_good, refit, runs
 from test_construct import make_stats
 from test_moe import build
 
@@ -99,3 +99,16 @@ def test_several_shared_budgets_need_a_refit_and_must_be_shares():
     for wrong in ([], [0.5, 1.2], -0.1):
         with pytest.raises(moefy.MoefyError, match="share"):
             moefy.Recipe.of("reconstructed", shared_budget=wrong)
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.3, 3.0, 30.0])
+def test_the_search_for_a_ridge_finds_what_trying_all_finds(noise):
+    g = torch.Generator().manual_seed(int(noise * 10))
+    h = torch.randn(2, 90, 40, generator=g, dtype=torch.float64)
+    rest = h @ torch.randn(40, 12, generator=g, dtype=torch.float64)
+    rest += noise * torch.randn(rest.shape, generator=g, dtype=torch.float64)
+    gram, cross, before = h.transpose(1, 2) @ h, h.transpose(1, 2) @ rest, rest[1].square().sum(0)
+    left = {ridge: max(0.0, float(before.sum()) + _held_out_error(gram, cross, ridge)) for ridge in RIDGES}
+    fit = _largest_good(gram, cross, before)
+    assert fit.ridge == max(ridge for ridge, error in left.items() if error <= NEARLY * min(left.values()))
+    assert fit.held_out_error == left[fit.ridge]

@@ -100,11 +100,16 @@ def _solve(gram: Tensor, cross: Tensor, ridge: float) -> Tensor:
 def _largest_good(gram: Tensor, cross: Tensor, before: Tensor) -> Fit:
     """The largest ridge whose fit on the one part leaves nearly as little of the other's error as the best.
 
-    `before` (D,) is the held-out error of each output before the fit. Some of the outputs will do to choose.
+    `before` (D,) is the held-out error of each output before the fit. Some of the outputs will do to choose. With the
+    ridge the error falls and then rises: from the largest down, the first that leaves more than the best ends it.
     """
     some = torch.linspace(0, len(before) - 1, min(len(before), COMPARED)).long()
     cross, start = cross[:, :, some], before[some].sum().item()
-    left = {ridge: max(0.0, start + _held_out_error(gram, cross, ridge)) for ridge in RIDGES}
+    left: dict[float, float] = {}
+    for ridge in sorted(RIDGES, reverse=True):
+        left[ridge] = max(0.0, start + _held_out_error(gram, cross, ridge))
+        if left[ridge] > min(left.values()):
+            break
     ridge = max(ridge for ridge, error in left.items() if error <= NEARLY * min(left.values()))
     return Fit(ridge, left[ridge])
 

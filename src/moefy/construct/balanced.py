@@ -59,7 +59,7 @@ def _spread_seeds(rows: Tensor, count: int, generator: torch.Generator) -> Tenso
     """k-means++ seeding of unit rows: the further from the seeds so far, the likelier (by squared distance)."""
 
     def distance(to: int) -> Tensor:
-        return (2 - 2 * rows @ rows[to]).clamp_min(0)
+        return (2 - 2 * (rows @ rows[to])).clamp_min(0)  # not 2 * rows: that is a copy of them for each seed
 
     chosen = [int(torch.randint(len(rows), (), generator=generator))]
     nearest = distance(chosen[0])
