@@ -17,7 +17,7 @@ from moefy import compare as comparison
 from moefy.cli import app, main
 from moefy.compare import DEFAULT_RECIPES, Data, Run, compare, plan, recipe_at
 from moefy.moe import realised_fraction, usage
-from moefy.report import compare_page
+from moefy.report import compare_page, plots
 
 FFN = moefy.FFNWeights(up=torch.zeros(1536, 576), down=torch.zeros(1536, 576), gate=torch.zeros(1536, 576))
 # Their experts divide the 48 neurons of the tiny models; no timing, no training.
@@ -377,3 +377,22 @@ def test_mistakes_are_a_sentence_and_leave_nothing(mistake, dense, tmp_path, mon
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_every_default_recipe_has_a_colour_of_its_own():
+    assert len(set(plots._COLORS)) >= len(DEFAULT_RECIPES)
+
+
+@pytest.mark.parametrize(
+    ("ratios", "shown"),
+    [
+        ([1.2345], "1.234"),
+        ([1.2, 1.3], "1.250 ± 0.071"),
+        ([50.0, 60.0], "55.0 ± 7.1"),
+        ([1000.4, 3000.4], "2,000 ± 1,414"),
+        ([math.inf], "inf"),
+    ],
+)
+def test_a_ratio_is_as_long_as_it_means_something(ratios, shown):
+    lines = [_line("a", seed, ratio) for seed, ratio in enumerate(ratios)]
+    assert f"| {shown} |" in compare_page.markdown({"perplexity": {"t": 8.0}}, lines)

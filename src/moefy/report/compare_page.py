@@ -110,7 +110,7 @@ def cells(base: dict[str, Any], lines: Sequence[dict[str, Any]]) -> tuple[list[s
                 group["recipe"],
                 f"{group['active']:.0%}",
                 " / ".join(dict.fromkeys(f"{group['realised'][text][0]:.1%}" for text in texts)),
-                *(f"{_mean(group['ratio'][text], 3)}" for text in texts),
+                *(_mean(group["ratio"][text], _digits(group["ratio"][text][0])) for text in texts),
                 *(_speed(group[case]) for case in ("decode", "prefill")),
                 _mebibytes(group["weight_bytes"]),
                 str(group["seeds"]),
@@ -121,7 +121,12 @@ def cells(base: dict[str, Any], lines: Sequence[dict[str, Any]]) -> tuple[list[s
 
 def _mean(value: tuple[float, float | None], digits: int) -> str:
     mean, deviation = value
-    return f"{mean:.{digits}f}" + ("" if deviation is None else f" ± {deviation:.{digits}f}")
+    return f"{mean:,.{digits}f}" + ("" if deviation is None else f" ± {deviation:,.{digits}f}")
+
+
+def _digits(ratio: float) -> int:
+    """Decimals of a perplexity over dense: 1.234, 12.3, 1,234."""
+    return 3 if ratio < 10 else 1 if ratio < 100 else 0
 
 
 def _speed(figures: dict[str, Any] | None) -> str:

@@ -10,7 +10,7 @@ from moefy.types import MoefyError
 
 WIDTH, DPI = 8.0, 110
 _BLUE, _ORANGE = "#2f5d8a", "#d9822b"
-_COLORS = (_BLUE, _ORANGE, "#3c8d5a", "#a94442", "#7a5ca8", "#555555")
+_COLORS = (_BLUE, _ORANGE, "#3c8d5a", "#a94442", "#7a5ca8", "#555555", "#17a2b8", "#c2b000")
 _MARKERS = "os^DvPX"
 
 
