@@ -9,7 +9,7 @@ import transformers as tf
 import tiny
 import words
 from moefy.calibrate import positions
-from moefy.tasks import TASKS, evaluate_task, task_examples
+from moefy.tasks import TASKS, evaluate_task, task_batches, task_examples
 from moefy.tasks.base import by_length, collate, longest_input, padded
 from moefy.tasks.pairs import encode_pair
 from task_data import SMALL, randomised, write
@@ -82,6 +82,8 @@ def test_inputs_longer_than_the_model(task, family, tmp_path):
     model(**{k: v for k, v in batch.items() if family != "bart" or k != "token_type_ids"})
     if task == "squad" and family.startswith("Bert"):
         assert any(f["start_positions"] for f in features)
+    batches, _, _ = task_batches(model, tokenizer, task, path, tokens=10_000)  # a long context is several features
+    assert sum(len(b["input_ids"]) for b in batches) == len(features)
 
 
 def long_input_model(family):

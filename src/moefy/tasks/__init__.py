@@ -138,6 +138,7 @@ def _batches(
         for alike in by_answers(features)
         for group in by_length([len(sequences_of(features[i])) * longest_of(features[i]) for i in alike], batch_tokens)
     ]
+    classed = bool(task.class_names(model))  # then a feature an example; a long context has several for an answer in it
     random.Random(0).shuffle(groups)  # else the first tokens, and the last, would be those of inputs of one length
     for indices in groups:
         batch = collate([features[i] for i in indices], pad)
@@ -148,7 +149,8 @@ def _batches(
             batch["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels)
             batch["decoder_attention_mask"] = (labels != -100).long()
         batches.append(batch)
-        marks.append(torch.tensor([mark for i in indices for mark in task.classes(model, chosen[i])]))
+        if classed:
+            marks.append(torch.tensor([mark for i in indices for mark in task.classes(model, chosen[i])]))
     return batches, marks
 
 

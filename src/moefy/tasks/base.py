@@ -42,7 +42,10 @@ class Task(abc.ABC):
         """
 
     def classes(self, model: Any, example: Any) -> list[int]:
-        """The class of each sequence that the model sees of an example, by its place in `class_names`; or none."""
+        """The class of each sequence that the model sees of an example, by its place in `class_names`.
+
+        Of a task that has class names, `encode` makes one feature an example.
+        """
         return []
 
     def class_names(self, model: Any) -> tuple[str, ...]:
