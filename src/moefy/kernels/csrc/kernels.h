@@ -17,7 +17,7 @@ template <class Format>
 void multiply_in_chunks(Product job) {
   const int steps = job.steps;
   const int chunks = job.rows <= max_rows() ? 1 : int(ceil_div(steps, kChunk));
-  const char* weights = job.weights;
+  const char *weights = job.weights, *next = job.next;
   const char* in[kRows];
   const char* const* rows = job.in;
   job.in = in;
@@ -25,6 +25,7 @@ void multiply_in_chunks(Product job) {
     const int k = int(int64_t(steps) * c / chunks), end = int(int64_t(steps) * (c + 1) / chunks);
     job.steps = end - k;
     job.weights = weights + size_t(k) * Format::kBytes;
+    job.next = c + 1 < chunks ? weights + size_t(end) * Format::kBytes : next;
     for (int r = 0; r < job.rows; ++r) in[r] = rows[r] + size_t(k) * Format::kInputBytes;
     multiply<Format>(job);
     job.add = true;
@@ -98,16 +99,23 @@ FinishRow finish_of(const Bank& bank) {
   return kFinish<Activation::identity>[bank.gated];
 }
 
+// The expert whose weights are most likely read next.
+int after(int expert, const Bank& bank) { return expert + 1 < bank.experts ? expert + 1 : expert; }
+
 void up(const UpTask& task) {
   const Bank& bank = *task.bank;
   const int panel0 = task.unit0 * bank.unit_panels();
   const int end = task.unit1 * bank.unit_panels();
-  const int panels = (end < bank.up_panels() ? end : bank.up_panels()) - panel0;
+  const bool whole = end >= bank.up_panels();  // the task ends where the expert does
+  const int panels = (whole ? bank.up_panels() : end) - panel0;
   float* sums[kRows];
   for (int r = 0; r < task.rows; ++r) sums[r] = task.scratch + size_t(r) * panels * kLanes;
   const size_t bytes = bank.up_panel_bytes();
-  const Product job{task.rows, panels, bank.up_steps(), task.x,
-                    bank.up + (size_t(task.expert) * bank.up_panels() + panel0) * bytes, bytes, sums, false};
+  const auto weights = [&](int expert, int panel) {
+    return bank.up + (size_t(expert) * bank.up_panels() + panel) * bytes;
+  };
+  const Product job{task.rows, panels, bank.up_steps(), task.x, weights(task.expert, panel0), bytes, sums, false,
+                    whole ? weights(after(task.expert, bank), 0) : weights(task.expert, end)};
   if constexpr (Lanes::kHasDot) {
     if (task.dot) multiply_in_chunks<UpDot<Lanes>>(job);
   }
@@ -125,8 +133,11 @@ void up(const UpTask& task) {
 void down(const DownTask& task) {
   const Bank& bank = *task.bank;
   const size_t bytes = bank.down_panel_bytes();
-  const Product job{task.rows, task.panel1 - task.panel0, bank.down_steps(), task.hidden,
-                    bank.down + (size_t(task.expert) * bank.down_panels() + task.panel0) * bytes, bytes, task.y, true};
+  const auto weights = [&](int expert) {
+    return bank.down + (size_t(expert) * bank.down_panels() + task.panel0) * bytes;
+  };
+  const Product job{task.rows, task.panel1 - task.panel0, bank.down_steps(), task.hidden, weights(task.expert), bytes,
+                    task.y, true, weights(after(task.expert, bank))};
   if constexpr (Lanes::kHasDot) {
     if (task.dot) return multiply_in_chunks<DownDot<Lanes>>(job);
   }
