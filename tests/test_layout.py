@@ -46,6 +46,7 @@ ORDER = [
     "report",
     "demo",
     "cli_common",
+    "cli_convert",
     "cli_tasks",
     "cli_compare",
     "cli_run",

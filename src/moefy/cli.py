@@ -7,13 +7,12 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from moefy import cli_compare, cli_run, cli_tasks
-from moefy.cli_common import Calibration, Dtype, RemoteCode, TaskName, gibibytes, load_any, number, text_batches
-from moefy.texts import BUILTIN
+from moefy import cli_compare, cli_convert, cli_run, cli_tasks
+from moefy.cli_common import Dtype, RemoteCode, TaskName, load_any, text_batches
 from moefy.types import MoefyError
 from moefy.version import __version__
 
@@ -44,105 +43,7 @@ def _options(
     pass
 
 
-@app.command()
-def convert(
-    source: Annotated[str, typer.Argument(help="A Hugging Face directory or hub name, or a GGUF file.")],
-    output: Annotated[Path, typer.Argument(help="The directory to write.")],
-    recipe: Annotated[
-        str | None,
-        typer.Option(
-            help="reconstructed (the default, and the best), cmoe (the default with --experts, --shared, "
-            "--construction or --router), moefication, slim, shared-only, or a YAML file."
-        ),
-    ] = None,
-    experts: Annotated[int | None, typer.Option(help="Experts in all, shared ones included.")] = None,
-    expert_size: Annotated[int | None, typer.Option(help="Neurons of an expert, instead of --experts.")] = None,
-    shared: Annotated[str | None, typer.Option(help="Experts that always run, or their share such as 0.1.")] = None,
-    active: Annotated[
-        str | None,
-        typer.Option(
-            help="0.5: the share of the FFNs' multiply-adds that runs, by any recipe (0.75 by default). 2: so many "
-            "routed experts for each token, where the recipe counts them. 1 is one expert there, elsewhere the whole."
-        ),
-    ] = None,
-    target_loss: Annotated[
-        float | None,
-        typer.Option(help="0.05: the smallest budget whose held-out perplexity rises by at most 5 %, instead."),
-    ] = None,
-    construction: Annotated[str | None, typer.Option(help="How neurons are grouped.")] = None,
-    router: Annotated[str | None, typer.Option(help="How experts are picked.")] = None,
-    refit: Annotated[
-        bool | None, typer.Option(help="Fit the down-projections to the dense outputs afterwards.")
-    ] = None,
-    seed: Annotated[int | None, typer.Option(help="Of all that is random.")] = None,
-    calibration: Calibration = "pydoc",
-    task: TaskName = None,
-    window: Annotated[int, typer.Option(min=1, help="Tokens in a calibration window.")] = 1024,
-    windows: Annotated[
-        int | None,
-        typer.Option(min=1, help="Calibration windows at most; by default 48 where a recipe refits, else 16."),
-    ] = None,
-    memory: Annotated[float, typer.Option(help="GiB of activations to hold between layers; more goes to disk.")] = 1.0,
-    dtype: Dtype = "auto",
-    overwrite: Annotated[bool, typer.Option(help="Replace the output if it is a model directory.")] = False,
-    trust_remote_code: RemoteCode = False,
-) -> None:
-    """Convert a dense model's FFNs to mixtures of experts, or slim them, and save the result."""
-    from moefy import checkpoint, console, slim, target, tasks, texts
-    from moefy.calibrate import special_prefix
-    from moefy.convert import convert as convert_model
-    from moefy.sources import load_source
-    from moefy.wanted import chosen
-
-    hold = gibibytes("--memory", memory)
-    changes = {
-        "experts": experts,
-        "expert_size": expert_size,
-        "shared": number("--shared", shared),
-        "active": number("--active", active),
-        "construction": construction,
-        "router": router,
-        "refit": refit,
-        "seed": seed,
-    }
-    wanted = chosen(recipe, **{k: v for k, v in changes.items() if v is not None})
-    if windows is None:
-        windows = 48 if wanted.refit else 16
-    if task and calibration == BUILTIN:
-        raise MoefyError(f"A conversion for {task} is calibrated on its data; name it with --calibration.")
-    if target_loss is not None:
-        target.check_target(target_loss)
-        if task:
-            raise MoefyError("A target loss is a rise of perplexity on text: give --calibration a text, no --task.")
-        if active is not None:
-            raise MoefyError("--target-loss finds the share that runs; leave out --active, or --target-loss.")
-    checkpoint.check_output(output, overwrite, source)
-    text = None if task else texts.read_text(calibration)
-    if task:
-        tasks.task_examples(task, calibration, 1)
-    with console.status(f"Loading {source}"):
-        model, tokenizer = load_source(source, dtype=dtype, remote_code=trust_remote_code)
-    if task:
-        batches = tasks.task_calibration(model, tokenizer, task, calibration, tokens=window * windows)
-    else:
-        batches = text_batches(model, tokenizer, text or "", window, windows)
-    trials: list[target.Trial] = []
-    with console.progress("Converting layers", counted=False) as update:
-        if target_loss is None:
-            report = convert_model(model, wanted, batches, hold_bytes=hold, progress=update)
-        else:
-            kept, held_out = target.split_held_out(batches)
-            model, report, trials = target.smallest_budget(
-                model, wanted, kept, held_out, target_loss,
-                prefix=len(special_prefix(tokenizer)), hold_bytes=hold, progress=update,
-            )  # fmt: skip
-    with console.status(f"Saving {output}"):
-        checkpoint.save(model, output, tokenizer, overwrite=overwrite, source=source)
-    _show_conversion(output, report, trials)
-    _say_surprises(wanted, report)
-    if wanted.slim:
-        note = slim.summary(model.config.moefy)["output_bias"]
-        console.out.print(f"{output} is an ordinary model of its architecture. {note}")
+app.command()(cli_convert.convert)
 
 
 @app.command("eval")
@@ -206,67 +107,6 @@ def demo(
     from moefy.wanted import chosen
 
     run(output, chosen(recipe, **({} if active is None else {"active": active})), windows)
-
-
-def _show_conversion(output: Path, report: Any, trials: list[Any]) -> None:
-    """The table after `convert`: what was tried for a target, what was made, and what it took."""
-    from moefy import console
-
-    searched = [
-        [f"budget {t.budget:.3f}", f"{t.realised:.1%} ran, perplexity {t.rise:+.1%} on held-out text"] for t in trials
-    ]
-    rows = [
-        ["recipe", report.recipe.name],
-        *searched,
-        ["layers converted", str(len(report.layers))],
-        ["share of FFN multiply-adds active", f"{report.active_fraction:.1%}"],
-        *_share_rows(report.layers),
-        *_routing_rows(report.layers),
-        ["mean error of a layer's output", f"{sum(x.error for x in report.layers) / len(report.layers):.3f}"],
-        ["calibration tokens", f"{report.calibration.tokens:,}"],
-        ["seconds", f"{report.seconds:.1f}"],
-        ["peak memory", f"{report.peak_bytes / 2**30:.2f} GiB"],
-    ]
-    console.table(f"{output}", ["", ""], rows)
-
-
-def _say_surprises(wanted: Any, report: Any) -> None:
-    """What nobody asked for, on standard error: experts of another size, and more work than the dense model's."""
-    from moefy import console
-
-    if report.recipe.expert_size != wanted.expert_size:
-        console.err.print(
-            f"Experts of {wanted.expert_size} neurons do not divide this model's FFNs: they are of "
-            f"{report.recipe.expert_size}. Choose another size with --expert-size."
-        )
-    if report.active_fraction > 1:
-        console.err.print(
-            "This model does more work than the dense one: the routers cost more than they save. Use larger experts "
-            "(--expert-size) or another --router."
-        )
-
-
-def _share_rows(layers: list[Any]) -> list[list[str]]:
-    """What each layer got of the budget, if not all the same: the least, the most, and those left dense."""
-    least, most = (f(layers, key=lambda x: x.active_fraction) for f in (min, max))
-    if most.active_fraction - least.active_fraction < 0.02:
-        return []
-    rows = [["most", most], ["least", least]]
-    shown = [[f"{what} active", f"{x.active_fraction:.1%} ({x.name})"] for what, x in rows]
-    dense = [x.name for x in layers if x.experts == 0]
-    return shown + ([["layers left dense", ", ".join(dense)]] if dense else [])
-
-
-def _routing_rows(layers: list[Any]) -> list[list[str]]:
-    routed = [x for x in layers if x.mass is not None]
-    if not routed:
-        return []
-    mass, overlap = (sum(getattr(x, name) for x in routed) / len(routed) for name in ("mass", "overlap"))
-    return [
-        ["activation mass in the chosen experts", f"{mass:.1%}"],
-        ["chosen experts that are the ground truth's", f"{overlap:.1%}"],
-        ["seconds a layer, at most", f"{max(x.seconds for x in layers):.1f}"],
-    ]
 
 
 def main() -> None:

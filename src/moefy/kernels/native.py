@@ -288,13 +288,7 @@ class PackedFFN:
         expert_scale: Tensor | None = None,
         counts: Tensor | None = None,
     ) -> Tensor:
-        if x.ndim != 2 or x.shape[1] != self.width:
-            raise ValueError(f"x must be (T, {self.width}): {tuple(x.shape)}")
-        if x.requires_grad and torch.is_grad_enabled():
-            raise RuntimeError("the native kernel has no gradients; use torch.no_grad() or the torch kernel")
-        dtype = x.dtype
-        if dtype not in (torch.float32, torch.bfloat16):
-            x = x.float()
+        dtype, x = x.dtype, self._input(x)
         tokens = x.shape[0]
         capacity = self._capacity(chosen, top_k, threshold, most)
         routed = self._routed if capacity else None
@@ -302,9 +296,7 @@ class PackedFFN:
             self._check_routing(tokens, router, scores, chosen, gate_weights, expert_scale)
         chosen, scores = _plain(chosen, torch.int32), _plain(scores, torch.float32)
         gate_weights, expert_scale = _plain(gate_weights, torch.float32), _plain(expert_scale, torch.float32)
-        good = counts is None or (counts.dtype == torch.int64 and counts.is_contiguous())
-        if not good or (counts is not None and counts.shape != (self.experts,)):
-            raise ValueError(f"counts must be ({self.experts},) int64")
+        self._check_counts(counts)
         y = torch.empty((tokens, self.width), dtype=x.dtype)
         if chosen_out is not None:
             chosen_out.append(torch.full((tokens, capacity), -1, dtype=torch.int32))
@@ -336,6 +328,19 @@ class PackedFFN:
         if not valid:
             raise ValueError(f"chosen names an expert that does not exist (there are {self.experts})")
         return y.to(dtype)
+
+    def _input(self, x: Tensor) -> Tensor:
+        if x.ndim != 2 or x.shape[1] != self.width:
+            raise ValueError(f"x must be (T, {self.width}): {tuple(x.shape)}")
+        if x.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError("the native kernel has no gradients; use torch.no_grad() or the torch kernel")
+        return x if x.dtype in (torch.float32, torch.bfloat16) else x.float()
+
+    def _check_counts(self, counts: Tensor | None) -> None:
+        if counts is None:
+            return
+        if counts.dtype != torch.int64 or not counts.is_contiguous() or counts.shape != (self.experts,):
+            raise ValueError(f"counts must be ({self.experts},) int64")
 
     def _check_routing(
         self,

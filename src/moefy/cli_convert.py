@@ -1,0 +1,206 @@
+"""The convert command: from options to a recipe and calibration inputs, and what it shows at the end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from moefy.cli_common import Calibration, Dtype, RemoteCode, TaskName, gibibytes, number, text_batches
+from moefy.texts import BUILTIN
+from moefy.types import MoefyError
+
+RecipeName = Annotated[
+    str | None,
+    typer.Option(
+        help="reconstructed (the default, and the best), cmoe (the default with --experts, --shared, "
+        "--construction or --router), moefication, slim, shared-only, or a YAML file."
+    ),
+]
+Active = Annotated[
+    str | None,
+    typer.Option(
+        help="0.5: the share of the FFNs' multiply-adds that runs, by any recipe (0.75 by default). 2: so many "
+        "routed experts for each token, where the recipe counts them. 1 is one expert there, elsewhere the whole."
+    ),
+]
+TargetLoss = Annotated[
+    float | None,
+    typer.Option(help="0.05: the smallest budget whose held-out perplexity rises by at most 5 %, instead."),
+]
+Windows = Annotated[
+    int | None,
+    typer.Option(min=1, help="Calibration windows at most; by default 48 where a recipe refits, else 16."),
+]
+
+
+def convert(
+    source: Annotated[str, typer.Argument(help="A Hugging Face directory or hub name, or a GGUF file.")],
+    output: Annotated[Path, typer.Argument(help="The directory to write.")],
+    recipe: RecipeName = None,
+    experts: Annotated[int | None, typer.Option(help="Experts in all, shared ones included.")] = None,
+    expert_size: Annotated[int | None, typer.Option(help="Neurons of an expert, instead of --experts.")] = None,
+    shared: Annotated[str | None, typer.Option(help="Experts that always run, or their share such as 0.1.")] = None,
+    active: Active = None,
+    target_loss: TargetLoss = None,
+    construction: Annotated[str | None, typer.Option(help="How neurons are grouped.")] = None,
+    router: Annotated[str | None, typer.Option(help="How experts are picked.")] = None,
+    refit: Annotated[bool | None, typer.Option(help="Fit the down-projections to the dense outputs.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of all that is random.")] = None,
+    calibration: Calibration = "pydoc",
+    task: TaskName = None,
+    window: Annotated[int, typer.Option(min=1, help="Tokens in a calibration window.")] = 1024,
+    windows: Windows = None,
+    memory: Annotated[float, typer.Option(help="GiB of activations to hold between layers; more goes to disk.")] = 1.0,
+    dtype: Dtype = "auto",
+    overwrite: Annotated[bool, typer.Option(help="Replace the output if it is a model directory.")] = False,
+    trust_remote_code: RemoteCode = False,
+) -> None:
+    """Convert a dense model's FFNs to mixtures of experts, or slim them, and save the result."""
+    from moefy import checkpoint, console
+    from moefy.sources import load_source
+    from moefy.wanted import chosen
+
+    hold = gibibytes("--memory", memory)
+    changes = {
+        "experts": experts,
+        "expert_size": expert_size,
+        "shared": number("--shared", shared),
+        "active": number("--active", active),
+        "construction": construction,
+        "router": router,
+        "refit": refit,
+        "seed": seed,
+    }
+    wanted = chosen(recipe, **{k: v for k, v in changes.items() if v is not None})
+    if windows is None:
+        windows = 48 if wanted.refit else 16
+    _check_together(task, calibration, target_loss, active)
+    checkpoint.check_output(output, overwrite, source)
+    text = _readable(task, calibration)
+    with console.status(f"Loading {source}"):
+        model, tokenizer = load_source(source, dtype=dtype, remote_code=trust_remote_code)
+    batches = _batches(model, tokenizer, task, calibration, text, window, windows)
+    model, report, trials = _converted(model, tokenizer, wanted, batches, target_loss, hold)
+    with console.status(f"Saving {output}"):
+        checkpoint.save(model, output, tokenizer, overwrite=overwrite, source=source)
+    _show_conversion(model, output, wanted, report, trials)
+
+
+def _check_together(task: str | None, calibration: str, target_loss: float | None, active: str | None) -> None:
+    """MoefyError for options that exclude each other, before anything is loaded."""
+    from moefy.target import check_target
+
+    if task and calibration == BUILTIN:
+        raise MoefyError(f"A conversion for {task} is calibrated on its data; name it with --calibration.")
+    if target_loss is None:
+        return
+    check_target(target_loss)
+    if task:
+        raise MoefyError("A target loss is a rise of perplexity on text: give --calibration a text, no --task.")
+    if active is not None:
+        raise MoefyError("--target-loss finds the share that runs; leave out --active, or --target-loss.")
+
+
+def _readable(task: str | None, calibration: str) -> str:
+    """The calibration text, empty for a task's data; MoefyError if it cannot be read, before a model is loaded."""
+    from moefy import tasks, texts
+
+    if task is None:
+        return texts.read_text(calibration)
+    tasks.task_examples(task, calibration, 1)
+    return ""
+
+
+def _batches(
+    model: Any, tokenizer: Any, task: str | None, calibration: str, text: str, window: int, windows: int
+) -> list[dict[str, Any]]:
+    from moefy import tasks
+
+    if task:
+        return tasks.task_calibration(model, tokenizer, task, calibration, tokens=window * windows)
+    return text_batches(model, tokenizer, text, window, windows)
+
+
+def _converted(
+    model: Any, tokenizer: Any, wanted: Any, batches: list[dict[str, Any]], target_loss: float | None, hold: int
+) -> tuple[Any, Any, list[Any]]:
+    """The converted model, its report, and the budgets that were tried for a target."""
+    from moefy import console, target
+    from moefy.calibrate import special_prefix
+    from moefy.convert import convert as convert_model
+
+    with console.progress("Converting layers", counted=False) as update:
+        if target_loss is None:
+            return model, convert_model(model, wanted, batches, hold_bytes=hold, progress=update), []
+        kept, held_out = target.split_held_out(batches)
+        return target.smallest_budget(
+            model, wanted, kept, held_out, target_loss,
+            prefix=len(special_prefix(tokenizer)), hold_bytes=hold, progress=update,
+        )  # fmt: skip
+
+
+def _show_conversion(model: Any, output: Path, wanted: Any, report: Any, trials: list[Any]) -> None:
+    """The table after `convert`: what was tried for a target, what was made, and what it took."""
+    from moefy import console, slim
+
+    searched = [
+        [f"budget {t.budget:.3f}", f"{t.realised:.1%} ran, perplexity {t.rise:+.1%} on held-out text"] for t in trials
+    ]
+    rows = [
+        ["recipe", report.recipe.name],
+        *searched,
+        ["layers converted", str(len(report.layers))],
+        ["share of FFN multiply-adds active", f"{report.active_fraction:.1%}"],
+        *_share_rows(report.layers),
+        *_routing_rows(report.layers),
+        ["mean error of a layer's output", f"{sum(x.error for x in report.layers) / len(report.layers):.3f}"],
+        ["calibration tokens", f"{report.calibration.tokens:,}"],
+        ["seconds", f"{report.seconds:.1f}"],
+        ["peak memory", f"{report.peak_bytes / 2**30:.2f} GiB"],
+    ]
+    console.table(f"{output}", ["", ""], rows)
+    _say_surprises(wanted, report)
+    if wanted.slim:
+        note = slim.summary(model.config.moefy)["output_bias"]
+        console.out.print(f"{output} is an ordinary model of its architecture. {note}")
+
+
+def _say_surprises(wanted: Any, report: Any) -> None:
+    """What nobody asked for, on standard error: experts of another size, and more work than the dense model's."""
+    from moefy import console
+
+    if report.recipe.expert_size != wanted.expert_size:
+        console.err.print(
+            f"Experts of {wanted.expert_size} neurons do not divide this model's FFNs: they are of "
+            f"{report.recipe.expert_size}. Choose another size with --expert-size."
+        )
+    if report.active_fraction > 1:
+        console.err.print(
+            "This model does more work than the dense one: the routers cost more than they save. Use larger experts "
+            "(--expert-size) or another --router."
+        )
+
+
+def _share_rows(layers: list[Any]) -> list[list[str]]:
+    """What each layer got of the budget, if not all the same: the least, the most, and those left dense."""
+    least, most = (f(layers, key=lambda x: x.active_fraction) for f in (min, max))
+    if most.active_fraction - least.active_fraction < 0.02:
+        return []
+    rows = [["most", most], ["least", least]]
+    shown = [[f"{what} active", f"{x.active_fraction:.1%} ({x.name})"] for what, x in rows]
+    dense = [x.name for x in layers if x.experts == 0]
+    return shown + ([["layers left dense", ", ".join(dense)]] if dense else [])
+
+
+def _routing_rows(layers: list[Any]) -> list[list[str]]:
+    routed = [x for x in layers if x.mass is not None]
+    if not routed:
+        return []
+    mass, overlap = (sum(getattr(x, name) for x in routed) / len(routed) for name in ("mass", "overlap"))
+    return [
+        ["activation mass in the chosen experts", f"{mass:.1%}"],
+        ["chosen experts that are the ground truth's", f"{overlap:.1%}"],
+        ["seconds a layer, at most", f"{max(x.seconds for x in layers):.1f}"],
+    ]
