@@ -21,7 +21,7 @@ static double now() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 
-static double gflops(int threads, long rounds) {
+static double gflops_once(int threads, long rounds) {
   const double start = now();
 #pragma omp parallel num_threads(threads)
   {
@@ -40,9 +40,19 @@ static double gflops(int threads, long rounds) {
   return threads * double(rounds) * kChains * kFloats * 2 / (now() - start) / 1e9;
 }
 
+// The best of some: a limit is what the machine can do, not what a neighbour left of it for 30 ms.
+static double gflops(int threads, long rounds) {
+  double best = 0;
+  for (int round = 0; round < 8; ++round) {
+    const double rate = gflops_once(threads, rounds);
+    best = rate > best ? rate : best;
+  }
+  return best;
+}
+
 static double gigabytes(int threads, const float* data, size_t floats) {
   double best = 0;
-  for (int round = 0; round < 3; ++round) {
+  for (int round = 0; round < 8; ++round) {
     const double start = now();
 #pragma omp parallel num_threads(threads)
     {
