@@ -48,7 +48,7 @@ class Run {
   void up(Tokens tile, const Piece& piece, int thread);
   void down(Tokens tile, int slice, int thread);
   void add_down(const Bank& bank, int expert, int first, int rows, bool shared, float* y, int64_t stride, int token0,
-                int panel0, int panel1);
+                int panel0, int panel1, int next);
   void write_y(Tokens tile, const float* y, int64_t stride, int token0, int token1, int column0, int column1);
 
   float* thread_sums(int thread) { return ws_.threads.as<float>() + thread * thread_floats_; }

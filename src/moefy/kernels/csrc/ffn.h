@@ -66,7 +66,8 @@ struct UpTask {
 // y += hidden . down for some rows and some panels of 16 columns.
 struct DownTask {
   const Bank* bank;
-  int expert, panel0, panel1, rows;
+  int expert, next;  // next: the expert that the thread will read after this one
+  int panel0, panel1, rows;
   const char* const* hidden;
   float* const* y;  // one pointer per row, to panel0
   bool dot;

@@ -99,7 +99,7 @@ FinishRow finish_of(const Bank& bank) {
   return kFinish<Activation::identity>[bank.gated];
 }
 
-// The expert whose weights are most likely read next.
+// The expert whose weights are most likely read next: threads take what is there.
 int after(int expert, const Bank& bank) { return expert + 1 < bank.experts ? expert + 1 : expert; }
 
 void up(const UpTask& task) {
@@ -137,7 +137,7 @@ void down(const DownTask& task) {
     return bank.down + (size_t(expert) * bank.down_panels() + task.panel0) * bytes;
   };
   const Product job{task.rows, task.panel1 - task.panel0, bank.down_steps(), task.hidden, weights(task.expert), bytes,
-                    task.y, true, weights(after(task.expert, bank))};
+                    task.y, true, weights(task.next)};
   if constexpr (Lanes::kHasDot) {
     if (task.dot) return multiply_in_chunks<DownDot<Lanes>>(job);
   }

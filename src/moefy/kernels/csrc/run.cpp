@@ -101,7 +101,7 @@ void Run::up(Tokens tile, const Piece& piece, int thread) {
 }
 
 void Run::add_down(const Bank& bank, int expert, int first, int rows, bool shared, float* y, int64_t stride, int token0,
-                   int panel0, int panel1) {
+                   int panel0, int panel1, int next) {
   const size_t row_bytes = size_t(bank.hidden_stride()) * (dot_ ? 2 : 4);
   const char* base = (shared ? ws_.shared_hidden : ws_.hidden).as<char>();
   const int32_t* token = ws_.pair_token.as<int32_t>();
@@ -114,7 +114,7 @@ void Run::add_down(const Bank& bank, int expert, int first, int rows, bool share
       hidden[i - begin] = base + size_t(i) * row_bytes;
       out[i - begin] = y + int64_t((shared ? i : token[i]) - token0) * stride;
     }
-    k_.down({&bank, expert, panel0, panel1, end - begin, hidden, out, dot_});
+    k_.down({&bank, expert, next, panel0, panel1, end - begin, hidden, out, dot_});
   }
 }
 
@@ -133,16 +133,19 @@ void Run::down(Tokens tile, int slice, int thread) {
       std::memset(y + t * stride, 0, stride * 4);
   }
 
-  if (c_.shared) add_down(*c_.shared, 0, token0, token1 - token0, true, y, stride, token0, panel0, panel1);
+  if (c_.shared) add_down(*c_.shared, 0, token0, token1 - token0, true, y, stride, token0, panel0, panel1, 0);
   const int32_t* offsets = ws_.offsets.as<int32_t>();
   const int32_t* token = ws_.pair_token.as<int32_t>();
-  for (int e = 0; e < experts_; ++e) {
+  for (int e = 0, next = 0; e < experts_; ++e) {
     int first = offsets[e], end = offsets[e + 1];
+    if (first == end) continue;
+    for (next = std::max(next, e + 1); next < experts_ && offsets[next] == offsets[next + 1];) ++next;
+    if (next == experts_) next = e;
     if (token_slices_ > 1) {  // tokens of an expert are in ascending order
       first = int(std::lower_bound(token + first, token + end, token0) - token);
       end = int(std::lower_bound(token + first, token + end, token1) - token);
     }
-    if (first < end) add_down(*c_.routed, e, first, end - first, false, y, stride, token0, panel0, panel1);
+    if (first < end) add_down(*c_.routed, e, first, end - first, false, y, stride, token0, panel0, panel1, next);
   }
   write_y(tile, y, stride, token0, token1, column0, column1);
 }
