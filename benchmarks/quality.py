@@ -17,6 +17,7 @@ import time
 import moefy
 from moefy.budgets import measure
 from moefy.calibrate import special_prefix, token_windows
+from moefy.compare import recipe_at
 from moefy.evaluate import perplexity
 from moefy.moe import realised_fraction, usage
 from moefy.sites import find_sites
@@ -31,7 +32,7 @@ def recipe_of(name: str) -> moefy.Recipe:
     shape, *methods = name.split(":")
     recipe, _, budget = name.partition("@")
     if recipe in moefy.RECIPES or recipe.endswith(".yaml"):
-        return moefy.Recipe.of(recipe, name=name, **({"budget": float(budget)} if budget else {}))
+        return moefy.Recipe.of(recipe_at(recipe, float(budget)) if budget else recipe, name=name)
     found = re.fullmatch(r"S(\d+)A(\d+)E(\d+)", shape)
     if not found:
         raise SystemExit(f"{name} is not of the form S3A3E8[:construction:router].")
