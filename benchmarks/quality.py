@@ -3,8 +3,8 @@
     python benchmarks/quality.py --train wikitext-2/train.txt.gz --test wikitext-2-raw/test.txt.gz S3A3E8 S2A2E8
 
 Prints one JSON line a model. A recipe is CMoE's S{shared}A{active}E{experts}, optionally followed by
-:construction:router, such as S2A2E8:weights:linear, the name of a recipe or a YAML file, with a budget
-such as reconstructed@0.75.
+:construction:router, such as S2A2E8:weights:linear, or as `moefy compare` writes it, with a share: the name
+of a recipe or a YAML file, such as reconstructed@0.75 or reconstructed:control@0.75.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ HOLD = 4 << 30
 def recipe_of(name: str) -> moefy.Recipe:
     shape, *methods = name.split(":")
     recipe, _, budget = name.partition("@")
-    if recipe in moefy.RECIPES or recipe.endswith(".yaml"):
+    if recipe.partition(":")[0] in moefy.RECIPES or recipe.endswith(".yaml"):
         return moefy.Recipe.of(recipe_at(recipe, float(budget)) if budget else recipe, name=name)
     found = re.fullmatch(r"S(\d+)A(\d+)E(\d+)", shape)
     if not found:
