@@ -135,7 +135,8 @@ void check(const Kernels& kernels, const Problem& p, int threads) {
 int main() {
   const char* names[8];
   const int count = instruction_sets(names, 8);
-  const int shapes[][4] = {{1, 1, 1, 0}, {3, 8, 16, 8}, {5, 7, 37, 3}, {4, 20, 130, 70}, {33, 9, 66, 0}, {2, 130, 35, 261}};
+  const int shapes[][4] = {{1, 1, 1, 0}, {3, 8, 16, 8}, {5, 7, 37, 3}, {4, 20, 130, 70}, {33, 9, 66, 0}, {70, 8, 34, 5},
+                           {2, 130, 35, 261}};
   for (int i = 0; i < count; ++i)
     for (const auto& s : shapes)
       for (Weights weights : {Weights::f32, Weights::bf16, Weights::i8})

@@ -138,9 +138,10 @@ def test_nan_and_infinity_stay_in_their_token(isa: str) -> None:
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
-def test_bits_do_not_depend_on_threads_or_batch(isa: str, precision: str) -> None:
-    problem = Problem(E=12, M=20, D=200, S=300, precision=precision, isa=isa)
-    routing = {"router": native.PackedRouter.linear(problem.router), "top_k": 5}
+@pytest.mark.parametrize(("E", "M", "K", "gated"), [(12, 20, 5, True), (90, 8, 37, True), (90, 8, 70, False)])
+def test_bits_do_not_depend_on_threads_or_batch(isa: str, precision: str, E: int, M: int, K: int, gated: bool) -> None:
+    problem = Problem(E=E, M=M, D=200, S=300, gated=gated, precision=precision, isa=isa)
+    routing = {"router": native.PackedRouter.linear(problem.router), "top_k": K}
     before = torch.get_num_threads()
     try:
         for dtype in (torch.float32, torch.bfloat16):
@@ -154,6 +155,20 @@ def test_bits_do_not_depend_on_threads_or_batch(isa: str, precision: str) -> Non
             assert all(torch.equal(y, found[0]) for y in found)
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("M", [1, 5, 8, 9, 16, 17, 24])
+def test_one_token_of_many_small_experts(isa: str, precision: str, M: int) -> None:
+    for gated in (True, False):
+        problem = Problem(E=75, M=M, D=37, S=3, gated=gated, precision=precision, isa=isa)
+        for K in (1, 9, 31, 50, 74, 75):
+            chosen, weight = problem.choose(1, K)
+            problem.check(problem.x(1), weight, chosen=chosen)
+            chosen[0, ::3] = -1  # and places that are empty
+            some = torch.zeros(1, 76, dtype=torch.float64).index_fill_(1, chosen[0] % 76, 1.0)[:, :75]
+            problem.check(problem.x(1, torch.bfloat16), some, chosen=chosen)
 
 
 @pytest.mark.parametrize("isa", ISAS)

@@ -44,8 +44,10 @@ class Run {
   int choose_one(int64_t token, const float* scores, int32_t* scratch, int32_t* chosen, float* weight);
   void plan(Tokens tile);
   void add_pieces(const Bank& bank, bool shared, int expert, int row, int rows);
+  void add_single(int expert, int row);
   void scatter(Tokens tile, int job);
   void up(Tokens tile, const Piece& piece, int thread);
+  void up_experts(Tokens tile, const Piece& piece, int thread);
   void down(Tokens tile, int slice, int thread);
   void add_down(const Bank& bank, int expert, int first, int rows, bool shared, float* y, int64_t stride, int token0,
                 int panel0, int panel1, int next);
@@ -65,6 +67,7 @@ class Run {
   bool weighted_, copy32_, copy16_;
   int64_t x_stride_ = 0;
   int64_t sums_floats_ = 0, keys_floats_ = 0, y_floats_ = 0, thread_floats_ = 0;
+  int together_ = 1;  // experts of a piece, with a single token
   int column_slices_ = 1, token_slices_ = 1;
   std::atomic<int> arrived_{0};
   std::atomic<bool> invalid_{false};

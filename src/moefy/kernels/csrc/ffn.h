@@ -19,6 +19,7 @@ enum class Weights : int { f32, bf16, i8 };
 constexpr int kLanes = 16;     // values in a block
 constexpr int kNeurons = 8;    // neurons in an up panel
 constexpr int kRows = 48;      // rows of one task: x of a k chunk stays in L2, and 48 = 8 tiles of 6 rows
+constexpr int kRowPanels = 4;  // up panels that are read at once for a single row
 constexpr size_t kAlign = 64;  // bytes; one cache line, one AVX-512 register
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -84,6 +85,8 @@ struct Kernels {
   const char* name;
   bool has_dot;  // multiplies bf16 pairs in one instruction
   void (*up)(const UpTask&);
+  // Several experts of one bank for one row, kRowPanels panels at most: whole experts, all tasks with the same x.
+  void (*up_row)(const UpTask* tasks, int count);
   void (*down)(const DownTask&);
   // Writes the chosen experts of one token in ascending order, returns their number; keys: scratch of `experts`.
   int (*select)(const float* scores, int experts, const Selection& rule, int32_t* keys, int32_t* chosen);

@@ -130,6 +130,65 @@ void up(const UpTask& task) {
   for (int r = 0; r < task.rows; ++r) finish(task, sums[r], task.weight ? task.weight[r] : 1.f, task.out[r]);
 }
 
+// A panel is one stream of memory and one chain of sums, and one stream does not get what DRAM has: a token of 128 experts
+// of 8 takes 9 % less with four experts at once (bf16 weights 20 %), and no less with eight.
+template <class Format, int P>
+void panels_for_row(const char* in, const char* const* weights, float* const* out, int steps) {
+  Lanes sum[P];
+#pragma GCC unroll 8
+  for (int p = 0; p < P; ++p) sum[p] = Lanes::zero();
+  for (int k = 0; k < steps; ++k) {
+#pragma GCC unroll 2
+    for (int part = 0; part < Format::kParts; ++part) {
+      const Lanes x = Format::input(in, k, part);
+#pragma GCC unroll 8
+      for (int p = 0; p < P; ++p)
+        sum[p] = Format::multiply(x, Format::weights(weights[p] + size_t(k) * Format::kBytes, part), sum[p]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int p = 0; p < P; ++p) sum[p].store(out[p]);
+}
+
+template <class Format>
+void panels_for_row(int panels, const char* in, const char* const* weights, float* const* out, int steps) {
+  switch (panels) {
+    case 4: return panels_for_row<Format, 4>(in, weights, out, steps);
+    case 3: return panels_for_row<Format, 3>(in, weights, out, steps);
+    case 2: return panels_for_row<Format, 2>(in, weights, out, steps);
+    default: return panels_for_row<Format, 1>(in, weights, out, steps);
+  }
+}
+
+void up_row(const UpTask* tasks, int count) {
+  const Bank& bank = *tasks->bank;
+  const char* weights[kRowPanels];
+  float* sums[kRowPanels];
+  int panels = 0;
+  for (int i = 0; i < count; ++i)
+    for (int p = 0; p < bank.up_panels(); ++p, ++panels) {
+      weights[panels] = bank.up + (size_t(tasks[i].expert) * bank.up_panels() + p) * bank.up_panel_bytes();
+      sums[panels] = tasks[i].scratch + p * kLanes;
+    }
+  const char* x = tasks->x[0];
+  const int steps = bank.up_steps();
+  if constexpr (Lanes::kHasDot) {
+    if (tasks->dot) panels_for_row<UpDot<Lanes>>(panels, x, weights, sums, steps);
+  }
+  if (!tasks->dot) {
+    switch (bank.type) {
+      case Weights::f32: panels_for_row<UpF32>(panels, x, weights, sums, steps); break;
+      case Weights::bf16: panels_for_row<UpBf16>(panels, x, weights, sums, steps); break;
+      case Weights::i8: panels_for_row<UpI8>(panels, x, weights, sums, steps); break;
+    }
+  }
+  const FinishRow finish = finish_of(bank);
+  for (int i = 0; i < count; ++i) {
+    const UpTask& task = tasks[i];
+    finish(task, task.scratch, task.weight ? task.weight[0] : 1.f, task.out[0]);
+  }
+}
+
 void down(const DownTask& task) {
   const Bank& bank = *task.bank;
   const size_t bytes = bank.down_panel_bytes();
@@ -222,6 +281,6 @@ void gate(const float* scores, int experts, const float* scale, const int32_t* c
   for (int i = 0; i < count; ++i) weight[i] = 1.f + scratch[chosen[i]] / total * scale[chosen[i]];
 }
 
-constexpr Kernels make_table(const char* name) { return {name, Lanes::kHasDot, up, down, select, gate}; }
+constexpr Kernels make_table(const char* name) { return {name, Lanes::kHasDot, up, up_row, down, select, gate}; }
 
 }  // namespace

@@ -133,7 +133,10 @@ void Run::plan(Tokens tile) {
     }
     const int32_t rows = place - offsets[e];
     if (c_.counts_out) c_.counts_out[e] += rows;
-    if (rows) add_pieces(*c_.routed, false, e, offsets[e], rows);
+    if (rows && together_ > 1)
+      add_single(e, offsets[e]);
+    else if (rows)
+      add_pieces(*c_.routed, false, e, offsets[e], rows);
   }
   offsets[experts_] = place;
 }
@@ -148,6 +151,13 @@ void Run::add_pieces(const Bank& bank, bool shared, int expert, int row, int row
       ws_.pieces.push_back({shared, expert, row + first, end - first, int(int64_t(units) * g / unit_groups),
                             int(int64_t(units) * (g + 1) / unit_groups)});
     }
+}
+
+void Run::add_single(int expert, int row) {
+  if (!ws_.pieces.empty() && !ws_.pieces.back().shared && ws_.pieces.back().experts < together_)
+    ++ws_.pieces.back().experts;
+  else
+    ws_.pieces.push_back({false, expert, row, 1, 0, c_.routed->units()});
 }
 
 void Run::scatter(Tokens tile, int job) {

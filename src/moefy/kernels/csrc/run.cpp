@@ -1,5 +1,6 @@
 // Routing, sorting by expert, and the two phases:
-//   up    hidden[pair] = act(x[token] . up[expert])     pieces of (expert, <= 48 rows, units), taken one by one
+//   up    hidden[pair] = act(x[token] . up[expert])     pieces of (expert, <= 48 rows, units), taken one by one;
+//                                                       of a single token several small experts at once
 //   down  y[:, columns] = bias + sum hidden . down      slices of columns, all experts in order: no reduction, no race
 // Every value is computed by one thread in one order (tiles.h), so the number of threads changes no bit.
 //
@@ -48,7 +49,9 @@ Run::Run(const Call& call, Workspace& workspace)
   if (c_.shared) bytes += int64_t(c_.shared->hidden_stride()) * 4;
   const int64_t most = std::clamp<int64_t>(kHiddenBytes / bytes, kRows, kMostTokens);
   tile_ = int(ceil_div(c_.tokens, std::max<int64_t>(1, ceil_div(c_.tokens, most))));
-  reserve(allowed(c_.threads));
+  const int threads = allowed(c_.threads);
+  if (c_.tokens == 1 && experts_) together_ = std::min(kRowPanels / c_.routed->up_panels(), capacity_ / (4 * threads));
+  reserve(threads);
   open(0);
 }
 
@@ -85,7 +88,24 @@ void Run::reserve(int threads) {
 
 // ---- the two phases
 
+void Run::up_experts(Tokens tile, const Piece& piece, int thread) {
+  const Bank& bank = *c_.routed;
+  const int32_t* offsets = ws_.offsets.as<int32_t>();
+  const char* x = expert_row(tile, 0);
+  char* out[kRowPanels];
+  UpTask tasks[kRowPanels];
+  for (int i = 0, e = piece.expert; i < piece.experts; ++i, ++e) {
+    while (offsets[e] == offsets[e + 1]) ++e;  // not chosen
+    const int pair = piece.row + i;
+    out[i] = ws_.hidden.as<char>() + size_t(pair) * bank.hidden_stride() * (dot_ ? 2 : 4);
+    tasks[i] = {&bank, e, 0, bank.units(), 1, &x, thread_sums(thread) + i * bank.up_panels() * kLanes, &out[i],
+                weighted_ ? ws_.pair_weight.as<float>() + pair : nullptr, dot_};
+  }
+  k_.up_row(tasks, piece.experts);
+}
+
 void Run::up(Tokens tile, const Piece& piece, int thread) {
+  if (piece.experts > 1) return up_experts(tile, piece, thread);
   const Bank& bank = piece.shared ? *c_.shared : *c_.routed;
   const size_t value = dot_ ? 2 : 4, stride = bank.hidden_stride() * value;
   char* hidden = (piece.shared ? ws_.shared_hidden : ws_.hidden).as<char>() + piece.unit0 * kLanes * value;
