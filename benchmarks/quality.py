@@ -29,14 +29,23 @@ HOLD = 4 << 30
 
 
 def recipe_of(name: str) -> moefy.Recipe:
+    try:
+        return _recipe_of(name)
+    except (ValueError, moefy.MoefyError) as error:
+        raise SystemExit(f"{name}: {error}") from None
+
+
+def _recipe_of(name: str) -> moefy.Recipe:
     shape, *methods = name.split(":")
     recipe, _, budget = name.partition("@")
     if recipe.partition(":")[0] in moefy.RECIPES or recipe.endswith(".yaml"):
         return moefy.Recipe.of(recipe_at(recipe, float(budget)) if budget else recipe, name=name)
     found = re.fullmatch(r"S(\d+)A(\d+)E(\d+)", shape)
     if not found:
-        raise SystemExit(f"{name} is not of the form S3A3E8[:construction:router].")
+        raise ValueError("not of the form S3A3E8[:construction:router], and no recipe with a share.")
     shared, active, experts = map(int, found.groups())
+    if len(methods) not in (0, 2):
+        raise ValueError("name a construction and a router, or neither.")
     method, router = methods or ("activation", "representative")
     return moefy.Recipe(name=name, shared=shared, active=active, experts=experts, construction=method, router=router)
 
@@ -53,6 +62,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the recipe; it also takes other calibration windows")
     parser.add_argument("--test-windows", type=int, default=12)
     args = parser.parse_args()
+    recipes = [moefy.Recipe.of(recipe_of(name), seed=args.seed) for name in args.recipes]
     dense: dict[str, float] = {}
     measured = None  # once for all recipes; the first recipe's seconds hold it
     source = args.model or smollm2_gguf()
@@ -78,8 +88,7 @@ def main() -> None:
     batches = moefy.text_calibration(tokenizer, train, windows=args.windows * (args.seed + 1))
     batches = batches[args.windows * args.seed :]  # another seed: other windows
     show("dense", model)
-    for name in args.recipes:
-        recipe = moefy.Recipe.of(recipe_of(name), seed=args.seed)
+    for recipe in recipes:
         for each in (recipe, recipe.control())[: 1 if args.no_control else 2]:
             model, _ = load_source(source)
             start = time.perf_counter()
@@ -98,4 +107,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except moefy.MoefyError as error:
+        raise SystemExit(str(error)) from None

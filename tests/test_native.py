@@ -205,7 +205,7 @@ def test_fork_after_use() -> None:
         torch.set_num_threads(2)
         up, down, x = torch.randn(4, 16, 64), torch.randn(4, 16, 64), torch.randn(99, 64)
         ffn = native.PackedFFN(experts_up=up, experts_down=down, activation="relu")
-        run = lambda: ffn.forward(x, chosen=torch.ones(99, 2))
+        run = lambda: ffn.forward(x, chosen=torch.tensor([[1, 3]]).expand(99, 2))
         expected = run()
         child = os.fork()
         if child == 0:
@@ -281,6 +281,7 @@ def test_half_precision_goes_through_fp32() -> None:
     [
         ({}, "experts come from"),
         ({"chosen": torch.full((2, 1), 5)}, "does not exist"),
+        ({"chosen": torch.tensor([[1, -1, 2], [1, 2, 1]])}, "twice"),
         ({"chosen": torch.zeros(3, 1)}, "chosen must be"),
         ({"scores": torch.zeros(2, 4), "top_k": 1}, "scores"),
         ({"router": "wrong", "top_k": 1}, "router must be"),

@@ -256,7 +256,7 @@ class PackedFFN:
         """The FFN of x and the experts it chose: (T, most) int32, -1 where a token has fewer.
 
         Experts come from one of
-        - `chosen` (T, K), entries below 0 are no expert; `gate_weights` (T, K) weights them;
+        - `chosen` (T, K), no expert twice in a row, entries below 0 are none; `gate_weights` (T, K) weights them;
         - `scores` (T, E) or `router`, and then `top_k`, or `threshold` with `least` and `most`.
         `expert_scale` (E,) weights an expert with 1 + softmax(scores) * scale, as CMoE does; it needs scores
         or a router. `counts` (E,) int64 has the tokens of each expert added to it.
@@ -326,7 +326,9 @@ class PackedFFN:
             torch.get_num_threads(),
         )
         if not valid:
-            raise ValueError(f"chosen names an expert that does not exist (there are {self.experts})")
+            raise ValueError(
+                f"chosen names an expert that does not exist (there are {self.experts}), or one twice for a token"
+            )
         return y.to(dtype)
 
     def _input(self, x: Tensor) -> Tensor:

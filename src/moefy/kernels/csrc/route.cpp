@@ -79,10 +79,15 @@ void Run::score(Tokens tile, int job, int thread) {
 int Run::choose_one(int64_t token, const float* scores, int32_t* scratch, int32_t* chosen, float* weight) {
   int count = 0;
   if (c_.chosen) {
+    int32_t* seen = scratch;
+    std::fill(seen, seen + experts_, 0);
     for (int j = 0; j < capacity_; ++j) {
       const int32_t e = c_.chosen[token * capacity_ + j];
-      if (e >= experts_) invalid_ = true;
-      if (e < 0 || e >= experts_) continue;
+      if (e < 0) continue;
+      if (e >= experts_ || seen[e]++) {  // two rows of one token and expert would write over each other
+        invalid_ = true;
+        continue;
+      }
       if (c_.gate_weights) weight[count] = c_.gate_weights[token * capacity_ + j];
       chosen[count++] = e;
     }

@@ -30,7 +30,7 @@ struct Call {
   int threads = 1;
 };
 
-// False when `chosen` names an expert that does not exist (that entry is skipped).
+// False when `chosen` names an expert that does not exist, or one twice for a token (that entry is skipped).
 bool forward(const Call& call);
 
 }  // namespace moefy
