@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -136,9 +137,12 @@ def measure(
 ) -> dict[str, float]:
     """Seconds of each contender; its functions are the layers it walks over."""
     times: dict[str, list[float]] = {name: [] for name in contenders}
+    every, order = list(contenders.items()), random.Random(0)
     end = time.perf_counter() + budget
     for i in range(rounds + 2):
-        for turn, (name, layers) in enumerate(contenders.items()):
+        # Whoever follows a dense path finds colder caches, so the order changes from round to round.
+        for turn in order.sample(range(len(contenders)), len(contenders)):
+            name, layers = every[turn]
             layer = layers[(i + turn) % len(layers)]  # none finds in the cache what the one before it has read
             start = time.perf_counter()
             layer()

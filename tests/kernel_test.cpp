@@ -45,8 +45,8 @@ Matrices make(int E, int M, int D, bool gated) {
   return m;
 }
 
-PackedBank pack(Matrices& m, Weights type) {
-  const Shape shape{m.E, m.M, m.D, Activation::silu, false, false, type};
+PackedBank pack(Matrices& m, Weights type, bool tiled) {
+  const Shape shape{m.E, m.M, m.D, Activation::silu, false, false, type, tiled};
   const bool gated = !m.gate.empty();
   PackedBank packed(shape, {gated ? m.gate.data() : nullptr}, {m.up.data()}, {m.down.data()},
                     gated ? m.gate_bias.data() : nullptr, m.up_bias.data(), 2);
@@ -77,7 +77,8 @@ void add_expert(const Matrices& m, int e, const float* x, std::vector<double>& y
 void check(const Kernels& kernels, const Problem& p, int threads) {
   Matrices routed = make(p.E, p.M, p.D, p.gated), shared = make(1, p.S, p.D, p.gated);
   std::vector<float> router_rows = random(size_t(p.E) * p.D, 1), x = random(size_t(p.T) * p.D, 1);
-  const PackedBank experts = pack(routed, p.weights), always = pack(shared, p.weights);
+  const PackedBank experts = pack(routed, p.weights, kernels.tiled),
+                   always = pack(shared, p.weights, kernels.tiled);
   const Shape router_shape{1, p.E, p.D, Activation::identity, false, false, Weights::f32};
   const PackedBank router(router_shape, {}, {router_rows.data()}, {}, nullptr, nullptr, 1);
   std::vector<float> bias = random(round_up(p.D, 16), 1);

@@ -104,7 +104,7 @@ class Problem:
     def reference(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         """weight (T, E): 0 where an expert is not chosen."""
         w = {k: v.double() for k, v in self.packed.unpack().items()}
-        dot = self.isa == "avx512bf16" and self.precision == "bf16" and x.dtype == torch.bfloat16
+        dot = self.isa in ("avx512bf16", "amx") and self.precision == "bf16" and x.dtype == torch.bfloat16
         rounded = 2**-8 if dot else 0.0
         y = torch.zeros(len(x), self.D, dtype=torch.float64) + w.get("down_bias", 0)
         error = torch.zeros_like(y) + 1e-37  # the smallest normal numbers may be flushed

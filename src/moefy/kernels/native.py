@@ -110,6 +110,7 @@ class _Bank:
         activation: str,
         activate_up: bool,
         weights: str,
+        tiled: bool = False,
         absolute: bool = False,
     ) -> None:
         if activation not in _ACTIVATIONS:
@@ -137,6 +138,7 @@ class _Bank:
             source == torch.bfloat16,
             *map(_address, (gate, up, down, gate_bias, up_bias)),
             torch.get_num_threads(),
+            tiled,
         )
 
     def unpack(self, prefix: str) -> dict[str, Tensor]:
@@ -217,7 +219,7 @@ class PackedFFN:
                 experts_down,
                 experts_gate_bias,
                 experts_up_bias,
-                *(activation, activate_up, precision),
+                *(activation, activate_up, precision, _native.tiled(self.isa)),
             )
         if shared_up is not None and len(shared_up):
             self._shared = _Bank(
@@ -226,7 +228,7 @@ class PackedFFN:
                 _one(shared_down),
                 _one(shared_gate_bias),
                 _one(shared_up_bias),
-                *(activation, activate_up, precision),
+                *(activation, activate_up, precision, _native.tiled(self.isa)),
             )
             if self._shared.shape[2] != self.width:
                 raise ValueError(f"shared width {self._shared.shape[2]} is not the experts' {self.width}")

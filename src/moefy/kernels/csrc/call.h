@@ -8,6 +8,7 @@
 namespace moefy {
 
 constexpr int kUnits = 8;                       // most units of a piece: 96 KB of sums for 48 rows
+constexpr int most_units(bool tiled) { return tiled ? 2 * kUnits : kUnits; }  // AMX copies x once a piece
 constexpr int64_t kHiddenBytes = 24 << 20;      // hidden values of a token tile stay in a 32 MB L3
 constexpr int64_t kMostTokens = 1024;           // of a tile: weights are read once per tile
 constexpr int64_t kPieceBytes = 192 << 10;      // weights of a piece when there are few rows
@@ -60,11 +61,12 @@ class Run {
   const Call& c_;
   Workspace& ws_;
   const Kernels& k_;
-  const bool dot_;
+  const bool tiled_, dot_;
   const int experts_, capacity_;
   int tile_, score_stride_ = 0;
   int64_t steps_ = 0;
   bool weighted_, copy32_, copy16_;
+  int hidden_bytes_;  // of a value
   int64_t x_stride_ = 0;
   int64_t sums_floats_ = 0, keys_floats_ = 0, y_floats_ = 0, thread_floats_ = 0;
   int together_ = 1;  // experts of a piece, with a single token

@@ -1,5 +1,10 @@
 // Which instruction sets this build has and this machine can run; fork detection.
 #include <pthread.h>
+#ifdef MOEFY_AMX
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include <atomic>
 #include <cstring>
@@ -12,6 +17,9 @@ namespace moefy {
 extern const Kernels k_generic;
 #ifdef MOEFY_X86
 extern const Kernels k_avx2, k_avx512, k_avx512bf16;
+#endif
+#ifdef MOEFY_AMX
+extern const Kernels k_amx;
 #endif
 #ifdef MOEFY_NEON
 extern const Kernels k_neon;
@@ -32,6 +40,18 @@ bool has_avx512() {
 }
 bool has_avx512bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
 #endif
+#ifdef MOEFY_AMX
+bool has_amx() {  // Linux gives the registers to a process that asks for them; what has no AMX is refused
+  static const bool granted = [] {
+    unsigned a, b, c, d;
+    if (!has_avx512bf16() || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+    const bool bf16 = d >> 22 & 1, tile = d >> 24 & 1;
+    constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    return bf16 && tile && syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+  }();
+  return granted;
+}
+#endif
 bool always() { return true; }
 
 const Entry kEntries[] = {
@@ -40,6 +60,9 @@ const Entry kEntries[] = {
     {&k_avx2, has_avx2},
     {&k_avx512, has_avx512},
     {&k_avx512bf16, has_avx512bf16},
+#endif
+#ifdef MOEFY_AMX
+    {&k_amx, has_amx},
 #endif
 #ifdef MOEFY_NEON
     {&k_neon, always},

@@ -7,6 +7,7 @@
 //         Gated experts interleave gate and up panels: g0 u0 g1 u1 ...
 //   down  panel of 16 output columns; one block = 16 columns of one neuron.
 // A bf16 block keeps two successive blocks lane by lane (low half first), an int8 block is 16 bytes.
+// Banks for AMX (`tiled`, bf16 only) are made of rows of 16 pairs instead, see TileCut.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -19,17 +20,36 @@ enum class Weights : int { f32, bf16, i8 };
 constexpr int kLanes = 16;     // values in a block
 constexpr int kNeurons = 8;    // neurons in an up panel
 constexpr int kRows = 48;      // rows of one task: x of a k chunk stays in L2, and 48 = 8 tiles of 6 rows
+constexpr int kTiledRows = 64; // the same for AMX: 2 pairs of tiles of 16 rows
 constexpr int kRowPanels = 4;  // up panels that are read at once for a single row
 constexpr size_t kAlign = 64;  // bytes; one cache line, one AVX-512 register
 
+constexpr int most_rows(bool tiled) { return tiled ? kTiledRows : kRows; }
+
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+// How AMX walks over n inputs: `parts` tiles of `depth` inputs each (even, at most 32), zero padded but never beyond
+// the next multiple of 16, where rows of hidden values end. A tile of weights has depth / 2 rows of 16 columns x 2
+// successive inputs; a column is a neuron in up (two panels of 8 side by side, the last one alone where their number
+// is odd) and an output column in down.
+struct TileCut {
+  int depth = 0, parts = 1;
+  explicit constexpr TileCut(int n) {
+    for (parts = int(ceil_div(n, 32)) > 0 ? int(ceil_div(n, 32)) : 1;; ++parts) {
+      depth = int(round_up(ceil_div(n, parts), 2));
+      if (depth * parts <= round_up(n, kLanes)) break;
+    }
+  }
+  constexpr int inputs() const { return depth * parts; }
+};
 
 // Experts of one size: the routed ones, the shared neurons (one expert), or the rows of a router (one expert).
 struct Bank {
   int experts = 0, neurons = 0, width = 0;
   bool gated = false, activate_up = false;
   bool absolute = false;  // a representative router scores |act(gate) * up|
+  bool tiled = false;     // packed for AMX
   Activation act = Activation::identity;
   Weights type = Weights::f32;
   char *up = nullptr, *down = nullptr;
@@ -38,16 +58,19 @@ struct Bank {
   float *up_scale = nullptr, *gate_scale = nullptr, *down_scale = nullptr;  // int8 only
 
   size_t block_bytes() const { return type == Weights::i8 ? 16 : 64; }
+  size_t value_bytes() const { return type == Weights::f32 ? 4 : type == Weights::bf16 ? 2 : 1; }
   int block_depth() const { return type == Weights::bf16 ? 2 : 1; }
   int up_panels() const { return int(ceil_div(neurons, kNeurons)) * (gated ? 2 : 1); }
   int up_steps() const { return int(ceil_div(width, 2 * block_depth())); }
   int down_panels() const { return int(ceil_div(width, kLanes)); }
-  int down_steps() const { return int(ceil_div(neurons, block_depth())); }
+  int down_steps() const { return int(ceil_div(tiled ? TileCut(neurons).inputs() : neurons, block_depth())); }
   int hidden_stride() const { return int(round_up(neurons, kLanes)); }
   // A unit is 16 neurons: what the epilogue writes at once and the smallest piece of work of a task.
   int units() const { return int(ceil_div(neurons, kLanes)); }
   int unit_panels() const { return gated ? 4 : 2; }
-  size_t up_panel_bytes() const { return size_t(up_steps()) * block_bytes(); }
+  size_t up_panel_bytes() const {
+    return tiled ? size_t(round_up(TileCut(width).inputs() * kNeurons * 2, kAlign)) : size_t(up_steps()) * block_bytes();
+  }
   size_t down_panel_bytes() const { return size_t(down_steps()) * block_bytes(); }
   size_t up_bytes() const { return size_t(experts) * up_panels() * up_panel_bytes(); }
   size_t down_bytes() const { return size_t(experts) * down_panels() * down_panel_bytes(); }
@@ -57,11 +80,12 @@ struct Bank {
 struct UpTask {
   const Bank* bank;
   int expert, unit0, unit1, rows;
-  const char* const* x;    // one pointer per row: fp32 values, or bf16 in the order of pack_bf16 when `dot`
-  float* scratch;          // rows x panels of the task x 16
-  char* const* out;        // one pointer per row, to unit0 of its hidden values: fp32, or bf16 when `dot`
+  // One pointer per row: fp32 values, or bf16 when `dot`, swapped by copy_row_swapped unless the bank is tiled.
+  const char* const* x;
+  float* scratch;          // rows x panels of the task x 16 floats; tiled: tile_scratch() and kTiledRows x panels x 8
+  char* const* out;        // one pointer per row, to unit0 of its hidden values: hidden_bytes() each
   const float* weight;     // per row, multiplied into the hidden values; may be null
-  bool dot;
+  bool dot;                // x is bf16, and so are the hidden values
 };
 
 // y += hidden . down for some rows and some panels of 16 columns.
@@ -74,6 +98,15 @@ struct DownTask {
   bool dot;
 };
 
+// AMX multiplies bf16 only. An fp32 value is the exact sum of three bf16 ones, and three products take its place.
+constexpr int tile_splits(bool dot) { return dot ? 1 : 3; }
+// Bytes of a hidden value; with three splits a row is three rows of bf16.
+constexpr int hidden_bytes(bool tiled, bool dot) { return tiled ? 2 * tile_splits(dot) : dot ? 2 : 4; }
+// Bytes of the rows of x of one task, as tiles want them.
+constexpr int64_t tile_scratch(int width, bool dot) {
+  return round_up(int64_t(kTiledRows) * TileCut(width).inputs() * 2 * tile_splits(dot), kAlign);
+}
+
 struct Selection {
   int top_k = 0;
   bool by_threshold = false;  // every score above `threshold`, at least `least` and at most `most`
@@ -84,6 +117,7 @@ struct Selection {
 struct Kernels {
   const char* name;
   bool has_dot;  // multiplies bf16 pairs in one instruction
+  bool tiled;    // wants bf16 weights packed for AMX
   void (*up)(const UpTask&);
   // Several experts of one bank for one row, kRowPanels panels at most: whole experts, all tasks with the same x.
   void (*up_row)(const UpTask* tasks, int count);

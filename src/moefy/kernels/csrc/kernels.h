@@ -39,19 +39,32 @@ void store_bf16(L h, char* out) {
   h.store_bf16(out);
 }
 
-template <Activation A, bool Gated>
+// Sums of a panel as multiply leaves them: 8 neurons x 2 lanes, to be added.
+struct PairedSums {
+  static constexpr int kFloats = kLanes;  // of a panel
+  static Lanes load(const float* first, const float* second) {  // 8 neurons of each; the second may be null
+    return Lanes::pair_sum(Lanes::load(first), second ? Lanes::load(second) : Lanes::zero());
+  }
+  static void store(const UpTask& task, Lanes h, char* out, int column) {
+    if constexpr (Lanes::kHasDot) {
+      if (task.dot) return store_bf16(h, out + 2 * column);
+    }
+    h.store(reinterpret_cast<float*>(out) + column);
+  }
+};
+
+template <class Sums, Activation A, bool Gated>
 void finish_row(const UpTask& task, const float* sums, float weight, char* out) {
   const Bank& bank = *task.bank;
   const size_t base = size_t(task.expert) * bank.hidden_stride();
   const int panels = bank.unit_panels(), all = bank.up_panels();
   const Lanes w = Lanes::set(weight);
-  for (int unit = task.unit0; unit < task.unit1; ++unit, sums += panels * kLanes) {
+  for (int unit = task.unit0; unit < task.unit1; ++unit, sums += panels * Sums::kFloats) {
     const size_t n = base + size_t(unit) * kLanes;
     // Only the first half of the last unit exists when the neurons end there.
     const bool half = (unit + 1) * panels > all;
     const auto sum = [&](int first) {
-      return Lanes::pair_sum(Lanes::load(sums + first * kLanes),
-                             half ? Lanes::zero() : Lanes::load(sums + (first + panels / 2) * kLanes));
+      return Sums::load(sums + first * Sums::kFloats, half ? nullptr : sums + (first + panels / 2) * Sums::kFloats);
     };
     const auto affine = [&](Lanes x, const float* scale, const float* bias) {
       if (scale) x = x * Lanes::load(scale + n);
@@ -68,35 +81,29 @@ void finish_row(const UpTask& task, const float* sums, float weight, char* out) 
     if (bank.absolute) h = Lanes::abs(h);
     if (task.weight) h = h * w;
     if (bank.down_scale) h = h * Lanes::load(bank.down_scale + n);
-    const size_t column = size_t(unit - task.unit0) * kLanes;
-    if constexpr (Lanes::kHasDot) {
-      if (task.dot) {
-        store_bf16(h, out + 2 * column);
-        continue;
-      }
-    }
-    h.store(reinterpret_cast<float*>(out) + column);
+    Sums::store(task, h, out, (unit - task.unit0) * kLanes);
   }
 }
 
 using FinishRow = void (*)(const UpTask&, const float*, float, char*);
 
-template <Activation A>
-constexpr FinishRow kFinish[2] = {finish_row<A, false>, finish_row<A, true>};
+template <class Sums, Activation A>
+constexpr FinishRow kFinish[2] = {finish_row<Sums, A, false>, finish_row<Sums, A, true>};
 
+template <class Sums>
 FinishRow finish_of(const Bank& bank) {
   switch (bank.act) {
-    case Activation::relu: return kFinish<Activation::relu>[bank.gated];
-    case Activation::relu2: return kFinish<Activation::relu2>[bank.gated];
-    case Activation::gelu: return kFinish<Activation::gelu>[bank.gated];
-    case Activation::gelu_tanh: return kFinish<Activation::gelu_tanh>[bank.gated];
-    case Activation::silu: return kFinish<Activation::silu>[bank.gated];
-    case Activation::quick_gelu: return kFinish<Activation::quick_gelu>[bank.gated];
-    case Activation::sigmoid: return kFinish<Activation::sigmoid>[bank.gated];
-    case Activation::tanh: return kFinish<Activation::tanh>[bank.gated];
+    case Activation::relu: return kFinish<Sums, Activation::relu>[bank.gated];
+    case Activation::relu2: return kFinish<Sums, Activation::relu2>[bank.gated];
+    case Activation::gelu: return kFinish<Sums, Activation::gelu>[bank.gated];
+    case Activation::gelu_tanh: return kFinish<Sums, Activation::gelu_tanh>[bank.gated];
+    case Activation::silu: return kFinish<Sums, Activation::silu>[bank.gated];
+    case Activation::quick_gelu: return kFinish<Sums, Activation::quick_gelu>[bank.gated];
+    case Activation::sigmoid: return kFinish<Sums, Activation::sigmoid>[bank.gated];
+    case Activation::tanh: return kFinish<Sums, Activation::tanh>[bank.gated];
     case Activation::identity: break;
   }
-  return kFinish<Activation::identity>[bank.gated];
+  return kFinish<Sums, Activation::identity>[bank.gated];
 }
 
 // The expert whose weights are most likely read next: threads take what is there.
@@ -129,7 +136,7 @@ void up(const UpTask& task) {
   const Product job{task.rows, panels, bank.up_steps(), task.x, weights(task.expert, panel0), bytes, sums, false,
                     whole ? weights(after(task.expert, bank), 0) : weights(task.expert, end)};
   with_up_format(bank, task.dot, [&](auto format) { multiply_in_chunks<decltype(format)>(job); });
-  const FinishRow finish = finish_of(bank);
+  const FinishRow finish = finish_of<PairedSums>(bank);
   for (int r = 0; r < task.rows; ++r) finish(task, sums[r], task.weight ? task.weight[r] : 1.f, task.out[r]);
 }
 
@@ -176,7 +183,7 @@ void up_row(const UpTask* tasks, int count) {
   with_up_format(bank, tasks->dot, [&](auto format) {
     panels_for_row<decltype(format)>(panels, tasks->x[0], weights, sums, bank.up_steps());
   });
-  const FinishRow finish = finish_of(bank);
+  const FinishRow finish = finish_of<PairedSums>(bank);
   for (int i = 0; i < count; ++i) {
     const UpTask& task = tasks[i];
     finish(task, task.scratch, task.weight ? task.weight[0] : 1.f, task.out[0]);
@@ -275,6 +282,8 @@ void gate(const float* scores, int experts, const float* scale, const int32_t* c
   for (int i = 0; i < count; ++i) weight[i] = 1.f + scratch[chosen[i]] / total * scale[chosen[i]];
 }
 
-constexpr Kernels make_table(const char* name) { return {name, Lanes::kHasDot, up, up_row, down, select, gate}; }
+constexpr Kernels make_table(const char* name) {
+  return {name, Lanes::kHasDot, false, up, up_row, down, select, gate};
+}
 
 }  // namespace

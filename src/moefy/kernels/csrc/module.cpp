@@ -56,6 +56,7 @@ bool call(const std::string& isa, const PackedBank* routed, const PackedBank* sh
 
 NB_MODULE(_native, m) {
   m.def("instruction_sets", names);
+  m.def("tiled", [](const std::string& isa) { return kernels(isa.c_str()) && kernels(isa.c_str())->tiled; }, "isa"_a);
   m.def("forward", call, "isa"_a, "routed"_a.none(), "shared"_a.none(), "router"_a.none(), "down_bias"_a, "width"_a,
         "x"_a, "x_row"_a, "x_column"_a, "bf16"_a, "y"_a, "tokens"_a, "chosen"_a, "scores"_a, "capacity"_a,
         "by_threshold"_a, "threshold"_a, "least"_a, "gate_weights"_a, "expert_scale"_a, "chosen_out"_a, "counts_out"_a,
@@ -65,15 +66,15 @@ NB_MODULE(_native, m) {
           "__init__",
           [](PackedBank* self, int experts, int neurons, int width, int activation, bool activate_up, bool absolute,
              int weights, bool bf16, uintptr_t gate, uintptr_t up, uintptr_t down, uintptr_t gate_bias,
-             uintptr_t up_bias, int threads) {
+             uintptr_t up_bias, int threads, bool tiled) {
             nb::gil_scoped_release release;
-            const Shape shape{experts, neurons, width, Activation(activation), activate_up, absolute, Weights(weights)};
+            const Shape shape{experts, neurons, width, Activation(activation), activate_up, absolute, Weights(weights), tiled};
             new (self) PackedBank(shape, {pointer<void>(gate), bf16}, {pointer<void>(up), bf16},
                                   {pointer<void>(down), bf16}, pointer<float>(gate_bias), pointer<float>(up_bias),
                                   threads);
           },
           "experts"_a, "neurons"_a, "width"_a, "activation"_a, "activate_up"_a, "absolute"_a, "weights"_a, "bf16"_a,
-          "gate"_a, "up"_a, "down"_a, "gate_bias"_a, "up_bias"_a, "threads"_a)
+          "gate"_a, "up"_a, "down"_a, "gate_bias"_a, "up_bias"_a, "threads"_a, "tiled"_a)
       .def_prop_ro("nbytes", &PackedBank::bytes)
       .def(
           "unpack",

@@ -14,9 +14,17 @@ float value(Source source, size_t i) {
 
 // Where the value of neuron n of a panel and input k is, in elements from the start of the panel. A block holds 8
 // neurons x 2 k; bf16 puts k, k+1 in the low halves and k+2, k+3 in the high halves.
-size_t up_position(const Bank& bank, int n, int k) {
+size_t in_panel(const Bank& bank, int n, int k) {
   const int depth = bank.block_depth(), group = 2 * depth, r = k % group;
   return size_t(k / group) * kLanes * depth + size_t(2 * n + r % 2) * depth + r / 2;
+}
+
+// The same from the start of the expert; tiled panels of an even and an odd number share rows.
+size_t up_position(const Bank& bank, int panel, int n, int k) {
+  const size_t values = bank.up_panel_bytes() / bank.value_bytes();
+  if (!bank.tiled) return panel * values + in_panel(bank, n, k);
+  const int first = panel & ~1, columns = first + 1 < bank.up_panels() ? 2 * kNeurons : kNeurons;
+  return first * values + (size_t(k / 2) * columns + (panel - first) * kNeurons + n) * 2 + k % 2;
 }
 
 size_t down_position(const Bank& bank, int n, int column) {
@@ -29,12 +37,12 @@ template <class Visit>
 void each_up(const Bank& bank, Matrix which, int threads, const Visit& visit) {
   const int step = bank.gated ? 2 : 1, first = bank.gated && which == Matrix::up ? 1 : 0;
   const int groups = int(ceil_div(bank.neurons, kNeurons));
-  const size_t elements = size_t(bank.up_steps()) * kLanes * bank.block_depth();
+  const size_t elements = bank.up_panels() * bank.up_panel_bytes() / bank.value_bytes();
   parallel(threads, int64_t(bank.experts) * groups, [&](int64_t i) {
     const int e = int(i / groups), group = int(i % groups);
-    const size_t panel = (size_t(e) * bank.up_panels() + size_t(group) * step + first) * elements;
+    const int panel = group * step + first;
     for (int n = group * kNeurons; n < bank.neurons && n < (group + 1) * kNeurons; ++n)
-      for (int k = 0; k < bank.width; ++k) visit(e, n, k, panel + up_position(bank, n % kNeurons, k));
+      for (int k = 0; k < bank.width; ++k) visit(e, n, k, e * elements + up_position(bank, panel, n % kNeurons, k));
   });
 }
 
@@ -73,7 +81,7 @@ PackedBank::PackedBank(const Shape& shape, Source gate, Source up, Source down, 
   Bank& b = bank_;
   b.experts = shape.experts, b.neurons = shape.neurons, b.width = shape.width;
   b.gated = gate.data != nullptr, b.act = shape.act, b.activate_up = shape.activate_up;
-  b.absolute = shape.absolute, b.type = shape.type;
+  b.absolute = shape.absolute, b.type = shape.type, b.tiled = shape.tiled && shape.type == Weights::bf16;
   if (b.type == Weights::i8) find_scales(gate, up, down);
   pack_bias(up_bias, b.up_bias, up_bias_);
   pack_bias(gate_bias, b.gate_bias, gate_bias_);

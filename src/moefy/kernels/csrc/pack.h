@@ -14,6 +14,7 @@ struct Shape {
   Activation act;
   bool activate_up, absolute;
   Weights type;
+  bool tiled = false;  // for kernels that want it; taken for bf16 only
 };
 
 enum class Matrix : int { gate, up, down };

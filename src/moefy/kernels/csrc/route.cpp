@@ -38,7 +38,11 @@ void Run::copy_x(Tokens tile, int job) {
     float* row = ws_.x32.as<float>() + t * x_stride_;
     if (copy32_ && c_.bf16) copy_row(from16, c_.x_column, c_.width, x_stride_, row);
     if (copy32_ && !c_.bf16) copy_row(static_cast<const float*>(c_.x) + at, c_.x_column, c_.width, x_stride_, row);
-    if (copy16_) copy_row_swapped(from16, c_.x_column, c_.width, x_stride_, ws_.x16.as<uint16_t>() + t * x_stride_);
+    uint16_t* row16 = ws_.x16.as<uint16_t>() + t * x_stride_;
+    if (copy16_ && tiled_)
+      for (int i = 0; i < c_.width; ++i) row16[i] = from16[i * c_.x_column];
+    else if (copy16_)
+      copy_row_swapped(from16, c_.x_column, c_.width, x_stride_, row16);
   }
 }
 
@@ -49,7 +53,9 @@ const char* Run::row32(Tokens tile, int t) const {
 }
 
 const char* Run::expert_row(Tokens tile, int t) const {
-  return copy16_ ? ws_.x16.as<char>() + t * x_stride_ * 2 : row32(tile, t);
+  if (copy16_) return ws_.x16.as<char>() + t * x_stride_ * 2;
+  if (dot_) return static_cast<const char*>(c_.x) + (tile.first + t) * c_.x_row * 2;  // tiles are gathered from it
+  return row32(tile, t);
 }
 
 // ---- routing
@@ -148,8 +154,8 @@ void Run::plan(Tokens tile) {
 
 void Run::add_pieces(const Bank& bank, bool shared, int expert, int row, int rows) {
   const int64_t unit_bytes = int64_t(bank.unit_panels()) * bank.up_panel_bytes();
-  const int most = rows > 12 ? kUnits : int(std::clamp<int64_t>(kPieceBytes / std::max<int64_t>(1, unit_bytes), 1, kUnits));
-  const int units = bank.units(), unit_groups = int(ceil_div(units, most)), row_groups = int(ceil_div(rows, kRows));
+  const int most = rows > 12 ? most_units(bank.tiled) : int(std::clamp<int64_t>(kPieceBytes / std::max<int64_t>(1, unit_bytes), 1, kUnits));
+  const int units = bank.units(), unit_groups = int(ceil_div(units, most)), row_groups = int(ceil_div(rows, most_rows(bank.tiled)));
   for (int r = 0; r < row_groups; ++r)
     for (int g = 0; g < unit_groups; ++g) {
       const int first = int(int64_t(rows) * r / row_groups), end = int(int64_t(rows) * (r + 1) / row_groups);

@@ -26,27 +26,30 @@ int64_t slice_bytes() {  // of y in the down phase: half of L2
   return bytes;
 }
 
+const Bank* weights_of(const Call& call) { return call.routed ? call.routed : call.shared; }
+
 }  // namespace
 
 Run::Run(const Call& call, Workspace& workspace)
     : c_(call),
       ws_(workspace),
       k_(*call.kernels),
-      dot_(call.bf16 && call.kernels->has_dot && (call.routed ? call.routed : call.shared) &&
-           (call.routed ? call.routed : call.shared)->type == Weights::bf16),
+      tiled_(weights_of(call) && weights_of(call)->tiled),
+      dot_(call.bf16 && call.kernels->has_dot && weights_of(call) && weights_of(call)->type == Weights::bf16),
       experts_(call.routed ? call.routed->experts : 0),
       capacity_(experts_ ? call.capacity : 0) {
-  const Bank* weights = c_.routed ? c_.routed : c_.shared;
+  const Bank* weights = weights_of(c_);
   weighted_ = capacity_ && (c_.gate_weights || c_.expert_scale);
   const int group = weights && weights->type == Weights::bf16 ? 4 : 2;  // k values that are read at once
   copy32_ = (!dot_ || c_.router) && (c_.bf16 || c_.x_column != 1 || c_.width % group != 0);
-  copy16_ = dot_;
+  copy16_ = dot_ && (!tiled_ || c_.x_column != 1);
+  hidden_bytes_ = hidden_bytes(tiled_, dot_);
   x_stride_ = round_up(c_.width, kLanes);
   score_stride_ = c_.router ? c_.router->hidden_stride() : experts_;
 
   int64_t bytes = 4;
-  if (c_.routed) bytes += int64_t(capacity_) * c_.routed->hidden_stride() * 4;
-  if (c_.shared) bytes += int64_t(c_.shared->hidden_stride()) * 4;
+  if (c_.routed) bytes += int64_t(capacity_) * c_.routed->hidden_stride() * hidden_bytes_;
+  if (c_.shared) bytes += int64_t(c_.shared->hidden_stride()) * hidden_bytes_;
   const int64_t most = std::clamp<int64_t>(kHiddenBytes / bytes, kRows, kMostTokens);
   tile_ = int(ceil_div(c_.tokens, std::max<int64_t>(1, ceil_div(c_.tokens, most))));
   const int threads = allowed(c_.threads);
@@ -70,9 +73,9 @@ void Run::reserve(int threads) {
     ws_.offsets.reserve((experts_ + 1) * 4);
     ws_.pair_token.reserve(pairs * 4);
     if (weighted_) ws_.weight.reserve(pairs * 4), ws_.pair_weight.reserve(pairs * 4);
-    ws_.hidden.reserve(pairs * c_.routed->hidden_stride() * 4);
+    ws_.hidden.reserve(pairs * c_.routed->hidden_stride() * hidden_bytes_);
   }
-  if (c_.shared) ws_.shared_hidden.reserve(int64_t(tile_) * c_.shared->hidden_stride() * 4);
+  if (c_.shared) ws_.shared_hidden.reserve(int64_t(tile_) * c_.shared->hidden_stride() * hidden_bytes_);
 
   // Slices of y: as wide as fits, but at least two for every thread; of tokens too when columns are too few.
   const int panels = int(ceil_div(c_.width, kLanes));
@@ -81,6 +84,8 @@ void Run::reserve(int threads) {
   token_slices_ = int(std::clamp<int64_t>(2 * threads / std::max(1, column_slices_), 1, ceil_div(tile_, kRows)));
   y_floats_ = ceil_div(panels, std::max(1, column_slices_)) * kLanes * ceil_div(tile_, token_slices_);
   sums_floats_ = int64_t(kRows) * kUnits * 4 * kLanes;
+  if (tiled_) sums_floats_ = std::max(sums_floats_, int64_t(kTiledRows) * most_units(true) * 4 * kNeurons);
+  if (tiled_) sums_floats_ += tile_scratch(c_.width, dot_) / 4;
   keys_floats_ = 2 * round_up(experts_, kLanes);
   thread_floats_ = round_up(sums_floats_ + keys_floats_ + y_floats_, 1024);
   ws_.threads.reserve(threads * thread_floats_ * 4);
@@ -97,7 +102,7 @@ void Run::up_experts(Tokens tile, const Piece& piece, int thread) {
   for (int i = 0, e = piece.expert; i < piece.experts; ++i, ++e) {
     while (offsets[e] == offsets[e + 1]) ++e;  // not chosen
     const int pair = piece.row + i;
-    out[i] = ws_.hidden.as<char>() + size_t(pair) * bank.hidden_stride() * (dot_ ? 2 : 4);
+    out[i] = ws_.hidden.as<char>() + size_t(pair) * bank.hidden_stride() * hidden_bytes_;
     tasks[i] = {&bank, e, 0, bank.units(), 1, &x, thread_sums(thread) + i * bank.up_panels() * kLanes, &out[i],
                 weighted_ ? ws_.pair_weight.as<float>() + pair : nullptr, dot_};
   }
@@ -107,10 +112,10 @@ void Run::up_experts(Tokens tile, const Piece& piece, int thread) {
 void Run::up(Tokens tile, const Piece& piece, int thread) {
   if (piece.experts > 1) return up_experts(tile, piece, thread);
   const Bank& bank = piece.shared ? *c_.shared : *c_.routed;
-  const size_t value = dot_ ? 2 : 4, stride = bank.hidden_stride() * value;
+  const size_t stride = size_t(bank.hidden_stride()) * hidden_bytes_, value = tiled_ ? 2 : hidden_bytes_;
   char* hidden = (piece.shared ? ws_.shared_hidden : ws_.hidden).as<char>() + piece.unit0 * kLanes * value;
-  const char* x[kRows];
-  char* out[kRows];
+  const char* x[kTiledRows];
+  char* out[kTiledRows];
   for (int r = 0; r < piece.rows; ++r) {
     const int pair = piece.row + r;
     x[r] = expert_row(tile, piece.shared ? pair : ws_.pair_token.as<int32_t>()[pair]);
@@ -122,12 +127,12 @@ void Run::up(Tokens tile, const Piece& piece, int thread) {
 
 void Run::add_down(const Bank& bank, int expert, int first, int rows, bool shared, float* y, int64_t stride, int token0,
                    int panel0, int panel1, int next) {
-  const size_t row_bytes = size_t(bank.hidden_stride()) * (dot_ ? 2 : 4);
+  const size_t row_bytes = size_t(bank.hidden_stride()) * hidden_bytes_;
   const char* base = (shared ? ws_.shared_hidden : ws_.hidden).as<char>();
   const int32_t* token = ws_.pair_token.as<int32_t>();
-  const char* hidden[kRows];
-  float* out[kRows];
-  const int groups = int(ceil_div(rows, kRows));
+  const char* hidden[kTiledRows];
+  float* out[kTiledRows];
+  const int groups = int(ceil_div(rows, most_rows(tiled_)));
   for (int g = 0; g < groups; ++g) {
     const int begin = first + int(int64_t(rows) * g / groups), end = first + int(int64_t(rows) * (g + 1) / groups);
     for (int i = begin; i < end; ++i) {
