@@ -115,16 +115,20 @@ def test_strides_and_nan_around_x(isa: str, precision: str, dtype: torch.dtype) 
 
 
 @pytest.mark.parametrize("isa", ISAS)
-def test_denormals(isa: str) -> None:
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_denormals(isa: str, precision: str) -> None:
     for scale in (1e-39, 1e-30):
-        problem = Problem(activation="relu", bias=False, isa=isa)
-        chosen, weight = problem.choose(20, 2)
-        problem.check(problem.x(20) * scale, weight, chosen=chosen)
+        problem = Problem(activation="relu", bias=False, precision=precision, isa=isa)
+        for T in (1, 20):
+            chosen, weight = problem.choose(T, 2)
+            problem.check(problem.x(T) * scale, weight, chosen=chosen)
 
 
 @pytest.mark.parametrize("isa", ISAS)
-def test_nan_and_infinity_stay_in_their_token(isa: str) -> None:
-    problem = Problem(E=8, isa=isa)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("M", [8, 20])
+def test_nan_and_infinity_stay_in_their_token(isa: str, precision: str, M: int) -> None:
+    problem = Problem(E=8, M=M, precision=precision, isa=isa)
     x = problem.x(60)
     chosen, _ = problem.choose(60, 2)
     clean = problem.packed.forward(x, chosen=chosen)
@@ -134,11 +138,28 @@ def test_nan_and_infinity_stay_in_their_token(isa: str) -> None:
     assert torch.equal(y[others], clean[others])
     assert y[11].isnan().all()
     assert not y[40].isfinite().all()
+    for t in (11, 40):
+        alone = problem.packed.forward(x[t : t + 1], chosen=chosen[t : t + 1])
+        assert torch.equal(alone.isfinite(), y[t : t + 1].isfinite())
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_large_and_infinite_inputs_of_bf16_weights(isa: str) -> None:
+    """Where fp32 inputs become sums of bf16 values, none of them overflows and infinity stays infinity."""
+    up = torch.tensor([[1.0, 0.5, 0.0], [1.0, 2.0, 0.0]])
+    ffn = native.PackedFFN(experts_up=up[None], experts_down=up[None], activation="relu", precision="bf16", isa=isa)
+    x = torch.tensor([[3.4e38, 0, 1], [math.inf, 0, 1], [-math.inf, 0, 1], [1 + 2**-23, 2**-100, 1]])
+    want = torch.relu(x[:, :2] @ up[:, :2].T) @ up[:, :2]
+    for T in (1, 4):
+        y = torch.cat([ffn.forward(part, chosen=torch.zeros(len(part), 1)) for part in x.split(T)])
+        assert torch.equal(y[:, :2], want)
 
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
-@pytest.mark.parametrize(("E", "M", "K", "gated"), [(12, 20, 5, True), (90, 8, 37, True), (90, 8, 70, False)])
+@pytest.mark.parametrize(
+    ("E", "M", "K", "gated"), [(12, 20, 5, True), (90, 8, 37, True), (90, 8, 70, False), (9, 66, 4, False)]
+)
 def test_bits_do_not_depend_on_threads_or_batch(isa: str, precision: str, E: int, M: int, K: int, gated: bool) -> None:
     problem = Problem(E=E, M=M, D=200, S=300, gated=gated, precision=precision, isa=isa)
     routing = {"router": native.PackedRouter.linear(problem.router), "top_k": K}
@@ -172,8 +193,10 @@ def test_one_token_of_many_small_experts(isa: str, precision: str, M: int) -> No
 
 
 @pytest.mark.parametrize("isa", ISAS)
-def test_more_tokens_than_a_tile(isa: str) -> None:
-    problem = Problem(E=4, M=8, D=20, S=5, isa=isa)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("M", [8, 24])
+def test_more_tokens_than_a_tile(isa: str, precision: str, M: int) -> None:
+    problem = Problem(E=4, M=M, D=20, S=5, precision=precision, isa=isa)
     chosen, weight = problem.choose(2500, 2)
     problem.check(problem.x(2500), weight, chosen=chosen)
 

@@ -51,11 +51,17 @@ class Run {
   void up_experts(Tokens tile, const Piece& piece, int thread);
   void down(Tokens tile, int slice, int thread);
   void add_down(const Bank& bank, int expert, int first, int rows, bool shared, float* y, int64_t stride, int token0,
-                int panel0, int panel1, int next);
+                int panel0, int panel1, int next, char* scratch);
+  void add_joined(int thread, float* y, int64_t stride, int token0, int token1, int panel0, int panel1);
+  void clear_joined(Tokens tile, int job);
+  char* hidden_of(const Bank& bank, int expert, int pair, int token) const;
   void write_y(Tokens tile, const float* y, int64_t stride, int token0, int token1, int column0, int column1);
 
   float* thread_sums(int thread) { return ws_.threads.as<float>() + thread * thread_floats_; }
   int32_t* thread_keys(int thread) { return reinterpret_cast<int32_t*>(thread_sums(thread) + sums_floats_); }
+  // For joined experts: the hidden values of a token, and which parts of them some token of a block has.
+  int64_t joined_row() const { return int64_t(c_.routed->hidden_row()) * hidden_bytes_; }
+  int joined_parts() const { return TileCut(c_.routed->down_neurons()).parts; }
   float* thread_y(int thread) { return thread_sums(thread) + sums_floats_ + keys_floats_; }
 
   const Call& c_;
@@ -65,7 +71,7 @@ class Run {
   const int experts_, capacity_;
   int tile_, score_stride_ = 0;
   int64_t steps_ = 0;
-  bool weighted_, copy32_, copy16_;
+  bool weighted_, copy32_, copy16_, joined_;
   int hidden_bytes_;  // of a value
   int64_t x_stride_ = 0;
   int64_t sums_floats_ = 0, keys_floats_ = 0, y_floats_ = 0, thread_floats_ = 0;

@@ -73,7 +73,7 @@ struct Step {
 // Scratch of one call, bounded by the token tile (run.cpp). Calls take one and give it back, so all layers share it.
 struct Workspace {
   Memory x32, x16, scores, chosen, chosen_count, weight, counts, offsets, pair_token, pair_weight;
-  Memory hidden, shared_hidden;
+  Memory hidden, shared_hidden, needed;
   Memory threads;  // a slice for every thread: sums of the up phase, keys of the selection, y of the down phase
   std::vector<Piece> pieces;
   std::unique_ptr<Step[]> steps;

@@ -51,10 +51,11 @@ void each_down(const Bank& bank, int threads, const Visit& visit) {
   const size_t elements = size_t(bank.down_steps()) * kLanes * bank.block_depth();
   const int panels = bank.down_panels();
   parallel(threads, int64_t(bank.experts) * panels, [&](int64_t i) {
-    const int e = int(i / panels), p = int(i % panels);
+    const int e = int(i / panels), p = int(i % panels), first = bank.joined ? e * bank.neurons : 0;
+    const size_t panel = size_t(bank.joined ? p : i) * elements;
     for (int n = 0; n < bank.neurons; ++n)
       for (int c = 0; c < kLanes && p * kLanes + c < bank.width; ++c)
-        visit(e, n, p * kLanes + c, size_t(i) * elements + down_position(bank, n, c));
+        visit(e, n, p * kLanes + c, panel + down_position(bank, first + n, c));
   });
 }
 
@@ -82,6 +83,7 @@ PackedBank::PackedBank(const Shape& shape, Source gate, Source up, Source down, 
   b.experts = shape.experts, b.neurons = shape.neurons, b.width = shape.width;
   b.gated = gate.data != nullptr, b.act = shape.act, b.activate_up = shape.activate_up;
   b.absolute = shape.absolute, b.type = shape.type, b.tiled = shape.tiled && shape.type == Weights::bf16;
+  b.joined = b.tiled && down.data && b.experts > 1 && b.neurons <= kJoinedNeurons;
   if (b.type == Weights::i8) find_scales(gate, up, down);
   pack_bias(up_bias, b.up_bias, up_bias_);
   pack_bias(gate_bias, b.gate_bias, gate_bias_);

@@ -171,7 +171,24 @@ void Run::add_single(int expert, int row) {
     ws_.pieces.push_back({false, expert, row, 1, 0, c_.routed->units()});
 }
 
+// Zeros where a token has no expert. A chunk of tokens is whole blocks of kJoinedRows.
+void Run::clear_joined(Tokens tile, int job) {
+  const int first = job * kChunk, end = std::min(tile.count, (job + 1) * kChunk), parts = joined_parts();
+  std::memset(ws_.hidden.as<char>() + first * joined_row(), 0, (end - first) * joined_row());
+  uint8_t* needed = ws_.needed.as<uint8_t>() + first / kJoinedRows * parts;
+  std::memset(needed, 0, ceil_div(end - first, kJoinedRows) * parts);
+  const int neurons = c_.routed->neurons, depth = TileCut(c_.routed->down_neurons()).depth;
+  for (int t = first; t < end; ++t) {
+    const int32_t* chosen = ws_.chosen.as<int32_t>() + int64_t(t) * capacity_;
+    uint8_t* block = needed + (t - first) / kJoinedRows * parts;
+    for (int j = 0; j < ws_.chosen_count.as<int32_t>()[t]; ++j)
+      for (int part = chosen[j] * neurons / depth; part <= ((chosen[j] + 1) * neurons - 1) / depth; ++part)
+        block[part] = 1;
+  }
+}
+
 void Run::scatter(Tokens tile, int job) {
+  if (joined_) clear_joined(tile, job);
   int32_t* place = ws_.counts.as<int32_t>() + int64_t(job) * experts_;
   for (int t = job * kChunk; t < std::min(tile.count, (job + 1) * kChunk); ++t) {
     const int32_t* chosen = ws_.chosen.as<int32_t>() + int64_t(t) * capacity_;

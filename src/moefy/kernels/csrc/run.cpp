@@ -26,6 +26,9 @@ int64_t slice_bytes() {  // of y in the down phase: half of L2
   return bytes;
 }
 
+// Rows of y are an odd number of cache lines: the same columns of many rows are worked on one after another.
+int64_t y_stride(int panels) { return int64_t(panels | 1) * kLanes; }
+
 const Bank* weights_of(const Call& call) { return call.routed ? call.routed : call.shared; }
 
 }  // namespace
@@ -44,16 +47,20 @@ Run::Run(const Call& call, Workspace& workspace)
   copy32_ = (!dot_ || c_.router) && (c_.bf16 || c_.x_column != 1 || c_.width % group != 0);
   copy16_ = dot_ && (!tiled_ || c_.x_column != 1);
   hidden_bytes_ = hidden_bytes(tiled_, dot_);
+  joined_ = capacity_ && c_.routed->joined;
   x_stride_ = round_up(c_.width, kLanes);
   score_stride_ = c_.router ? c_.router->hidden_stride() : experts_;
 
   int64_t bytes = 4;
-  if (c_.routed) bytes += int64_t(capacity_) * c_.routed->hidden_stride() * hidden_bytes_;
+  if (c_.routed) bytes += joined_ ? joined_row() : int64_t(capacity_) * c_.routed->hidden_stride() * hidden_bytes_;
   if (c_.shared) bytes += int64_t(c_.shared->hidden_stride()) * hidden_bytes_;
   const int64_t most = std::clamp<int64_t>(kHiddenBytes / bytes, kRows, kMostTokens);
   tile_ = int(ceil_div(c_.tokens, std::max<int64_t>(1, ceil_div(c_.tokens, most))));
   const int threads = allowed(c_.threads);
-  if (c_.tokens == 1 && experts_) together_ = std::min(kRowPanels / c_.routed->up_panels(), capacity_ / (4 * threads));
+  if (c_.tokens == 1 && experts_) {
+    const int panels = tiled_ ? 2 * kRowPanels : kRowPanels;  // AMX's panels are read in pairs
+    together_ = std::min({panels / c_.routed->up_panels(), capacity_ / (4 * threads), kRowPanels});
+  }
   reserve(threads);
   open(0);
 }
@@ -73,7 +80,9 @@ void Run::reserve(int threads) {
     ws_.offsets.reserve((experts_ + 1) * 4);
     ws_.pair_token.reserve(pairs * 4);
     if (weighted_) ws_.weight.reserve(pairs * 4), ws_.pair_weight.reserve(pairs * 4);
-    ws_.hidden.reserve(pairs * c_.routed->hidden_stride() * hidden_bytes_);
+    if (joined_) ws_.needed.reserve(ceil_div(tile_, kJoinedRows) * joined_parts());
+    ws_.hidden.reserve(joined_ ? round_up(tile_, kJoinedRows) * joined_row()
+                               : pairs * c_.routed->hidden_stride() * hidden_bytes_);
   }
   if (c_.shared) ws_.shared_hidden.reserve(int64_t(tile_) * c_.shared->hidden_stride() * hidden_bytes_);
 
@@ -82,16 +91,26 @@ void Run::reserve(int threads) {
   const int wanted = int(ceil_div(panels, std::max<int64_t>(1, slice_bytes() / (int64_t(tile_) * kLanes * 4))));
   column_slices_ = std::min(panels, int(round_up(std::max(wanted, 2 * threads), threads)));
   token_slices_ = int(std::clamp<int64_t>(2 * threads / std::max(1, column_slices_), 1, ceil_div(tile_, kRows)));
-  y_floats_ = ceil_div(panels, std::max(1, column_slices_)) * kLanes * ceil_div(tile_, token_slices_);
+  y_floats_ = y_stride(int(ceil_div(panels, std::max(1, column_slices_)))) *
+              (ceil_div(tile_, token_slices_) + (joined_ ? kJoinedRows : 0));  // slices begin at whole blocks
   sums_floats_ = int64_t(kRows) * kUnits * 4 * kLanes;
   if (tiled_) sums_floats_ = std::max(sums_floats_, int64_t(kTiledRows) * most_units(true) * 4 * kNeurons);
   if (tiled_) sums_floats_ += tile_scratch(c_.width, dot_) / 4;
+  for (const Bank* bank : {c_.routed, c_.shared})
+    if (tiled_ && bank) sums_floats_ = std::max(sums_floats_, row_scratch(bank->down_neurons(), dot_) / 4);
   keys_floats_ = 2 * round_up(experts_, kLanes);
   thread_floats_ = round_up(sums_floats_ + keys_floats_ + y_floats_, 1024);
   ws_.threads.reserve(threads * thread_floats_ * 4);
 }
 
 // ---- the two phases
+
+// Where the hidden values of one token and expert begin.
+char* Run::hidden_of(const Bank& bank, int expert, int pair, int token) const {
+  char* hidden = (&bank == c_.shared ? ws_.shared_hidden : ws_.hidden).as<char>();
+  if (bank.joined) return hidden + token * joined_row() + size_t(expert) * bank.neurons * 2;
+  return hidden + size_t(pair) * bank.hidden_stride() * hidden_bytes_;
+}
 
 void Run::up_experts(Tokens tile, const Piece& piece, int thread) {
   const Bank& bank = *c_.routed;
@@ -102,7 +121,7 @@ void Run::up_experts(Tokens tile, const Piece& piece, int thread) {
   for (int i = 0, e = piece.expert; i < piece.experts; ++i, ++e) {
     while (offsets[e] == offsets[e + 1]) ++e;  // not chosen
     const int pair = piece.row + i;
-    out[i] = ws_.hidden.as<char>() + size_t(pair) * bank.hidden_stride() * hidden_bytes_;
+    out[i] = hidden_of(bank, e, pair, 0);
     tasks[i] = {&bank, e, 0, bank.units(), 1, &x, thread_sums(thread) + i * bank.up_panels() * kLanes, &out[i],
                 weighted_ ? ws_.pair_weight.as<float>() + pair : nullptr, dot_};
   }
@@ -112,21 +131,20 @@ void Run::up_experts(Tokens tile, const Piece& piece, int thread) {
 void Run::up(Tokens tile, const Piece& piece, int thread) {
   if (piece.experts > 1) return up_experts(tile, piece, thread);
   const Bank& bank = piece.shared ? *c_.shared : *c_.routed;
-  const size_t stride = size_t(bank.hidden_stride()) * hidden_bytes_, value = tiled_ ? 2 : hidden_bytes_;
-  char* hidden = (piece.shared ? ws_.shared_hidden : ws_.hidden).as<char>() + piece.unit0 * kLanes * value;
+  const size_t value = tiled_ ? 2 : hidden_bytes_;
   const char* x[kTiledRows];
   char* out[kTiledRows];
   for (int r = 0; r < piece.rows; ++r) {
-    const int pair = piece.row + r;
-    x[r] = expert_row(tile, piece.shared ? pair : ws_.pair_token.as<int32_t>()[pair]);
-    out[r] = hidden + size_t(pair) * stride;
+    const int pair = piece.row + r, token = piece.shared ? pair : ws_.pair_token.as<int32_t>()[pair];
+    x[r] = expert_row(tile, token);
+    out[r] = hidden_of(bank, piece.expert, pair, token) + piece.unit0 * kLanes * value;
   }
   const float* weight = weighted_ && !piece.shared ? ws_.pair_weight.as<float>() + piece.row : nullptr;
   k_.up({&bank, piece.expert, piece.unit0, piece.unit1, piece.rows, x, thread_sums(thread), out, weight, dot_});
 }
 
 void Run::add_down(const Bank& bank, int expert, int first, int rows, bool shared, float* y, int64_t stride, int token0,
-                   int panel0, int panel1, int next) {
+                   int panel0, int panel1, int next, char* scratch) {
   const size_t row_bytes = size_t(bank.hidden_stride()) * hidden_bytes_;
   const char* base = (shared ? ws_.shared_hidden : ws_.hidden).as<char>();
   const int32_t* token = ws_.pair_token.as<int32_t>();
@@ -139,29 +157,41 @@ void Run::add_down(const Bank& bank, int expert, int first, int rows, bool share
       hidden[i - begin] = base + size_t(i) * row_bytes;
       out[i - begin] = y + int64_t((shared ? i : token[i]) - token0) * stride;
     }
-    k_.down({&bank, expert, next, panel0, panel1, end - begin, hidden, out, dot_});
+    k_.down({&bank, expert, next, panel0, panel1, end - begin, hidden, out, scratch, dot_});
   }
+}
+
+void Run::add_joined(int thread, float* y, int64_t stride, int token0, int token1, int panel0, int panel1) {
+  const uint8_t* needed = ws_.needed.as<uint8_t>() + token0 / kJoinedRows * joined_parts();
+  k_.down_joined({c_.routed, panel0, panel1, token1 - token0, ws_.hidden.as<char>() + token0 * joined_row(), needed, y,
+                  stride, reinterpret_cast<char*>(thread_sums(thread)), dot_});
 }
 
 void Run::down(Tokens tile, int slice, int thread) {
   const int panels = int(ceil_div(c_.width, kLanes));
   const int cs = slice % column_slices_, ts = slice / column_slices_;
   const int panel0 = panels * cs / column_slices_, panel1 = panels * (cs + 1) / column_slices_;
-  const int token0 = int(int64_t(tile.count) * ts / token_slices_), token1 = int(int64_t(tile.count) * (ts + 1) / token_slices_);
+  const auto cut = [&](int part) {
+    const int64_t token = int64_t(tile.count) * part / token_slices_;
+    return int(joined_ && part < token_slices_ ? token / kJoinedRows * kJoinedRows : token);
+  };
+  const int token0 = cut(ts), token1 = cut(ts + 1);
   const int column0 = panel0 * kLanes, column1 = std::min(panel1 * kLanes, c_.width);
-  const int64_t stride = (panel1 - panel0) * kLanes;
+  const int64_t stride = y_stride(panel1 - panel0), columns = (panel1 - panel0) * kLanes;
   float* y = thread_y(thread);
   for (int t = 0; t < token1 - token0; ++t) {
     if (c_.down_bias)
-      std::memcpy(y + t * stride, c_.down_bias + column0, stride * 4);
+      std::memcpy(y + t * stride, c_.down_bias + column0, columns * 4);
     else
-      std::memset(y + t * stride, 0, stride * 4);
+      std::memset(y + t * stride, 0, columns * 4);
   }
 
-  if (c_.shared) add_down(*c_.shared, 0, token0, token1 - token0, true, y, stride, token0, panel0, panel1, 0);
+  char* scratch = reinterpret_cast<char*>(thread_sums(thread));
+  if (c_.shared) add_down(*c_.shared, 0, token0, token1 - token0, true, y, stride, token0, panel0, panel1, 0, scratch);
+  if (joined_ && token0 < token1) add_joined(thread, y, stride, token0, token1, panel0, panel1);
   const int32_t* offsets = ws_.offsets.as<int32_t>();
   const int32_t* token = ws_.pair_token.as<int32_t>();
-  for (int e = 0, next = 0; e < experts_; ++e) {
+  for (int e = 0, next = 0; e < experts_ && !joined_; ++e) {
     int first = offsets[e], end = offsets[e + 1];
     if (first == end) continue;
     for (next = std::max(next, e + 1); next < experts_ && offsets[next] == offsets[next + 1];) ++next;
@@ -170,7 +200,7 @@ void Run::down(Tokens tile, int slice, int thread) {
       first = int(std::lower_bound(token + first, token + end, token0) - token);
       end = int(std::lower_bound(token + first, token + end, token1) - token);
     }
-    if (first < end) add_down(*c_.routed, e, first, end - first, false, y, stride, token0, panel0, panel1, next);
+    if (first < end) add_down(*c_.routed, e, first, end - first, false, y, stride, token0, panel0, panel1, next, scratch);
   }
   write_y(tile, y, stride, token0, token1, column0, column1);
 }
