@@ -66,9 +66,15 @@ struct DownDot : UpDot<L> {
   static L input(const char* row, int k, int) { return L::bits32(row + 4 * k); }
 };
 
-// `ahead` are weights to prefetch, block by block; only formats of short panels do.
+// Weights to prefetch while a tile is multiplied: every `every`th line from line `first` on, so that the row tiles of a
+// task share them; none when `every` is 0. To L2: in L1 they would push out what is being worked on.
+struct Ahead {
+  const char* weights;
+  int first = 0, every = 0;
+};
+
 template <class Format, int R, int P>
-void tile(const Product& job, int row, int panel, const char* ahead) {
+void tile(const Product& job, int row, int panel, Ahead fetch) {
   const char* in[R];
   float* out[R];
   Lanes sum[R][P];
@@ -81,18 +87,21 @@ void tile(const Product& job, int row, int panel, const char* ahead) {
   }
   const char* weights = job.weights + panel * job.panel_bytes;
   const size_t next = job.panel_bytes;
-  // Panels of the down phase are 0.5-8 KB, too short for the hardware to get going: +7 % at 16 tokens. With one row, and
-  // in the long panels of the up phase, the hardware alone reaches the limit of DRAM and this costs 5-20 %.
-  constexpr bool fetch = Format::kShortPanels && R > 1;
+  constexpr int line = int(moefy::kAlign) / Format::kBytes;  // blocks of one
+  const int every = fetch.every * line;
+  int wait = every ? fetch.first * line : -1;
+  const char* ahead = fetch.weights;
   for (int k = 0; k < job.steps; ++k, weights += Format::kBytes, ahead += Format::kBytes) {
+    if (R > 1 && wait-- == 0) {  // with one row the hardware alone reaches the limit of DRAM, and this costs 5-20 %
+      wait = every - 1;
+#pragma GCC unroll 8
+      for (int p = 0; p < P; ++p) __builtin_prefetch(ahead + p * next, 0, 2);
+    }
 #pragma GCC unroll 2
     for (int part = 0; part < Format::kParts; ++part) {
       Lanes w[P];
 #pragma GCC unroll 8
-      for (int p = 0; p < P; ++p) {
-        if (fetch && part == 0) __builtin_prefetch(ahead + p * next);
-        w[p] = Format::weights(weights + p * next, part);
-      }
+      for (int p = 0; p < P; ++p) w[p] = Format::weights(weights + p * next, part);
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
         const Lanes x = Format::input(in[r], k, part);
@@ -110,7 +119,7 @@ void tile(const Product& job, int row, int panel, const char* ahead) {
 
 constexpr int kMaxRows = 6, kMaxPanels = 4;
 constexpr size_t kInL1 = 16 << 10;  // weights that share L1 with the rows of a tile
-using TileFunction = void (*)(const Product&, int row, int panel, const char* ahead);
+using TileFunction = void (*)(const Product&, int row, int panel, Ahead ahead);
 
 template <class Format, int R, int P>
 constexpr TileFunction tile_or_none() {
@@ -135,16 +144,6 @@ TileFunction tile_of(int rows, int panels) {
 constexpr int max_rows() { return kMaxRows < Lanes::kTile ? kMaxRows : Lanes::kTile; }
 constexpr int max_panels(int rows) { return Lanes::kTile / rows < kMaxPanels ? Lanes::kTile / rows : kMaxPanels; }
 
-// The share of long panels that falls to row tile `tile` of `tiles`. A panel is read once per task, by its first row
-// tile, and waited for DRAM there: with the next ones on their way, 256 tokens take 8-18 % less.
-template <class Format>
-void prefetch_share(const Product& job, const char* ahead, int panels, int tile, int tiles) {
-  const size_t lines = size_t(job.steps) * Format::kBytes / moefy::kAlign;
-  for (int p = 0; p < panels; ++p)
-    for (size_t line = lines * tile / tiles; line < lines * (tile + 1) / tiles; ++line)
-      __builtin_prefetch(ahead + p * job.panel_bytes + line * moefy::kAlign);
-}
-
 // Row tiles and panel groups are cut evenly: 13 rows run as 5 + 4 + 4, not as 6 + 6 + 1.
 struct Cut {
   int row_tiles, groups;
@@ -153,6 +152,13 @@ struct Cut {
         groups(int(moefy::ceil_div(job.panels, max_panels(int(moefy::ceil_div(job.rows, row_tiles)))))) {}
 };
 
+template <class Format>
+void prefetch_panels(const Product& job, const char* ahead, int panels) {
+  for (int p = 0; p < panels; ++p)
+    for (size_t at = 0; at < size_t(job.steps) * Format::kBytes; at += moefy::kAlign)
+      __builtin_prefetch(ahead + p * job.panel_bytes + at);
+}
+
 // Row tiles run inside a panel group, whose weights stay in L1.
 template <class Format>
 void multiply_by_panels(const Product& job, Cut cut) {
@@ -160,12 +166,10 @@ void multiply_by_panels(const Product& job, Cut cut) {
     const int end = job.panels * (g + 1) / cut.groups;
     const bool last = g + 1 == cut.groups;
     const char* ahead = last ? job.next : job.weights + end * job.panel_bytes;
-    const int panels_ahead = last ? job.panels / cut.groups : job.panels * (g + 2) / cut.groups - end;
     for (int t = 0, row = 0; t < cut.row_tiles; ++t) {
       const int rows = job.rows * (t + 1) / cut.row_tiles - row;
-      tile_of<Format>(rows, end - panel)(job, row, panel, ahead);
+      tile_of<Format>(rows, end - panel)(job, row, panel, {ahead, t, Format::kShortPanels || cut.row_tiles > 1 ? cut.row_tiles : 0});
       row += rows;
-      if (!Format::kShortPanels && cut.row_tiles > 1) prefetch_share<Format>(job, ahead, panels_ahead, t, cut.row_tiles);
     }
     panel = end;
   }
@@ -180,8 +184,8 @@ void multiply_by_rows(const Product& job, Cut cut) {
     const int rows = job.rows * (t + 1) / cut.row_tiles - row;
     for (int g = 0, panel = 0; g < cut.groups; ++g) {
       const int end = job.panels * (g + 1) / cut.groups;
-      tile_of<Format>(rows, end - panel)(job, row, panel, job.next + panel * job.panel_bytes);
-      if (job.rows == 1) prefetch_share<Format>(job, job.next + panel * job.panel_bytes, end - panel, 0, 1);
+      tile_of<Format>(rows, end - panel)(job, row, panel, {job.next + panel * job.panel_bytes, t, cut.row_tiles});
+      if (job.rows == 1) prefetch_panels<Format>(job, job.next + panel * job.panel_bytes, end - panel);
       panel = end;
     }
     row += rows;
