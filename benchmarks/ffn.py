@@ -214,9 +214,12 @@ def report(shape: Shape, tokens: int, isa: str, args: argparse.Namespace, peak: 
             values = shape.matrices * shape.neurons * shape.D
             width = {"fp32": 4, "bf16": 2, "int8": 1}[NATIVE[name][0]]
             memory = shape.touched(tokens) * values * width / peak["gbps"] / 1e9
-            compute = shape.active * values * tokens * 2 / peak["gflops"] / 1e9
+            unit, rate = "FMA", peak["gflops"]
+            if isa == "amx" and NATIVE[name][0] == "bf16":  # fp32 x is a sum of three bf16 values there
+                unit, rate = "AMX", peak["tile_gflops"] / (1 if NATIVE[name][1] == torch.bfloat16 else 3)
+            compute = shape.active * values * tokens * 2 / rate / 1e9
             record |= {"floor_memory": memory, "floor_compute": compute, "limits": peak}
-            cells += [f"{max(memory, compute) / seconds:6.0%} {'of DRAM' if memory > compute else 'of FMA '}"]
+            cells += [f"{max(memory, compute) / seconds:6.0%} {'of DRAM' if memory > compute else f'of {unit} '}"]
         cells += [f"{record['routing_share']:6.1%}"]
         print(" ".join(cells), flush=True)
         if args.json:

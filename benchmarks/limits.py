@@ -16,7 +16,7 @@ FLAGS = {"generic": ["-msse2"], "avx2": ["-mavx2", "-mfma"], "avx512": ["-mavx51
 
 
 def limits(isa: str, threads: int) -> dict[str, float] | None:
-    """GFLOP/s of fp32 multiply-adds and GB/s of DRAM reads, measured; None without a compiler."""
+    """GFLOP/s of fp32 multiply-adds and of bf16 tiles (0 without AMX), GB/s of DRAM; None without a compiler."""
     flags = FLAGS.get(isa.removesuffix("bf16"), ["-march=native"])
     with tempfile.TemporaryDirectory() as folder:
         program = Path(folder) / "peak"
