@@ -182,6 +182,14 @@ def test_gradients_reach_inputs_and_weights(kernel):
         torch.testing.assert_close(ours, exact, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("router", [name for name, made in ROUTERS.items() if made.ships])
+def test_a_router_costs_what_was_planned(router):
+    """A layer that uses all of its budget would otherwise run more than it."""
+    stats, _ = make_stats(activation="silu", bias=True)
+    moe = build(stats, router=router)
+    assert moe.router.multiply_adds() == ROUTERS[router].planned_multiply_adds(moe.spec)
+
+
 @pytest.mark.parametrize("router", ROUTERS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_native_inference_equals_the_reference_and_unpacks_to_the_same_bits(router, dtype):
@@ -241,4 +249,4 @@ def test_active_fraction_counts_the_router():
         spec,
         ROUTERS["linear"](spec),
     )
-    assert moe.active_fraction() == ((12 + 12) * 3 * 16 + 6 * 16 + 6) / (48 * 3 * 16)
+    assert moe.active_fraction() == ((12 + 12) * 3 * 16 + 6 * 16) / (48 * 3 * 16)

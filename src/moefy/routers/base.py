@@ -49,8 +49,8 @@ class Router(nn.Module, abc.ABC):
         return None
 
     def multiply_adds(self) -> int:
-        """Multiply-adds a token: what the router costs."""
-        return sum(p.numel() for p in self.parameters())
+        """Multiply-adds a token: what the router costs. Those of its matrices, as in `planned_multiply_adds`."""
+        return sum(p.numel() for p in self.parameters() if p.ndim > 1)
 
     @classmethod
     def planned_multiply_adds(cls, spec: LayerSpec) -> int:

@@ -54,7 +54,9 @@ void gather_row(const UpTask& task, const char* x, const Gathered& layout, char*
   }
 }
 
-void gather(const UpTask& task, const Blocks& blocks, const Gathered& layout, char* to) {
+void gather(const UpTask& task, char* to) {
+  const Blocks blocks(task.rows);
+  const Gathered layout(task.bank->width, blocks);
   for (int b = 0; b < blocks.count; ++b)
     for (int r = 0; r < blocks.size; ++r)
       gather_row(task, task.x[blocks.first(b) + r], layout, to + b * layout.block + r * layout.row);
@@ -95,17 +97,16 @@ void down_one_row(const Row& row, const char* weights, int64_t panel_bytes, int 
   }
 }
 
-// sums[row][panel][8 neurons] = x . up of the panels from panel0 on
-void multiply_up(const UpTask& task, int panel0, int panels, char* x, float* sums) {
+// sums[row][panel][8 neurons] = x . up of the panels from panel0 of an expert on; x as gather leaves it
+void multiply_up(const UpTask& task, int expert, int panel0, int panels, const char* x, float* sums) {
   const Bank& bank = *task.bank;
   const TileCut cut(bank.width);
   const Blocks blocks(task.rows);
   const Gathered layout(bank.width, blocks);
-  gather(task, blocks, layout, x);
   const int64_t panel_bytes = bank.up_panel_bytes();
   TileProduct job{cut.parts, tile_splits(task.dot), x, layout.row, layout.part, layout.split, 64,
                   32 * cut.depth, 2 * panel_bytes, int64_t(panels) * kNeurons * 4};
-  const char* weights = bank.up + (int64_t(task.expert) * bank.up_panels() + panel0) * panel_bytes;
+  const char* weights = bank.up + (int64_t(expert) * bank.up_panels() + panel0) * panel_bytes;
   set_tiles(blocks.size, cut.depth, kLanes);
   for (int panel = 0, G = 0; panel < panels; panel += 2 * G) {
     const int left = panels - panel;
@@ -137,7 +138,8 @@ void up_tiled(const UpTask& task) {
   if (task.rows == 1) return up_one_row(&task, 1, panel0, panels);
   char* x = reinterpret_cast<char*>(task.scratch);
   float* sums = task.scratch + tile_scratch(bank.width, task.dot) / 4;
-  multiply_up(task, panel0, panels, x, sums);
+  gather(task, x);
+  multiply_up(task, task.expert, panel0, panels, x, sums);
   const FinishRow finish = finish_of<TiledSums>(bank);
   for (int r = 0; r < task.rows; ++r, sums += panels * kNeurons)
     finish(task, sums, task.weight ? task.weight[r] : 1.f, task.out[r]);
@@ -146,6 +148,27 @@ void up_tiled(const UpTask& task) {
 void up_row_tiled(const UpTask* tasks, int count) {
   if (!tasks->bank->tiled) return up_row(tasks, count);
   up_one_row(tasks, count, 0, tasks->bank->up_panels());
+}
+
+// Experts whose panels are in pairs follow each other like one large expert.
+void up_joined(const JoinedUpTask& task) {
+  UpTask rows = task.rows;
+  const Bank& bank = *rows.bank;
+  const int panels = bank.up_panels(), together = panels % 2 ? 1 : task.experts;
+  char* x = reinterpret_cast<char*>(rows.scratch);
+  float* sums = rows.scratch + tile_scratch(bank.width, rows.dot) / 4;
+  gather(rows, x);
+  rows.unit0 = 0, rows.unit1 = bank.units(), rows.weight = task.weight;
+  const FinishRow finish = finish_of<TiledSums>(bank);
+  for (int i = 0; i < task.experts; ++i) {
+    if (i % together == 0) multiply_up(rows, task.rows.expert + i, 0, together * panels, x, sums);
+    rows.expert = task.rows.expert + i;
+    for (int pair = task.begin[i]; pair < task.end[i]; ++pair) {
+      const int row = task.token[pair] - task.token0;
+      finish(rows, sums + (row * together + i % together) * panels * kNeurons, task.weight ? task.weight[pair] : 1.f,
+             task.hidden + (task.token0 + row) * task.hidden_row + int64_t(rows.expert) * bank.neurons * 2);
+    }
+  }
 }
 
 // ---- down

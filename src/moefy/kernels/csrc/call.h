@@ -46,8 +46,11 @@ class Run {
   void plan(Tokens tile);
   void add_pieces(const Bank& bank, bool shared, int expert, int row, int rows);
   void add_single(int expert, int row);
+  bool multiply_all(Tokens tile, int pairs) const;
+  void add_all(Tokens tile);
   void scatter(Tokens tile, int job);
   void up(Tokens tile, const Piece& piece, int thread);
+  void up_all(Tokens tile, const Piece& piece, int thread);
   void up_experts(Tokens tile, const Piece& piece, int thread);
   void down(Tokens tile, int slice, int thread);
   void add_down(const Bank& bank, int expert, int first, int rows, bool shared, float* y, int64_t stride, int token0,

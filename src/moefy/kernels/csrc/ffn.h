@@ -99,6 +99,18 @@ struct UpTask {
   bool dot;                // x is bf16, and so are the hidden values
 };
 
+// The same for some joined experts and successive tokens: all products are made, and what was chosen is kept.
+struct JoinedUpTask {
+  UpTask rows;                 // the tokens and the first expert; its out and weight are not used
+  int experts;                 // at most kTiledRows
+  const int32_t *begin, *end;  // for each expert, its pairs among these tokens
+  const int32_t* token;        // of a pair
+  int token0;                  // of the first row
+  const float* weight;         // of a pair; may be null
+  char* hidden;                // of token 0
+  int64_t hidden_row;          // bytes
+};
+
 // y += hidden . down for some rows and some panels of 16 columns.
 struct DownTask {
   const Bank* bank;
@@ -154,7 +166,8 @@ struct Kernels {
   // Several experts of one bank for one row, kRowPanels panels at most: whole experts, all tasks with the same x.
   void (*up_row)(const UpTask* tasks, int count);
   void (*down)(const DownTask&);
-  void (*down_joined)(const JoinedTask&);  // null where nothing is tiled
+  void (*up_joined)(const JoinedUpTask&);  // these two are null where nothing is tiled
+  void (*down_joined)(const JoinedTask&);
   // Writes the chosen experts of one token in ascending order, returns their number; keys: scratch of `experts`.
   int (*select)(const float* scores, int experts, const Selection& rule, int32_t* keys, int32_t* chosen);
   // weight[i] = 1 + softmax(scores)[chosen[i]] * scale[chosen[i]] (CMoE's gate); scratch: experts rounded up to 16.

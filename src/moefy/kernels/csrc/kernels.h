@@ -283,7 +283,7 @@ void gate(const float* scores, int experts, const float* scale, const int32_t* c
 }
 
 constexpr Kernels make_table(const char* name) {
-  return {name, Lanes::kHasDot, false, up, up_row, down, nullptr, select, gate};
+  return {name, Lanes::kHasDot, false, up, up_row, down, nullptr, nullptr, select, gate};
 }
 
 }  // namespace

@@ -60,7 +60,10 @@ class Memory {
 struct Piece {
   bool shared;
   int expert, row, rows, unit0, unit1;  // row: of the pairs sorted by expert, or of the tokens for the shared expert
-  int experts = 1;                      // with a single token: as many chosen ones, from `expert` on, a row each
+  // With a single token: as many chosen ones, from `expert` on, a row each. All products of joined experts: as many
+  // experts, for `rows` tokens.
+  int experts = 1;
+  bool all = false;
 };
 
 // A step of a call: `total` jobs that any thread takes; the thread that ends the last one opens the next step.

@@ -142,14 +142,37 @@ void Run::plan(Tokens tile) {
       count = place;
       place += rows;
     }
-    const int32_t rows = place - offsets[e];
-    if (c_.counts_out) c_.counts_out[e] += rows;
+    if (c_.counts_out) c_.counts_out[e] += place - offsets[e];
+  }
+  offsets[experts_] = place;
+  if (multiply_all(tile, place)) return add_all(tile);
+  for (int e = 0; e < experts_; ++e) {
+    const int32_t rows = offsets[e + 1] - offsets[e];
     if (rows && together_ > 1)
       add_single(e, offsets[e]);
     else if (rows)
       add_pieces(*c_.routed, false, e, offsets[e], rows);
   }
-  offsets[experts_] = place;
+}
+
+// A row of x costs an expert as much to gather as six tiles of columns for that row. So with small experts it can be
+// cheaper to multiply every token with every expert.
+bool Run::multiply_all(Tokens tile, int pairs) const {
+  if (!joined_ || tile.count < kJoinedRows) return false;
+  const int64_t columns = ceil_div(c_.routed->up_panels(), 2);
+  return pairs * (columns + 6) >= int64_t(experts_) * tile.count * columns;
+}
+
+void Run::add_all(Tokens tile) {
+  const int most = std::min(4 * most_units(true) / c_.routed->up_panels(), kTiledRows);
+  const int groups = int(ceil_div(experts_, most)), blocks = int(ceil_div(tile.count, kTiledRows));
+  for (int g = 0; g < groups; ++g)
+    for (int b = 0; b < blocks; ++b) {
+      const int expert = experts_ * g / groups, row = tile.count * b / blocks;
+      Piece piece{false, expert, row, tile.count * (b + 1) / blocks - row, 0, c_.routed->units()};
+      piece.experts = experts_ * (g + 1) / groups - expert, piece.all = true;
+      ws_.pieces.push_back(piece);
+    }
 }
 
 void Run::add_pieces(const Bank& bank, bool shared, int expert, int row, int rows) {

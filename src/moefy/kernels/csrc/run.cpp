@@ -128,7 +128,23 @@ void Run::up_experts(Tokens tile, const Piece& piece, int thread) {
   k_.up_row(tasks, piece.experts);
 }
 
+void Run::up_all(Tokens tile, const Piece& piece, int thread) {
+  const int32_t *offsets = ws_.offsets.as<int32_t>(), *token = ws_.pair_token.as<int32_t>();
+  const char* x[kTiledRows];
+  int32_t begin[kTiledRows], end[kTiledRows];
+  for (int r = 0; r < piece.rows; ++r) x[r] = expert_row(tile, piece.row + r);
+  for (int i = 0; i < piece.experts; ++i) {  // tokens of an expert are in ascending order
+    const int32_t* last = token + offsets[piece.expert + i + 1];
+    const int32_t* first = std::lower_bound(token + offsets[piece.expert + i], last, piece.row);
+    begin[i] = int32_t(first - token), end[i] = int32_t(std::lower_bound(first, last, piece.row + piece.rows) - token);
+  }
+  k_.up_joined({{c_.routed, piece.expert, 0, 0, piece.rows, x, thread_sums(thread), nullptr, nullptr, dot_},
+                piece.experts, begin, end, token, piece.row, weighted_ ? ws_.pair_weight.as<float>() : nullptr,
+                ws_.hidden.as<char>(), joined_row()});
+}
+
 void Run::up(Tokens tile, const Piece& piece, int thread) {
+  if (piece.all) return up_all(tile, piece, thread);
   if (piece.experts > 1) return up_experts(tile, piece, thread);
   const Bank& bank = piece.shared ? *c_.shared : *c_.routed;
   const size_t value = tiled_ ? 2 : hidden_bytes_;
