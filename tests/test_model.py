@@ -102,5 +102,5 @@ def test_report_is_of_the_run():
     assert report.seconds > 0
     assert report.peak_bytes > 1 << 20
     size = tiny.NEURONS // 6
-    expected = (3 * size * 3 * tiny.WIDTH + 5 * (tiny.WIDTH + 1)) / (tiny.NEURONS * 3 * tiny.WIDTH)
+    expected = (3 * size * 3 * tiny.WIDTH + 5 * tiny.WIDTH) / (tiny.NEURONS * 3 * tiny.WIDTH)
     assert abs(report.active_fraction - expected) < 1e-9
