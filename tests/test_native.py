@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moefy.kernels import native
+from moefy.types import MoefyError
 from native_problem import ISAS, REFERENCE, Problem, needs_native
 
 pytestmark = needs_native
@@ -342,5 +343,5 @@ def test_isa_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MOEFY_ISA", "generic")
     assert native.default_isa() == "generic"
     monkeypatch.setenv("MOEFY_ISA", "mmx")
-    with pytest.raises(ValueError, match="MOEFY_ISA=mmx"):
+    with pytest.raises(MoefyError, match="MOEFY_ISA=mmx"):
         native.default_isa()

@@ -15,6 +15,8 @@ import torch  # before the extension: torch's wheel brings the libgomp whose thr
 from torch import Tensor
 from torch.nn import functional as F
 
+from moefy.types import MoefyError
+
 _native: Any = None
 _why_not: str | None = None
 if os.environ.get("MOEFY_NATIVE", "1") == "0":
@@ -64,10 +66,10 @@ def instruction_sets() -> list[str]:
 
 
 def default_isa() -> str:
-    """The fastest, or the one that the environment variable MOEFY_ISA names."""
+    """The fastest, or the one that the environment variable MOEFY_ISA names; MoefyError if there is no such."""
     forced = os.environ.get("MOEFY_ISA")
     if forced and forced not in instruction_sets():
-        raise ValueError(f"MOEFY_ISA={forced} is none of {', '.join(instruction_sets())}")
+        raise MoefyError(f"MOEFY_ISA={forced} is none of {', '.join(instruction_sets())}; set one of them, or none.")
     return forced or instruction_sets()[-1]
 
 

@@ -206,7 +206,7 @@ void down_tiled(const DownTask& task) {
   const int64_t stride = bank.hidden_stride() * 2, panel_bytes = bank.down_panel_bytes();
   // Hidden rows of an expert follow each other.
   TileProduct job{cut.parts, tile_splits(task.dot), task.hidden[0], stride * tile_splits(task.dot),
-                        cut.depth * 2, stride, 64, 32 * cut.depth, panel_bytes, 64};
+                  cut.depth * 2, stride, 64, 32 * cut.depth, panel_bytes, 64};
   const char* weights = bank.down + (int64_t(task.expert) * bank.down_panels() + task.panel0) * panel_bytes;
   const int panels = task.panel1 - task.panel0;
   if (task.rows == 1) {

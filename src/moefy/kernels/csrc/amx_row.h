@@ -27,7 +27,8 @@ struct Row {
       uint32_t found = 0;
       for (int i = 0; i < cut.depth; i += kLanes) {
         const __mmask16 inside = cut.depth - i >= kLanes ? __mmask16(0xffff) : __mmask16((1u << (cut.depth - i)) - 1);
-        const __m512 v = _mm512_maskz_loadu_ps(inside, values + part * cut.depth + i);  // 0 in all parts, if in the first
+        // What is 0 in the first split is 0, or too small for any of them.
+        const __m512 v = _mm512_maskz_loadu_ps(inside, values + part * cut.depth + i);
         found |= uint32_t(_mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_NEQ_UQ)) << i;
       }
       pairs[part] = uint16_t(_pext_u32(found | found >> 1, 0x55555555));

@@ -49,8 +49,8 @@ void prefetch_tile(const char* tile, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += kAlign) __builtin_prefetch(tile + i);
 }
 
-// out[block][group] = in . weights for G groups of columns and R blocks of rows, which begin at byte at[block]. Four chains
-// of sums hide the latency of the instruction, 52 cycles for one that could begin every 16.
+// out[block][group] = in . weights for G groups of columns and R blocks of rows, which begin at byte at[block]. Four
+// chains of sums hide the latency of the instruction, 52 cycles for one that could begin every 16.
 template <int R, int G>
 void multiply_tiles(const TileProduct& job, const int64_t* at, const char* weights, float* const* out) {
   static_assert(R * G <= 4);

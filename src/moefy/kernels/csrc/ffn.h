@@ -20,7 +20,7 @@ enum class Weights : int { f32, bf16, i8 };
 constexpr int kLanes = 16;     // values in a block
 constexpr int kNeurons = 8;    // neurons in an up panel
 constexpr int kRows = 48;      // rows of one task: x of a k chunk stays in L2, and 48 = 8 tiles of 6 rows
-constexpr int kTiledRows = 64; // the same for AMX: 2 pairs of tiles of 16 rows
+constexpr int kTiledRows = 64;  // the same for AMX: 2 pairs of tiles of 16 rows
 constexpr int kRowPanels = 4;  // up panels that are read at once for a single row
 constexpr size_t kAlign = 64;  // bytes; one cache line, one AVX-512 register
 
@@ -80,7 +80,8 @@ struct Bank {
   int units() const { return int(ceil_div(neurons, kLanes)); }
   int unit_panels() const { return gated ? 4 : 2; }
   size_t up_panel_bytes() const {
-    return tiled ? size_t(round_up(TileCut(width).inputs() * kNeurons * 2, kAlign)) : size_t(up_steps()) * block_bytes();
+    if (tiled) return size_t(round_up(TileCut(width).inputs() * kNeurons * 2, kAlign));
+    return size_t(up_steps()) * block_bytes();
   }
   size_t down_panel_bytes() const { return size_t(down_steps()) * block_bytes(); }
   size_t up_bytes() const { return size_t(experts) * up_panels() * up_panel_bytes(); }

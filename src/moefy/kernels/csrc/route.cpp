@@ -177,8 +177,9 @@ void Run::add_all(Tokens tile) {
 
 void Run::add_pieces(const Bank& bank, bool shared, int expert, int row, int rows) {
   const int64_t unit_bytes = int64_t(bank.unit_panels()) * bank.up_panel_bytes();
-  const int most = rows > 12 ? most_units(bank.tiled) : int(std::clamp<int64_t>(kPieceBytes / std::max<int64_t>(1, unit_bytes), 1, kUnits));
-  const int units = bank.units(), unit_groups = int(ceil_div(units, most)), row_groups = int(ceil_div(rows, most_rows(bank.tiled)));
+  const int64_t few = std::clamp<int64_t>(kPieceBytes / std::max<int64_t>(1, unit_bytes), 1, kUnits);
+  const int most = rows > 12 ? most_units(bank.tiled) : int(few), units = bank.units();
+  const int unit_groups = int(ceil_div(units, most)), row_groups = int(ceil_div(rows, most_rows(bank.tiled)));
   for (int r = 0; r < row_groups; ++r)
     for (int g = 0; g < unit_groups; ++g) {
       const int first = int(int64_t(rows) * r / row_groups), end = int(int64_t(rows) * (r + 1) / row_groups);
