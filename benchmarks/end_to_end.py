@@ -60,20 +60,23 @@ def main() -> None:
     parser.add_argument("--only", choices=MODELS)
     parser.add_argument("--share", type=float, default=0.25, help="active share of the FFNs' neurons")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--stored-bf16", action="store_true", help="weights of a checkpoint in bf16")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", help="append one line a model to this file")
     args = parser.parse_args()
     for name in [args.only] if args.only else MODELS:
         models = MODELS[name](args.share)
-        if args.dtype == "bfloat16":
+        if args.stored_bf16:
             models = {n: m.to(torch.bfloat16) for n, m in models.items()}
+        models = {n: m.to(getattr(torch, args.dtype)) for n, m in models.items()}
         found = compare(models, args.rounds)
         for case, figures in found["cases"].items():
             speeds = [f"{n} {f['tokens_per_second']:.0f} tok/s {f['speedup']:.2f}x" for n, f in figures.items()]
             print(f"{name:8} {args.dtype} {case:16}", "  ".join(speeds), flush=True)
         if args.json:
             with open(args.json, "a") as file:
-                record = {"model": name, "share": args.share, "dtype": args.dtype, **found, **machine()}
+                record = {"model": name, "share": args.share, "dtype": args.dtype, "stored_bf16": args.stored_bf16}
+                record |= {**found, **machine()}
                 file.write(json.dumps(record) + "\n")
 
 

@@ -99,3 +99,38 @@ def test_linear_router_with_bias_and_gate_weights(isa: str) -> None:
     weights = torch.rand(33, 3, generator=problem.generator)
     dense = torch.zeros(33, 11, dtype=torch.float64).scatter(1, chosen.clamp(min=-1) % 11, weights.double())
     problem.check(x, dense[:, :10], chosen=chosen, gate_weights=weights)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize(("E", "D"), [(1, 3), (9, 37), (20, 66), (130, 200), (8, 1)])
+def test_scores_of_bf16_inputs_are_as_exact_as_fp32(isa: str, gated: bool, E: int, D: int) -> None:
+    """Routers are fp32 whatever the experts are: the chosen ones are the best but for rounding errors of fp32."""
+    problem = Problem(E=E, M=8, D=D, S=0, precision="bf16", isa=isa)
+    gate, up = torch.randn(2, E, D, generator=problem.generator) / D**0.5
+    if gated:
+        router = native.PackedRouter.representative(up, gate, activation="silu")
+    else:
+        bias = torch.randn(E, generator=problem.generator)
+        router = native.PackedRouter.linear(up, bias)
+    K = (E + 1) // 2
+    for T in (1, 2, 17, 129):
+        x = problem.x(T, torch.bfloat16)
+        a, g = x.double() @ up.double().T, x.double() @ gate.double().T
+        scores = (F.silu(g) * a).abs() if gated else a + bias
+        _, chosen = problem.packed.forward_with_chosen(x, router=router, top_k=K)
+        taken = torch.zeros(T, E, dtype=torch.bool).scatter(1, chosen.long(), True)
+        assert (taken.sum(1) == K).all()
+        worst = scores.masked_fill(~taken, math.inf).amin(1)
+        best_left = scores.masked_fill(taken, -math.inf).amax(1)
+        assert (best_left <= worst + 1e-5).all()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_infinite_router_weights_and_bf16_inputs(isa: str) -> None:
+    problem = Problem(E=3, M=8, D=4, S=0, precision="bf16", isa=isa)
+    router = native.PackedRouter.linear(torch.tensor([[1.0, 0, 0, 0], [math.inf, 0, 0, 0], [-math.inf, 0, 0, 0]]))
+    x = torch.tensor([[1.0, 0, 0, 1], [-1.0, 0, 0, 1]], dtype=torch.bfloat16)
+    for part in (x, x[:1], x[1:]):
+        _, chosen = problem.packed.forward_with_chosen(part, router=router, top_k=1)
+        assert chosen[:, 0].tolist() == [1 if row[0] > 0 else 2 for row in part]

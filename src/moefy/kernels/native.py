@@ -99,6 +99,15 @@ def _one(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor[None]
 
 
+def _all_bf16(matrices: list[Tensor | None]) -> bool:
+    """Whether bf16 holds every value exactly, as with a checkpoint in bf16 that was loaded in fp32."""
+    for matrix in matrices:
+        for rows in () if matrix is None else matrix.detach().flatten(0, -2).split(1024):
+            if rows.dtype != torch.bfloat16 and (rows.float().contiguous().view(torch.int32) & 0xFFFF).any():
+                return False
+    return True
+
+
 class _Bank:
     """Experts of one size in packed memory. Matrices (E, M, D), biases (E, M)."""
 
@@ -213,6 +222,13 @@ class PackedFFN:
         self.isa = isa or default_isa()
         if self.isa not in instruction_sets():
             raise ValueError(f"no instruction set {isa!r} here; there are {', '.join(instruction_sets())}")
+        # Half the bytes, the same values; the sums are those of fp32, bit for bit where nothing is tiled.
+        exact = [experts_gate, experts_up, experts_down, shared_gate, shared_up, shared_down]
+        self._stored = "bf16" if precision == "fp32" and _all_bf16(exact) else precision
+        # Half of a tile is empty where an expert has no more than 8 columns, and fp32 x fills it three times:
+        # 256 tokens of 512 such experts take 12.1 ms through AMX and 7.5 ms through AVX-512.
+        half_empty = experts_gate is None and experts_up.shape[1] <= 8 and self._stored != precision
+        tiled = _native.tiled(self.isa) and not half_empty
         self._routed = self._shared = None
         if self.experts and experts_up.shape[1]:
             self._routed = _Bank(
@@ -221,7 +237,7 @@ class PackedFFN:
                 experts_down,
                 experts_gate_bias,
                 experts_up_bias,
-                *(activation, activate_up, precision, _native.tiled(self.isa)),
+                *(activation, activate_up, self._stored, tiled),
             )
         if shared_up is not None and len(shared_up):
             self._shared = _Bank(
@@ -230,7 +246,7 @@ class PackedFFN:
                 _one(shared_down),
                 _one(shared_gate_bias),
                 _one(shared_up_bias),
-                *(activation, activate_up, precision, _native.tiled(self.isa)),
+                *(activation, activate_up, self._stored, tiled),
             )
             if self._shared.shape[2] != self.width:
                 raise ValueError(f"shared width {self._shared.shape[2]} is not the experts' {self.width}")
@@ -250,7 +266,7 @@ class PackedFFN:
             found |= {name: tensor[0] for name, tensor in self._shared.unpack("shared_").items()}
         if self._bias is not None:
             found["down_bias"] = self._bias[: self.width].clone()
-        return found
+        return {name: tensor.float() for name, tensor in found.items()} if self.precision == "fp32" else found
 
     def forward(self, x: Tensor, **routing: Any) -> Tensor:
         """The FFN of x (T, D), in x's dtype. The arguments are those of `forward_with_chosen`."""
@@ -340,7 +356,8 @@ class PackedFFN:
             raise ValueError(f"x must be (T, {self.width}): {tuple(x.shape)}")
         if x.requires_grad and torch.is_grad_enabled():
             raise RuntimeError("the native kernel has no gradients; use torch.no_grad() or the torch kernel")
-        return x if x.dtype in (torch.float32, torch.bfloat16) else x.float()
+        widen = self.precision == "fp32" and self._stored == "bf16"  # else hidden values would be rounded to bf16
+        return x if x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and not widen) else x.float()
 
     def _check_counts(self, counts: Tensor | None) -> None:
         if counts is None:

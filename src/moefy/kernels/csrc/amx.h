@@ -1,7 +1,7 @@
-// The phases for banks that are `tiled`: rows of x are gathered into tiles, multiplied (amx_tiles.h, or amx_row.h for a
+// The phases for banks that are `tiled`, and the scores of bf16 inputs: rows of x are gathered into tiles, multiplied (amx_tiles.h, or amx_row.h for a
 // single row) and finished as everywhere. Other banks go to kernels.h. Included by isa_amx.cpp after its lanes.
 #pragma once
-#include "amx_row.h"
+#include "amx_split.h"
 
 namespace {
 
@@ -24,6 +24,10 @@ struct TiledSums {
     for (int s = 0; s < tile_splits(task.dot); ++s)
       _mm256_mask_storeu_epi16(out + 2 * (s * bank.hidden_row() + column), mine, part[s]);
   }
+};
+
+struct TiledScores : TiledSums {
+  static void store(const UpTask&, Lanes h, char* out, int column) { h.store(reinterpret_cast<float*>(out) + column); }
 };
 
 // Rows of x to tiles: [split][block][tile of depth][row][depth], zero padded. Reads nothing beyond `width`. Blocks
@@ -64,17 +68,20 @@ void gather(const UpTask& task, char* to) {
 
 // ---- up
 
+const char* up_panel(const Bank& bank, int expert, int panel) {
+  return bank.up + (int64_t(expert) * bank.up_panels() + panel) * bank.up_panel_bytes();
+}
+
 void up_one_row(const UpTask* tasks, int count, int panel0, int panels) {
   const Bank& bank = *tasks->bank;
-  Row row(bank.width, tile_splits(tasks->dot), reinterpret_cast<char*>(tasks->scratch));
+  Row row(bank.width, reinterpret_cast<char*>(tasks->scratch));
   load_x(*tasks, row);
   float* sums = tasks->scratch + tile_scratch(bank.width, tasks->dot) / 4;
   RowGroups<16> pairs(row);
   RowGroups<8> alone(row);
-  const int64_t bytes = bank.up_panel_bytes();
   for (int i = 0; i < count; ++i)
     for (int p = 0; p < panels; p += 2) {
-      const char* weights = bank.up + (int64_t(tasks[i].expert) * bank.up_panels() + panel0 + p) * bytes;
+      const char* weights = up_panel(bank, tasks[i].expert, panel0 + p);
       float* to = sums + (i * panels + p) * kNeurons;
       p + 1 < panels ? pairs.add(weights, to) : alone.add(weights, to);
     }
@@ -97,16 +104,18 @@ void down_one_row(const Row& row, const char* weights, int64_t panel_bytes, int 
   }
 }
 
-// sums[row][panel][8 neurons] = x . up of the panels from panel0 of an expert on; x as gather leaves it
-void multiply_up(const UpTask& task, int expert, int panel0, int panels, const char* x, float* sums) {
+// sums[row][panel][8 neurons] = x . weights, which are `panels` up panels of an expert, or of a router after split_up (an
+// even number then); x as gather leaves it
+void multiply_up(const UpTask& task, const char* weights, int panels, const char* x, float* sums) {
   const Bank& bank = *task.bank;
   const TileCut cut(bank.width);
   const Blocks blocks(task.rows);
   const Gathered layout(bank.width, blocks);
-  const int64_t panel_bytes = bank.up_panel_bytes();
+  const SplitTiles split(bank.width);
+  const int64_t panel_bytes = bank.tiled ? bank.up_panel_bytes() : split.group / 2;
   TileProduct job{cut.parts, tile_splits(task.dot), x, layout.row, layout.part, layout.split, 64,
                   32 * cut.depth, 2 * panel_bytes, int64_t(panels) * kNeurons * 4};
-  const char* weights = bank.up + (int64_t(expert) * bank.up_panels() + panel0) * panel_bytes;
+  if (!bank.tiled) job.weight_splits = 3, job.weights_split = split.split, job.weights_part = split.part, job.in_split = 0;
   set_tiles(blocks.size, cut.depth, kLanes);
   for (int panel = 0, G = 0; panel < panels; panel += 2 * G) {
     const int left = panels - panel;
@@ -123,23 +132,52 @@ void multiply_up(const UpTask& task, int expert, int panel0, int panels, const c
         at[i] = (b + i) * layout.block;
         for (int g = 0; g < G; ++g) out[i * G + g] = sums + (blocks.first(b + i) * panels + panel + 2 * g) * kNeurons;
       }
-      job.fetch = b == 0;
+      job.fetch = b == 0 && bank.tiled;
       multiply_tiles(R, G, job, at, weights + panel * panel_bytes, out);
     }
   }
   _tile_release();
 }
 
+// Scores of bf16 inputs.
+void score(const UpTask& task, const char* weights, int panels) {
+  const Bank& bank = *task.bank;
+  const FinishRow finish = finish_of<TiledScores>(bank);
+  if (task.rows == 1) {
+    Row row(bank.width, reinterpret_cast<char*>(task.scratch));
+    load_x(task, row);
+    float* sums = task.scratch + tile_scratch(bank.width, true) / 4;
+    const int64_t bytes = bank.up_panel_bytes();
+    for (int p = 0; p < panels; p += 2)
+      _mm512_store_ps(sums + p * kNeurons, split_row(bank, row, weights + p * bytes,
+                                                     p + 1 < panels ? weights + (p + 1) * bytes : nullptr));
+    return finish(task, sums, 1.f, task.out[0]);
+  }
+  const int even = int(round_up(panels, 2)), groups = int(ceil_div(task.rows, kTiledRows));
+  char* x = reinterpret_cast<char*>(task.scratch);
+  float* const sums = task.scratch + tile_scratch(bank.width, true) / 4;
+  char* tiles = reinterpret_cast<char*>(sums + int64_t(kTiledRows) * even * kNeurons);
+  split_up(bank, weights, panels, tiles);
+  UpTask rows = task;
+  for (int g = 0; g < groups; ++g, rows.x += rows.rows, rows.out += rows.rows) {
+    rows.rows = task.rows * (g + 1) / groups - task.rows * g / groups;
+    gather(rows, x);
+    multiply_up(rows, tiles, even, x, sums);
+    for (int r = 0; r < rows.rows; ++r) finish(rows, sums + r * even * kNeurons, 1.f, rows.out[r]);
+  }
+}
+
 void up_tiled(const UpTask& task) {
   const Bank& bank = *task.bank;
-  if (!bank.tiled) return up(task);
   const int panel0 = task.unit0 * bank.unit_panels(), end = task.unit1 * bank.unit_panels();
   const int panels = (end < bank.up_panels() ? end : bank.up_panels()) - panel0;
+  const char* weights = up_panel(bank, task.expert, panel0);
+  if (!bank.tiled) return task.dot && bank.type == Weights::f32 ? score(task, weights, panels) : up(task);
   if (task.rows == 1) return up_one_row(&task, 1, panel0, panels);
   char* x = reinterpret_cast<char*>(task.scratch);
   float* sums = task.scratch + tile_scratch(bank.width, task.dot) / 4;
   gather(task, x);
-  multiply_up(task, task.expert, panel0, panels, x, sums);
+  multiply_up(task, weights, panels, x, sums);
   const FinishRow finish = finish_of<TiledSums>(bank);
   for (int r = 0; r < task.rows; ++r, sums += panels * kNeurons)
     finish(task, sums, task.weight ? task.weight[r] : 1.f, task.out[r]);
@@ -161,7 +199,7 @@ void up_joined(const JoinedUpTask& task) {
   rows.unit0 = 0, rows.unit1 = bank.units(), rows.weight = task.weight;
   const FinishRow finish = finish_of<TiledSums>(bank);
   for (int i = 0; i < task.experts; ++i) {
-    if (i % together == 0) multiply_up(rows, task.rows.expert + i, 0, together * panels, x, sums);
+    if (i % together == 0) multiply_up(rows, up_panel(bank, task.rows.expert + i, 0), together * panels, x, sums);
     rows.expert = task.rows.expert + i;
     for (int pair = task.begin[i]; pair < task.end[i]; ++pair) {
       const int row = task.token[pair] - task.token0;
@@ -210,8 +248,8 @@ void down_tiled(const DownTask& task) {
   const char* weights = bank.down + (int64_t(task.expert) * bank.down_panels() + task.panel0) * panel_bytes;
   const int panels = task.panel1 - task.panel0;
   if (task.rows == 1) {
-    Row row(bank.neurons, tile_splits(task.dot), task.scratch);
-    load_hidden(task.hidden[0], bank.hidden_stride(), row);
+    Row row(bank.neurons, task.scratch);
+    load_hidden(task.hidden[0], bank.hidden_stride(), task.dot, row);
     return down_one_row(row, weights, panel_bytes, panels, task.y[0]);
   }
   set_tiles(blocks.size, cut.depth, kLanes);
@@ -244,8 +282,8 @@ void down_joined(const JoinedTask& task) {
   const char* weights = bank.down + task.panel0 * panel_bytes;
   const int panels = task.panel1 - task.panel0;
   if (task.rows == 1) {
-    Row row(bank.down_neurons(), tile_splits(task.dot), task.scratch);
-    load_hidden(task.hidden, bank.hidden_row(), row);
+    Row row(bank.down_neurons(), task.scratch);
+    load_hidden(task.hidden, bank.hidden_row(), task.dot, row);
     return down_one_row(row, weights, panel_bytes, panels, task.y);
   }
   TileProduct job{cut.parts, tile_splits(task.dot), task.hidden, row_bytes, cut.depth * 2, stride,

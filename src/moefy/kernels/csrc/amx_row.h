@@ -1,6 +1,7 @@
-// A single row times tiled weights, in plain AVX-512: it reads what one token needs and no more. The sums are those of
-// the tiles, bit for bit: within a part even and odd inputs are two chains from 0, whose sum is added to the whole
-// (Intel's manual, TDPBF16PS), and denormals count as 0. Tiles alone took 12 to 25 % longer for one token.
+// A single row times tiled weights, in plain AVX-512: it reads what one token needs and no more. Of bf16 inputs the sums
+// are those of the tiles, bit for bit: within a part even and odd inputs are two chains from 0, whose sum is added to the
+// whole (Intel's manual, TDPBF16PS), and denormals count as 0. Tiles alone took 12 to 25 % longer for one token. Inputs
+// in fp32 are multiplied as they are: in three splits, as tiles do, a token took 24 to 36 % longer.
 #pragma once
 #include "amx_tiles.h"
 
@@ -12,22 +13,19 @@ struct FlushDenormals {
   ~FlushDenormals() { _mm_setcsr(before); }
 };
 
-// The inputs of one row as fp32, split by split, and which pairs of each part are not 0.
+// The inputs of one row as fp32, and which pairs of each part are not 0.
 struct Row {
   TileCut cut;
-  int splits;
-  float* values;     // splits x inputs, rounded up to 32
-  uint16_t* pairs;   // a bit per pair, for each part
-  int64_t plane() const { return round_up(cut.inputs(), 2 * kLanes); }
-  Row(int inputs, int splits, char* scratch)
-      : cut(inputs), splits(splits), values(reinterpret_cast<float*>(scratch)),
-        pairs(reinterpret_cast<uint16_t*>(values + splits * plane())) {}
+  float* values;    // inputs, rounded up to 32
+  uint16_t* pairs;  // a bit per pair, for each part
+  int64_t padded() const { return round_up(cut.inputs(), 2 * kLanes); }
+  Row(int inputs, char* scratch)
+      : cut(inputs), values(reinterpret_cast<float*>(scratch)), pairs(reinterpret_cast<uint16_t*>(values + padded())) {}
   void find_pairs() {
     for (int part = 0; part < cut.parts; ++part) {
       uint32_t found = 0;
       for (int i = 0; i < cut.depth; i += kLanes) {
         const __mmask16 inside = cut.depth - i >= kLanes ? __mmask16(0xffff) : __mmask16((1u << (cut.depth - i)) - 1);
-        // What is 0 in the first split is 0, or too small for any of them.
         const __m512 v = _mm512_maskz_loadu_ps(inside, values + part * cut.depth + i);
         found |= uint32_t(_mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_NEQ_UQ)) << i;
       }
@@ -42,28 +40,22 @@ __m512 from_bf16(__m256i v) {
 
 void load_x(const UpTask& task, Row& row) {
   const int width = task.bank->width;
-  const int64_t plane = row.plane();
-  for (int64_t k = 0; k < plane; k += kLanes) {
+  for (int64_t k = 0; k < row.padded(); k += kLanes) {
     const int64_t left = width - k;
     const __mmask16 read = left >= kLanes ? __mmask16(0xffff) : left > 0 ? __mmask16((1u << left) - 1) : __mmask16(0);
-    __m256i part[3];
-    if (task.dot)
-      part[0] = _mm256_maskz_loadu_epi16(read, task.x[0] + 2 * k);
-    else
-      split(_mm512_maskz_loadu_ps(read, task.x[0] + 4 * k), part);
-    for (int s = 0; s < row.splits; ++s) _mm512_storeu_ps(row.values + s * plane + k, from_bf16(part[s]));
+    _mm512_storeu_ps(row.values + k, task.dot ? from_bf16(_mm256_maskz_loadu_epi16(read, task.x[0] + 2 * k))
+                                              : _mm512_maskz_loadu_ps(read, task.x[0] + 4 * k));
   }
   row.find_pairs();
 }
 
-void load_hidden(const char* hidden, int64_t stride, Row& row) {
-  const int64_t plane = row.plane();
-  for (int s = 0; s < row.splits; ++s)
-    for (int64_t k = 0; k < plane; k += kLanes) {
-      const __m256i v = k < stride ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(hidden + 2 * (s * stride + k)))
-                                   : _mm256_setzero_si256();
-      _mm512_storeu_ps(row.values + s * plane + k, from_bf16(v));
-    }
+void load_hidden(const char* hidden, int64_t stride, bool dot, Row& row) {
+  for (int64_t k = 0; k < row.padded(); k += kLanes) {
+    __m512 sum = _mm512_setzero_ps();
+    for (int s = 0; s < tile_splits(dot) && k < stride; ++s)
+      sum = _mm512_add_ps(sum, from_bf16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(hidden + 2 * (s * stride + k)))));
+    _mm512_storeu_ps(row.values + k, sum);
+  }
   row.find_pairs();
 }
 
@@ -71,7 +63,6 @@ void load_hidden(const char* hidden, int64_t stride, Row& row) {
 template <int P, int Columns>
 void multiply_row(const Row& row, const char* const* weights, float* const* sums) {
   const FlushDenormals flush;
-  const int64_t plane = row.plane();
   const __m512i high = _mm512_set1_epi32(int(0xffff0000));
   __m512 sum[P];
   const char* w[P];
@@ -79,7 +70,7 @@ void multiply_row(const Row& row, const char* const* weights, float* const* sums
   for (int p = 0; p < P; ++p) sum[p] = _mm512_setzero_ps(), w[p] = weights[p];
   for (int part = 0; part < row.cut.parts; ++part) {
     const float* x = row.values + part * row.cut.depth;
-    for (int s = 0; s < row.splits && row.pairs[part]; ++s, x += plane) {
+    if (row.pairs[part]) {
       __m512 even[P], odd[P];
 #pragma GCC unroll 8
       for (int p = 0; p < P; ++p) even[p] = odd[p] = _mm512_setzero_ps();

@@ -1,5 +1,5 @@
 // Tiles of AMX: rows x 16 sums += rows x depth inputs * depth x 16 weights, bf16 in and fp32 out, one instruction.
-// Takes banks that are `tiled` (TileCut in ffn.h).
+// Takes banks that are `tiled` (TileCut in ffn.h), and the router's weights as amx_split.h splits them.
 //
 // Every sum is one chain over the tiles of depth (within a tile the hardware adds even and odd inputs separately),
 // whatever the number of rows, and amx_row.h adds in the same order. So bits do not depend on the batch.
@@ -41,6 +41,8 @@ struct TileProduct {
   int64_t out_row;  // bytes
   const uint8_t* needed = nullptr;  // the parts that are not all 0
   bool fetch = false;               // weights that follow, for this is the first to read them
+  int weight_splits = 1;            // more than one only where `splits` is one
+  int64_t weights_split = 0;        // bytes to the next
 };
 
 constexpr int kAhead = 4;  // tiles
@@ -69,8 +71,13 @@ void multiply_tiles(const TileProduct& job, const int64_t* at, const char* weigh
       prefetch_tile(weights + kAhead * job.weights_part, job.weights_part);
       if constexpr (G == 2) prefetch_tile(weights + job.weights_group + kAhead * job.weights_part, job.weights_part);
     }
-    const char* part = in;
-    for (int s = 0; s < job.splits; ++s, part += job.in_split) {
+    const char *part = in, *split = weights;
+    for (int s = 0; s < job.splits * job.weight_splits; ++s) {
+      if (s > 0) part += job.in_split, split += job.weights_split;
+      if (s > 0 && job.weight_splits > 1) {
+        _tile_loadd(6, split, job.weights_row);
+        if constexpr (G == 2) _tile_loadd(7, split + job.weights_group, job.weights_row);
+      }
       _tile_loadd(4, part + at0, job.in_row);
       _tile_dpbf16ps(0, 4, 6);
       if constexpr (G == 2) _tile_dpbf16ps(1, 4, 7);

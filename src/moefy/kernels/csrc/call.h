@@ -39,6 +39,7 @@ class Run {
   void copy_x(Tokens tile, int job);
   const char* row32(Tokens tile, int t) const;
   const char* expert_row(Tokens tile, int t) const;
+  int score_rows() const { return tiled_scores_ ? kScoreRows : kRows; }
   int score_jobs(Tokens tile) const;
   void score(Tokens tile, int job, int thread);
   void choose(Tokens tile, int job, int thread);
@@ -71,6 +72,7 @@ class Run {
   Workspace& ws_;
   const Kernels& k_;
   const bool tiled_, dot_;
+  bool tiled_scores_ = false;  // the router's fp32 weights are multiplied in AMX
   const int experts_, capacity_;
   int tile_, score_stride_ = 0;
   int64_t steps_ = 0;

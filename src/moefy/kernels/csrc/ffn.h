@@ -21,6 +21,7 @@ constexpr int kLanes = 16;     // values in a block
 constexpr int kNeurons = 8;    // neurons in an up panel
 constexpr int kRows = 48;      // rows of one task: x of a k chunk stays in L2, and 48 = 8 tiles of 6 rows
 constexpr int kTiledRows = 64;  // the same for AMX: 2 pairs of tiles of 16 rows
+constexpr int kScoreRows = 128;  // the same for the scores of bf16 inputs in AMX, which split the router once a task
 constexpr int kRowPanels = 4;  // up panels that are read at once for a single row
 constexpr size_t kAlign = 64;  // bytes; one cache line, one AVX-512 register
 
@@ -92,12 +93,13 @@ struct Bank {
 struct UpTask {
   const Bank* bank;
   int expert, unit0, unit1, rows;
-  // One pointer per row: fp32 values, or bf16 when `dot`, swapped by copy_row_swapped unless the bank is tiled.
+  // One pointer per row: fp32 values, or bf16 when `dot`, swapped by copy_row_swapped but for AMX.
   const char* const* x;
-  float* scratch;          // rows x panels of the task x 16 floats; tiled: tile_scratch() and kTiledRows x panels x 8
+  float* scratch;          // rows x panels of the task x 16 floats; tiled: tile_scratch() and kTiledRows x panels x 8;
+                           // a router with `dot`: split_scratch()
   char* const* out;        // one pointer per row, to unit0 of its hidden values: hidden_bytes() each
   const float* weight;     // per row, multiplied into the hidden values; may be null
-  bool dot;                // x is bf16, and so are the hidden values
+  bool dot;                // x is bf16, and so are the hidden values; scores are fp32
 };
 
 // The same for some joined experts and successive tokens: all products are made, and what was chosen is kept.
@@ -144,12 +146,25 @@ constexpr int64_t tile_scratch(int width, bool dot) {
   return round_up(int64_t(kTiledRows) * TileCut(width).inputs() * 2 * tile_splits(dot), kAlign);
 }
 
+// Units of a router in one task of AMX (amx_split.h), six bytes a weight, and the scratch of such a task.
+constexpr int64_t split_bytes(int width, int panels) {
+  return int64_t(TileCut(width).inputs()) * kNeurons * 6 * round_up(panels, 2);
+}
+inline int split_units(const Bank& router) {
+  const int64_t most = (640 << 10) / split_bytes(router.width, router.unit_panels());
+  return int(most < 1 ? 1 : most < router.units() ? most : router.units());
+}
+inline int64_t split_scratch(const Bank& router) {
+  const int panels = split_units(router) * router.unit_panels();
+  return tile_scratch(router.width, true) + int64_t(kTiledRows) * panels * kNeurons * 4 + split_bytes(router.width, panels);
+}
+
 constexpr int kJoinedNeurons = 16;  // experts of so many neurons or fewer are joined
 constexpr int kJoinedRows = 32;
 // Bytes of a single row as fp32, and a mask for each part.
-constexpr int64_t row_scratch(int inputs, bool dot) {
+constexpr int64_t row_scratch(int inputs) {
   const TileCut cut(inputs);
-  return round_up(round_up(cut.inputs(), 2 * kLanes) * 4 * tile_splits(dot) + cut.parts * 2, kAlign);
+  return round_up(round_up(cut.inputs(), 2 * kLanes) * 4 + cut.parts * 2, kAlign);
 }
 
 struct Selection {

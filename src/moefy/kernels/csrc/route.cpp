@@ -61,24 +61,28 @@ const char* Run::expert_row(Tokens tile, int t) const {
 // ---- routing
 
 // Few rows: every unit is a job, so that all threads read weights.
-static int score_groups(const Bank& router, int rows) { return int(ceil_div(router.units(), rows < kRows ? 1 : kUnits)); }
+static int score_groups(const Bank& router, int rows, bool tiled) {
+  return int(ceil_div(router.units(), rows < kRows ? 1 : tiled ? split_units(router) : kUnits));
+}
 
 int Run::score_jobs(Tokens tile) const {
-  return c_.router && capacity_ ? int(ceil_div(tile.count, kRows)) * score_groups(*c_.router, tile.count) : 0;
+  if (!c_.router || !capacity_) return 0;
+  return int(ceil_div(tile.count, score_rows())) * score_groups(*c_.router, tile.count, tiled_scores_);
 }
 
 void Run::score(Tokens tile, int job, int thread) {
-  const int units = c_.router->units(), row_groups = int(ceil_div(tile.count, kRows));
-  const int unit_groups = score_groups(*c_.router, tile.count), g = job % unit_groups, r = job / unit_groups;
+  const int units = c_.router->units(), row_groups = int(ceil_div(tile.count, score_rows()));
+  const int unit_groups = score_groups(*c_.router, tile.count, tiled_scores_), g = job % unit_groups, r = job / unit_groups;
   const int row = tile.count * r / row_groups, end = tile.count * (r + 1) / row_groups;
   const int unit = units * g / unit_groups;
-  const char* x[kRows];
-  char* out[kRows];
+  const char* x[kScoreRows];
+  char* out[kScoreRows];
   for (int t = row; t < end; ++t) {
-    x[t - row] = row32(tile, t);
+    x[t - row] = tiled_scores_ ? expert_row(tile, t) : row32(tile, t);
     out[t - row] = reinterpret_cast<char*>(ws_.scores.as<float>() + int64_t(t) * score_stride_ + unit * kLanes);
   }
-  k_.up({c_.router, 0, unit, units * (g + 1) / unit_groups, end - row, x, thread_sums(thread), out, nullptr, false});
+  k_.up({c_.router, 0, unit, units * (g + 1) / unit_groups, end - row, x, thread_sums(thread), out, nullptr,
+         tiled_scores_});
 }
 
 // Chosen experts of one token, without gaps; returns their number.

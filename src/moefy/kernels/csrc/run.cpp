@@ -44,7 +44,8 @@ Run::Run(const Call& call, Workspace& workspace)
   const Bank* weights = weights_of(c_);
   weighted_ = capacity_ && (c_.gate_weights || c_.expert_scale);
   const int group = weights && weights->type == Weights::bf16 ? 4 : 2;  // k values that are read at once
-  copy32_ = (!dot_ || c_.router) && (c_.bf16 || c_.x_column != 1 || c_.width % group != 0);
+  tiled_scores_ = tiled_ && dot_ && c_.router && c_.router->type == Weights::f32;
+  copy32_ = (!dot_ || (c_.router && !tiled_scores_)) && (c_.bf16 || c_.x_column != 1 || c_.width % group != 0);
   copy16_ = dot_ && (!tiled_ || c_.x_column != 1);
   hidden_bytes_ = hidden_bytes(tiled_, dot_);
   joined_ = capacity_ && c_.routed->joined;
@@ -96,8 +97,9 @@ void Run::reserve(int threads) {
   sums_floats_ = int64_t(kRows) * kUnits * 4 * kLanes;
   if (tiled_) sums_floats_ = std::max(sums_floats_, int64_t(kTiledRows) * most_units(true) * 4 * kNeurons);
   if (tiled_) sums_floats_ += tile_scratch(c_.width, dot_) / 4;
+  if (tiled_scores_) sums_floats_ = std::max(sums_floats_, split_scratch(*c_.router) / 4);
   for (const Bank* bank : {c_.routed, c_.shared})
-    if (tiled_ && bank) sums_floats_ = std::max(sums_floats_, row_scratch(bank->down_neurons(), dot_) / 4);
+    if (tiled_ && bank) sums_floats_ = std::max(sums_floats_, row_scratch(bank->down_neurons()) / 4);
   keys_floats_ = 2 * round_up(experts_, kLanes);
   thread_floats_ = round_up(sums_floats_ + keys_floats_ + y_floats_, 1024);
   ws_.threads.reserve(threads * thread_floats_ * 4);
