@@ -66,17 +66,25 @@ struct DownDot : UpDot<L> {
   static L input(const char* row, int k, int) { return L::bits32(row + 4 * k); }
 };
 
-// Weights to prefetch while a tile is multiplied: every `every`th line from line `first` on, so that the row tiles of a
-// task share them; none when `every` is 0. A panel is read once per task, by its first row tile, and waited for DRAM
-// there: with the next ones on their way, 256 tokens take 8-18 % less. To L2, since in L1 they would push out what is
-// being worked on: another 6-9 %.
+// Weights to prefetch while tiles are multiplied, shared by the row tiles of a task. A panel is read once per task, by its
+// first row tile, and waited for DRAM there: with the next ones on their way, 256 tokens take 8-18 % less. To L2, since in
+// L1 they would push out what is being worked on: another 6-9 %.
 struct Ahead {
   const char* weights;
-  int first = 0, every = 0;
+  int first, tiles;  // of the row tiles, which one this is; no tiles: nothing is asked for
+  // Small tiles ask at every step, each time `share` bytes further on: most lines several times, which costs less than
+  // the branch that would leave those out (that was 4 % with all of a task in L1, AVX2). Tiles of AVX-512 have more to do
+  // in a step, and ask for every `tiles`th line.
+  static constexpr bool kAlways = Lanes::kTile <= 6;
+  int share;
+
+  Ahead(const char* weights, int tiles, int block)
+      : weights(weights), first(0), tiles(tiles), share(tiles ? int(moefy::ceil_div(block, tiles)) : 0) {}
 };
 
 template <class Format, int R, int P>
-void tile(const Product& job, int row, int panel, Ahead fetch) {
+void tile(const Product& job, int row, int panel, const Ahead& ahead) {
+  const size_t next = job.panel_bytes;
   const char* in[R];
   float* out[R];
   Lanes sum[R][P];
@@ -87,17 +95,18 @@ void tile(const Product& job, int row, int panel, Ahead fetch) {
 #pragma GCC unroll 8
     for (int p = 0; p < P; ++p) sum[r][p] = job.add ? Lanes::load(out[r] + p * kLanes) : Lanes::zero();
   }
-  const char* weights = job.weights + panel * job.panel_bytes;
-  const size_t next = job.panel_bytes;
+  const char* weights = job.weights + panel * next;
   constexpr int line = int(moefy::kAlign) / Format::kBytes;  // blocks of one
-  const int every = fetch.every * line;
-  int wait = every ? fetch.first * line : -1;
-  const char* ahead = fetch.weights;
-  for (int k = 0; k < job.steps; ++k, weights += Format::kBytes, ahead += Format::kBytes) {
-    if (R > 1 && wait-- == 0) {  // with one row the hardware alone reaches the limit of DRAM, and this costs 5-20 %
+  const int every = ahead.tiles * line;
+  int wait = every ? ahead.first * line : -1;
+  const char* fetch = ahead.weights + (Ahead::kAlways ? size_t(ahead.first) * job.steps * ahead.share : 0);
+  const int advance = Ahead::kAlways ? ahead.share : Format::kBytes;
+  for (int k = 0; k < job.steps; ++k, weights += Format::kBytes, fetch += advance) {
+    // With one row the hardware alone reaches the limit of DRAM, and this costs 5-20 %.
+    if (R > 1 && (Ahead::kAlways || wait-- == 0)) {
       wait = every - 1;
 #pragma GCC unroll 8
-      for (int p = 0; p < P; ++p) __builtin_prefetch(ahead + p * next, 0, 2);
+      for (int p = 0; p < P; ++p) __builtin_prefetch(fetch + p * next, 0, 2);
     }
 #pragma GCC unroll 2
     for (int part = 0; part < Format::kParts; ++part) {
@@ -121,7 +130,7 @@ void tile(const Product& job, int row, int panel, Ahead fetch) {
 
 constexpr int kMaxRows = 6, kMaxPanels = 4;
 constexpr size_t kInL1 = 16 << 10;  // weights that share L1 with the rows of a tile
-using TileFunction = void (*)(const Product&, int row, int panel, Ahead ahead);
+using TileFunction = void (*)(const Product&, int row, int panel, const Ahead& ahead);
 
 template <class Format, int R, int P>
 constexpr TileFunction tile_or_none() {
@@ -146,13 +155,33 @@ TileFunction tile_of(int rows, int panels) {
 constexpr int max_rows() { return kMaxRows < Lanes::kTile ? kMaxRows : Lanes::kTile; }
 constexpr int max_panels(int rows) { return Lanes::kTile / rows < kMaxPanels ? Lanes::kTile / rows : kMaxPanels; }
 
-// Row tiles and panel groups are cut evenly: 13 rows run as 5 + 4 + 4, not as 6 + 6 + 1.
-struct Cut {
-  int row_tiles, groups;
-  explicit Cut(const Product& job)
-      : row_tiles(int(moefy::ceil_div(job.rows, max_rows()))),
-        groups(int(moefy::ceil_div(job.panels, max_panels(int(moefy::ceil_div(job.rows, row_tiles)))))) {}
+// `count` things in parts of at most `most`, cut evenly: 13 rows run as 5 + 4 + 4, not as 6 + 6 + 1. The first `longer`
+// parts have one more than `size`.
+struct Even {
+  int parts, size, longer;
+  Even(int count, int most) : parts((count + most - 1) / most), size(count / parts), longer(count - parts * size) {}
+  template <class Do>  // run(first, parts, size of a part) for the longer ones, and for the others
+  void each(const Do& run) const {
+    if (longer) run(0, longer, size + 1);
+    if (parts > longer) run(longer * (size + 1), parts - longer, size);
+  }
 };
+
+// Row tiles run inside a panel group, whose weights stay in L1 or L2.
+template <class Format>
+void multiply_by_panels(const Product& job, Even rows, Even panels, Ahead ahead) {
+  panels.each([&](int first, int groups, int size) {
+    for (int g = 0, panel = first; g < groups; ++g, panel += size) {
+      const int end = panel + size;
+      ahead.weights = end == job.panels ? job.next : job.weights + end * job.panel_bytes;
+      ahead.first = 0;
+      rows.each([&](int row, int tiles, int height) {
+        const TileFunction run = tile_of<Format>(height, size);
+        for (int t = 0; t < tiles; ++t, row += height, ++ahead.first) run(job, row, panel, ahead);
+      });
+    }
+  });
+}
 
 template <class Format>
 void prefetch_panels(const Product& job, const char* ahead, int panels) {
@@ -161,45 +190,33 @@ void prefetch_panels(const Product& job, const char* ahead, int panels) {
       __builtin_prefetch(ahead + p * job.panel_bytes + at);
 }
 
-// Row tiles run inside a panel group, whose weights stay in L1.
-template <class Format>
-void multiply_by_panels(const Product& job, Cut cut) {
-  for (int g = 0, panel = 0; g < cut.groups; ++g) {
-    const int end = job.panels * (g + 1) / cut.groups;
-    const bool last = g + 1 == cut.groups;
-    const char* ahead = last ? job.next : job.weights + end * job.panel_bytes;
-    for (int t = 0, row = 0; t < cut.row_tiles; ++t) {
-      const int rows = job.rows * (t + 1) / cut.row_tiles - row;
-      const int every = Format::kShortPanels || cut.row_tiles > 1 ? cut.row_tiles : 0;
-      tile_of<Format>(rows, end - panel)(job, row, panel, {ahead, t, every});
-      row += rows;
-    }
-    panel = end;
-  }
-}
-
 // Where the weights of all panels stay in L1, as in the down phase of experts of 8, panel groups run inside a row tile:
 // each row of y is walked through once. Experts of 8 take about 5 % less. With one row, tiles do not prefetch, and the
 // panels of the next expert are far away: asking for them here takes 4-23 % off a token of experts of 8.
 template <class Format>
-void multiply_by_rows(const Product& job, Cut cut) {
-  for (int t = 0, row = 0; t < cut.row_tiles; ++t) {
-    const int rows = job.rows * (t + 1) / cut.row_tiles - row;
-    for (int g = 0, panel = 0; g < cut.groups; ++g) {
-      const int end = job.panels * (g + 1) / cut.groups;
-      tile_of<Format>(rows, end - panel)(job, row, panel, {job.next + panel * job.panel_bytes, t, cut.row_tiles});
-      if (job.rows == 1) prefetch_panels<Format>(job, job.next + panel * job.panel_bytes, end - panel);
-      panel = end;
+void multiply_by_rows(const Product& job, Even rows, Even panels, Ahead ahead) {
+  rows.each([&](int row, int tiles, int height) {
+    const int most = panels.longer ? panels.size + 1 : panels.size;
+    const TileFunction longer = tile_of<Format>(height, most), other = tile_of<Format>(height, panels.size);
+    for (int t = 0; t < tiles; ++t, row += height, ++ahead.first) {
+      for (int g = 0, panel = 0; g < panels.parts; ++g) {
+        ahead.weights = job.next + panel * job.panel_bytes;
+        (g < panels.longer ? longer : other)(job, row, panel, ahead);
+        panel += g < panels.longer ? most : panels.size;
+      }
     }
-    row += rows;
-  }
+  });
+  if (job.rows == 1) prefetch_panels<Format>(job, job.next, job.panels);
 }
 
 template <class Format>
 void multiply(const Product& job) {
   if (job.rows == 0 || job.panels == 0) return;
   const bool in_l1 = Format::kShortPanels && job.panels * job.panel_bytes <= kInL1;
-  (in_l1 ? multiply_by_rows<Format> : multiply_by_panels<Format>)(job, Cut(job));
+  const Even rows(job.rows, max_rows()), panels(job.panels, max_panels(rows.longer ? rows.size + 1 : rows.size));
+  const bool fetch = Format::kShortPanels || rows.parts > 1;
+  const Ahead ahead(job.next, fetch ? rows.parts : 0, Format::kBytes);
+  (in_l1 ? multiply_by_rows<Format> : multiply_by_panels<Format>)(job, rows, panels, ahead);
 }
 
 }  // namespace
