@@ -13,6 +13,7 @@ from transformers.activations import ACT2FN
 
 from moefy import kernels
 from moefy.kernels import native
+from moefy.kernels.bound import Bound
 from moefy.routers import ROUTERS, Router
 from moefy.selection import above
 from moefy.types import FFNWeights, LayerSpec, MoefyError, MoEWeights, Partition
@@ -53,6 +54,8 @@ class MoEFFN(nn.Module):
         self.router: Router | None = ROUTERS[spec.router](spec) if spec.router else None
         self._packed: native.PackedFFN | None = None
         self._packed_router: native.PackedRouter | None = None
+        self._bound: Bound | None = None
+        self._bound_top_k = self.top_k
         self._usage: Usage | None = None
 
     @classmethod
@@ -123,9 +126,20 @@ class MoEFFN(nn.Module):
                 return above(scores, self.router.threshold, self.spec.most)  # type: ignore[arg-type]
             return scores.topk(self.top_k, dim=1, sorted=False).indices
 
-    @torch.compiler.disable  # routing is data-dependent: a graph break here, the rest of the model compiles
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(..., D) to (..., D)."""
+        if torch.compiler.is_compiling():
+            return self._break_graph(hidden_states)
+        bound = self._bound
+        if bound is not None and self._bound_runs(bound, hidden_states):
+            return bound(hidden_states)
+        return self._forward(hidden_states)
+
+    @torch.compiler.disable  # routing is data-dependent: a graph break here, the rest of the model compiles
+    def _break_graph(self, hidden_states: Tensor) -> Tensor:
+        return self._forward(hidden_states)
+
+    def _forward(self, hidden_states: Tensor) -> Tensor:
         x = hidden_states.reshape(-1, hidden_states.shape[-1])
         if self._runs_native(x):
             y = self._forward_native(x)
@@ -149,6 +163,16 @@ class MoEFFN(nn.Module):
             and (self.router is None or self.router.ships or not 0 < self.top_k < self.spec.experts)
         )
 
+    def _bound_runs(self, bound: Bound, x: Tensor) -> bool:
+        """Whether what has been prepared is what `_forward` would do."""
+        return (
+            self._usage is None
+            and self.top_k == self._bound_top_k
+            and not torch.is_grad_enabled()
+            and bound.takes(x)
+            and kernels.native_wanted()
+        )
+
     def _forward_native(self, x: Tensor) -> Tensor:
         if self._packed is None:
             self.pack()
@@ -160,9 +184,23 @@ class MoEFFN(nn.Module):
             how |= {"threshold": float(self.router.threshold), "most": self.spec.most}  # type: ignore[arg-type]
         else:
             how |= {"top_k": self.top_k}
-        if self._packed_router is not None:
-            return self._packed.forward(x, router=self._packed_router, **how)
-        return self._packed.forward(x, scores=self.router(x, None), **how)
+        if self._packed_router is None:
+            return self._packed.forward(x, scores=self.router(x, None), **how)
+        self._bind(self._packed, self._packed_router, self.router, x.dtype)
+        return self._packed.forward(x, router=self._packed_router, **how)
+
+    def _bind(
+        self, packed: native.PackedFFN, packed_router: native.PackedRouter, router: Router, dtype: torch.dtype
+    ) -> None:
+        """Prepare the calls that follow on inputs of this type."""
+        ready = self._bound is not None and self._bound.dtype == dtype and self._bound_top_k == self.top_k
+        if ready or not Bound.possible(packed, dtype):
+            return
+        if self.spec.most:
+            routing: dict[str, Any] = {"threshold": router.threshold, "most": self.spec.most}
+        else:
+            routing = {"top_k": self.top_k}
+        self._bound, self._bound_top_k = Bound(packed, packed_router, dtype, **routing), self.top_k
 
     @torch.no_grad()
     def pack(self, precision: str | None = None) -> None:
@@ -198,7 +236,7 @@ class MoEFFN(nn.Module):
         for name, tensor in packed.unpack().items():
             parameter = getattr(self, name)
             parameter.data = tensor.to(parameter.dtype)
-        self._packed = self._packed_router = None
+        self._packed = self._packed_router = self._bound = None
 
     def packed_bytes(self) -> int:
         """Bytes of packed memory, the packed router's copy included; 0 when not packed."""

@@ -321,12 +321,7 @@ class PackedFFN:
         if chosen_out is not None:
             chosen_out.append(torch.full((tokens, capacity), -1, dtype=torch.int32))
         valid = _native.forward(
-            self.isa,
-            routed.packed if routed else None,
-            self._shared.packed if self._shared else None,
-            router._bank.packed if router and routed else None,
-            _address(self._bias),
-            self.width,
+            *self._fixed(routed, router),
             x.data_ptr(),
             x.stride(0),
             x.stride(1),
@@ -351,13 +346,27 @@ class PackedFFN:
             )
         return y.to(dtype)
 
+    def _fixed(self, routed: _Bank | None, router: PackedRouter | None) -> tuple[Any, ...]:
+        """The arguments of the extension's forward that are the same in every call."""
+        return (
+            self.isa,
+            routed.packed if routed else None,
+            self._shared.packed if self._shared else None,
+            router._bank.packed if router and routed else None,
+            _address(self._bias),
+            self.width,
+        )
+
     def _input(self, x: Tensor) -> Tensor:
         if x.ndim != 2 or x.shape[1] != self.width:
             raise ValueError(f"x must be (T, {self.width}): {tuple(x.shape)}")
         if x.requires_grad and torch.is_grad_enabled():
             raise RuntimeError("the native kernel has no gradients; use torch.no_grad() or the torch kernel")
+        return x if self._takes(x.dtype) else x.float()
+
+    def _takes(self, dtype: torch.dtype) -> bool:
         widen = self.precision == "fp32" and self._stored == "bf16"  # else hidden values would be rounded to bf16
-        return x if x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and not widen) else x.float()
+        return dtype == torch.float32 or (dtype == torch.bfloat16 and not widen)
 
     def _check_counts(self, counts: Tensor | None) -> None:
         if counts is None:

@@ -1,0 +1,106 @@
+"""The prepared native call of a layer (kernels/bound.py) against the one that checks its arguments."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import moefy
+from moefy import kernels
+from moefy.construct import construct
+from moefy.kernels.bound import Bound
+from moefy.moe import MoEFFN, usage
+from moefy.routers import ROUTERS
+from native_problem import needs_native
+from test_construct import make_stats
+
+pytestmark = needs_native
+
+
+def build(most=0, router="linear"):
+    """A layer of 4 experts of which 2 are taken, or by threshold up to `most`; its inputs."""
+    stats, x = make_stats(activation="silu", bias=router == "linear")
+    recipe = moefy.Recipe(construction="activation", router=router, experts=6, shared=2, active=2)
+    spec = replace(recipe.layer_spec(stats.ffn, "ffn"), most=most)
+    partition = construct("activation", spec, stats, seed=0)
+    made = ROUTERS[router].build(spec, partition, stats, 0)
+    if most:
+        made.threshold.fill_(made(x, None).median())
+    return MoEFFN.from_dense(stats.ffn, partition, spec, made).requires_grad_(False), x
+
+
+@pytest.fixture
+def prepared(monkeypatch):
+    """How many calls were made by `Bound`, as a list that grows."""
+    calls = []
+    once = Bound.__call__
+    monkeypatch.setattr(Bound, "__call__", lambda self, x: calls.append(1) or once(self, x))
+    return calls
+
+
+@pytest.mark.parametrize("most", [0, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("router", ["linear", "representative"])
+@torch.no_grad()
+def test_equals_the_call_that_checks(most, dtype, router, prepared):
+    moe, x = build(most, router)
+    moe, x = moe.to(dtype), x.to(dtype)
+    first = moe(x)
+    assert not prepared
+    assert torch.equal(moe(x), first)
+    assert torch.equal(moe(x[:, None, :]), first[:, None, :])
+    assert moe(x[:0]).shape == (0, x.shape[1])
+    assert torch.equal(moe(x[:1]), first[:1])
+    assert len(prepared) == 4
+
+
+@torch.no_grad()
+def test_other_inputs_take_the_other_call(prepared):
+    moe, x = build()
+    expected = moe(x)
+    assert torch.equal(moe(x.T.contiguous().T), expected)
+    assert moe(x.bfloat16()).dtype == torch.bfloat16
+    with pytest.raises(ValueError, match=r"x must be \(T, 16\)"):
+        moe(x[:, :8].contiguous())
+    with kernels.using("reference"):
+        torch.testing.assert_close(moe(x), expected, rtol=1e-4, atol=1e-4)
+    moe(x)
+    with torch.enable_grad():
+        moe(x.clone().requires_grad_()).sum().backward()
+    assert not prepared
+
+
+@torch.no_grad()
+def test_follows_what_changes(prepared):
+    moe, x = build(most=3)
+    before = moe(x)
+    moe.router.threshold.fill_(-1e9)
+    every = moe(x)
+    assert prepared
+    assert not torch.equal(every, before)
+    with usage(moe) as used:
+        assert torch.equal(moe(x), every)
+    assert used[""].counts.sum() == 3 * len(x)
+
+    moe, x = build()
+    before = moe(x)
+    moe.top_k, count = 3, len(prepared)
+    more = moe(x)
+    assert len(prepared) == count
+    assert not torch.equal(more, before)
+    assert torch.equal(moe(x), more)
+    assert len(prepared) == count + 1
+    moe.load_state_dict(moe.state_dict())
+    assert torch.equal(moe(x), more)
+    assert len(prepared) == count + 1
+
+
+@torch.no_grad()
+def test_fp32_weights_that_bf16_holds_widen_bf16_inputs(prepared):
+    moe, x = build()
+    moe = moe.to(torch.bfloat16).float()
+    moe.eval()(x)
+    expected = moe._packed.forward(x.bfloat16(), router=moe._packed_router, top_k=2)
+    for _ in range(2):
+        assert torch.equal(moe(x.bfloat16()), expected)
+    assert not prepared
