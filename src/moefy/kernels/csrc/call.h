@@ -11,7 +11,6 @@ constexpr int kUnits = 8;                       // most units of a piece: 96 KB 
 constexpr int most_units(bool tiled) { return tiled ? 2 * kUnits : kUnits; }  // AMX copies x once a piece
 constexpr int64_t kHiddenBytes = 24 << 20;      // hidden values of a token tile stay in a 32 MB L3
 constexpr int64_t kMostTokens = 1024;           // of a tile: weights are read once per tile
-constexpr int kFewTokens = 24;                  // so few that reading the weights takes longer than multiplying
 constexpr int64_t kPieceBytes = 192 << 10;      // weights of a piece when there are few rows
 constexpr int kChunk = 64;                      // tokens that one job of copying, selecting or sorting handles
 

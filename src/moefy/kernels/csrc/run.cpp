@@ -87,12 +87,10 @@ void Run::reserve(int threads) {
   }
   if (c_.shared) ws_.shared_hidden.reserve(int64_t(tile_) * c_.shared->hidden_stride() * hidden_bytes_);
 
-  // Slices of y: as wide as fits, but at least two for every thread; of tokens too when columns are too few. Few tokens
-  // wait for DRAM, and one slice for every thread is read in streams twice as long: 1-3 % less at 16 tokens, more at 64.
+  // Slices of y: as wide as fits, but at least two for every thread; of tokens too when columns are too few.
   const int panels = int(ceil_div(c_.width, kLanes));
   const int wanted = int(ceil_div(panels, std::max<int64_t>(1, slice_bytes() / (int64_t(tile_) * kLanes * 4))));
-  const int shares = tile_ <= kFewTokens ? threads : 2 * threads;
-  column_slices_ = std::min(panels, int(round_up(std::max(wanted, shares), threads)));
+  column_slices_ = std::min(panels, int(round_up(std::max(wanted, 2 * threads), threads)));
   token_slices_ = int(std::clamp<int64_t>(2 * threads / std::max(1, column_slices_), 1, ceil_div(tile_, kRows)));
   y_floats_ = y_stride(int(ceil_div(panels, std::max(1, column_slices_)))) *
               (ceil_div(tile_, token_slices_) + (joined_ ? kJoinedRows : 0));  // slices begin at whole blocks

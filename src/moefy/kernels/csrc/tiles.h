@@ -201,12 +201,13 @@ void multiply_by_rows(const Product& job, Even rows, Even panels, Ahead ahead) {
     for (int t = 0; t < tiles; ++t, row += height, ++ahead.first) {
       for (int g = 0, panel = 0; g < panels.parts; ++g) {
         ahead.weights = job.next + panel * job.panel_bytes;
+        const int size = g < panels.longer ? most : panels.size;
         (g < panels.longer ? longer : other)(job, row, panel, ahead);
-        panel += g < panels.longer ? most : panels.size;
+        if (job.rows == 1) prefetch_panels<Format>(job, ahead.weights, size);
+        panel += size;
       }
     }
   });
-  if (job.rows == 1) prefetch_panels<Format>(job, job.next, job.panels);
 }
 
 template <class Format>
