@@ -10,7 +10,8 @@ weights); the figures are medians over rounds. Columns:
   ms, x      native, speedup over F.linear   x best       over the best dense path
   share      time of the active share of the native kernel run densely, over the time it takes
   floor      time the active weights need from DRAM, or the multiply-adds at full rate, over the time it takes
-  route      what router, selection and sorting take of the call
+  route      what router, selection and sorting take of a call. With and without them it is `PackedFFN.forward`, which
+             checks its arguments; the calls of the other columns are prepared, as a layer's are (kernels/bound.py)
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moefy.kernels import native
+from moefy.kernels.bound import Bound
 
 
 @dataclass(frozen=True)
@@ -100,10 +102,14 @@ class Layer:
             options = {"activation": activation, "precision": precision, "isa": isa}
             self.packed[precision] = native.PackedFFN(**experts, **shared, **options)
             self.native_dense[precision] = native.PackedFFN(**none, **every, **options)
+        self.calls = {
+            name: Bound(self.packed[NATIVE[name][0]], self.router, NATIVE[name][1], top_k=shape.K)
+            for name in contenders
+        }
         self.paths = dense_paths(self.linear, tokens) if dense else {}
 
-    def sparse(self, name: str, x: Tensor) -> Tensor:
-        return self.packed[NATIVE[name][0]].forward(x, router=self.router, top_k=self.shape.K)
+    def routed(self, precision: str, x: Tensor) -> Tensor:
+        return self.packed[precision].forward(x, router=self.router, top_k=self.shape.K)
 
 
 def dense_paths(weights: tuple[list[Tensor], Tensor], tokens: int) -> dict[str, Callable[[Tensor], Tensor]]:
@@ -169,7 +175,8 @@ def run(shape: Shape, tokens: int, isa: str, names: list[str], args: argparse.Na
         pairs = list(zip(layers, xs, strict=True))
         chosen = [l.packed[precision].forward_with_chosen(x, router=l.router, top_k=shape.K)[1] for l, x in pairs]
         given = list(zip(layers, xs, chosen, strict=True))
-        contenders["native " + name] = [lambda l=l, x=x, n=name: l.sparse(n, x) for l, x in pairs]
+        contenders["native " + name] = [lambda l=l, x=x, n=name: l.calls[n](x) for l, x in pairs]
+        contenders["routed " + name] = [lambda l=l, x=x, p=precision: l.routed(p, x) for l, x in pairs]
         contenders["given " + name] = [
             lambda l=l, x=x, c=c, p=precision: l.packed[p].forward(x, chosen=c) for l, x, c in given
         ]
@@ -192,7 +199,7 @@ def report(shape: Shape, tokens: int, isa: str, args: argparse.Namespace, peak: 
             "quantile": args.quantile,
             "active": shape.active, "dense_seconds": dense, "native_dense_seconds": found["dense " + name],
             "share_of_own_dense": shape.active * found["dense " + name] / seconds,
-            "routing_share": 1 - found["given " + name] / seconds,
+            "routing_share": 1 - found["given " + name] / found["routed " + name],
         }  # fmt: skip
         cells = [f"{shape.name:36}", f"{tokens:5}", f"{name:13}"]
         if best:
