@@ -23,15 +23,18 @@ struct Product {
 struct UpF32 {
   static constexpr int kBytes = 64, kParts = 1, kInputBytes = 8;  // of one block
   static constexpr bool kShortPanels = false;
+  static constexpr bool kWide = true;  // of four bytes: with few rows they take longer to arrive than to multiply
   static Lanes weights(const char* w, int) { return Lanes::load_f32(w); }
   static Lanes input(const char* row, int k, int) { return Lanes::pair(reinterpret_cast<const float*>(row) + 2 * k); }
   static Lanes multiply(Lanes x, Lanes w, Lanes sum) { return Lanes::fma(x, w, sum); }
 };
 struct UpI8 : UpF32 {
+  static constexpr bool kWide = false;
   static constexpr int kBytes = 16;
   static Lanes weights(const char* w, int) { return Lanes::load_i8(w); }
 };
 struct UpBf16 : UpF32 {
+  static constexpr bool kWide = false;
   static constexpr int kParts = 2, kInputBytes = 16;
   static Lanes weights(const char* w, int part) { return part ? Lanes::load_bf16_high(w) : Lanes::load_bf16_low(w); }
   static Lanes input(const char* row, int k, int part) { return UpF32::input(row, 2 * k + part, 0); }
@@ -54,7 +57,7 @@ struct DownBf16 : UpBf16 {
 template <class L>
 struct UpDot {
   static constexpr int kBytes = 64, kParts = 1, kInputBytes = 8;
-  static constexpr bool kShortPanels = false;
+  static constexpr bool kShortPanels = false, kWide = false;
   static L weights(const char* w, int) { return L::bits(w); }
   static L input(const char* row, int k, int) { return L::bits64(row + 8 * k); }
   static L multiply(L x, L w, L sum) { return L::dot(x, w, sum); }
@@ -66,15 +69,15 @@ struct DownDot : UpDot<L> {
   static L input(const char* row, int k, int) { return L::bits32(row + 4 * k); }
 };
 
-// Weights to prefetch while tiles are multiplied, shared by the row tiles of a task. A panel is read once per task, by its
-// first row tile, and waited for DRAM there: with the next ones on their way, 256 tokens take 8-18 % less. To L2, since in
-// L1 they would push out what is being worked on: another 6-9 %.
+// Weights to prefetch while tiles are multiplied, shared by the row tiles of a task. A panel is read once per task, by
+// its first row tile, and waited for DRAM there: with the next ones on their way, 256 tokens take 8-18 % less. To L2,
+// since in L1 they would push out what is being worked on: another 6-9 %.
 struct Ahead {
   const char* weights;
   int first, tiles;  // of the row tiles, which one this is; no tiles: nothing is asked for
   // Small tiles ask at every step, each time `share` bytes further on: most lines several times, which costs less than
-  // the branch that would leave those out (that was 4 % with all of a task in L1, AVX2). Tiles of AVX-512 have more to do
-  // in a step, and ask for every `tiles`th line.
+  // the branch that would leave those out (4 % with all of a task in L1, AVX2). Tiles of AVX-512 have more to do in a
+  // step, and ask for every `tiles`th line.
   static constexpr bool kAlways = Lanes::kTile <= 6;
   int share;
 
