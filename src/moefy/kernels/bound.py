@@ -31,10 +31,11 @@ class Bound:
         routing = {"top_k": top_k} if threshold is None else {"threshold": float(threshold), "most": most}
         packed.forward(torch.zeros(0, packed.width, dtype=dtype), router=router, **routing)  # checks the arguments
         self.dtype, self.width = dtype, packed.width
-        self._owners = packed, router  # their memory is what the addresses below point to
-        self._fixed = packed._fixed(packed._routed, router)
-        self._capacity = packed._capacity(None, top_k, None if threshold is None else 0.0, most)
+        self._owners = packed, router  # their memory is what the call points to
         self._threshold = threshold
+        capacity = packed._capacity(None, top_k, None if threshold is None else 0.0, most)
+        fixed = packed._fixed(packed._routed, router, capacity, threshold is not None)
+        self._call = native._native.Prepared(*fixed, dtype == torch.bfloat16)
 
     @staticmethod
     def possible(packed: native.PackedFFN, dtype: torch.dtype) -> bool:
@@ -46,24 +47,6 @@ class Bound:
 
     def __call__(self, x: Tensor) -> Tensor:
         y = torch.empty_like(x)
-        native._native.forward(
-            *self._fixed,
-            x.data_ptr(),
-            self.width,
-            1,
-            self.dtype == torch.bfloat16,
-            y.data_ptr(),
-            x.numel() // self.width,
-            0,
-            0,
-            self._capacity,
-            self._threshold is not None,
-            0.0 if self._threshold is None else self._threshold.item(),
-            0,
-            0,
-            0,
-            0,
-            0,
-            torch.get_num_threads(),
-        )
+        threshold = 0.0 if self._threshold is None else self._threshold.item()
+        self._call(x.data_ptr(), y.data_ptr(), x.numel() // self.width, threshold, torch.get_num_threads())
         return y

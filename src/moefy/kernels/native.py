@@ -321,7 +321,7 @@ class PackedFFN:
         if chosen_out is not None:
             chosen_out.append(torch.full((tokens, capacity), -1, dtype=torch.int32))
         valid = _native.forward(
-            *self._fixed(routed, router),
+            *self._fixed(routed, router, capacity, threshold is not None),
             x.data_ptr(),
             x.stride(0),
             x.stride(1),
@@ -330,8 +330,6 @@ class PackedFFN:
             tokens,
             _address(chosen),
             _address(scores),
-            capacity,
-            threshold is not None,
             threshold or 0.0,
             least,
             _address(gate_weights),
@@ -346,8 +344,8 @@ class PackedFFN:
             )
         return y.to(dtype)
 
-    def _fixed(self, routed: _Bank | None, router: PackedRouter | None) -> tuple[Any, ...]:
-        """The arguments of the extension's forward that are the same in every call."""
+    def _fixed(self, routed: _Bank | None, router: PackedRouter | None, capacity: int, by_threshold: bool) -> tuple:
+        """The extension's arguments that are the same in every call of a layer."""
         return (
             self.isa,
             routed.packed if routed else None,
@@ -355,6 +353,8 @@ class PackedFFN:
             router._bank.packed if router and routed else None,
             _address(self._bias),
             self.width,
+            capacity,
+            by_threshold,
         )
 
     def _input(self, x: Tensor) -> Tensor:

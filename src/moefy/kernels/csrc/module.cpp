@@ -24,11 +24,9 @@ std::vector<std::string> names() {
   return {found, found + count};
 }
 
-bool call(const std::string& isa, const PackedBank* routed, const PackedBank* shared, const PackedBank* router,
-          uintptr_t down_bias, int width, uintptr_t x, int64_t x_row, int64_t x_column, bool bf16, uintptr_t y,
-          int64_t tokens, uintptr_t chosen, uintptr_t scores, int capacity, bool by_threshold, float threshold,
-          int least, uintptr_t gate_weights, uintptr_t expert_scale, uintptr_t chosen_out, uintptr_t counts_out,
-          int threads) {
+// What is the same in every call of a layer.
+Call of_layer(const std::string& isa, const PackedBank* routed, const PackedBank* shared, const PackedBank* router,
+              uintptr_t down_bias, int width, int capacity, bool by_threshold) {
   Call c;
   c.kernels = kernels(isa.c_str());
   if (!c.kernels) throw nb::value_error("this machine has no such instruction set");
@@ -37,12 +35,21 @@ bool call(const std::string& isa, const PackedBank* routed, const PackedBank* sh
   c.router = router ? &router->bank() : nullptr;
   c.down_bias = pointer<const float>(down_bias);
   c.width = width;
+  c.capacity = capacity;
+  c.rule = {capacity, by_threshold, 0, 0, capacity};
+  return c;
+}
+
+bool call(const std::string& isa, const PackedBank* routed, const PackedBank* shared, const PackedBank* router,
+          uintptr_t down_bias, int width, int capacity, bool by_threshold, uintptr_t x, int64_t x_row, int64_t x_column,
+          bool bf16, uintptr_t y, int64_t tokens, uintptr_t chosen, uintptr_t scores, float threshold, int least,
+          uintptr_t gate_weights, uintptr_t expert_scale, uintptr_t chosen_out, uintptr_t counts_out, int threads) {
+  Call c = of_layer(isa, routed, shared, router, down_bias, width, capacity, by_threshold);
   c.x = pointer<const void>(x), c.x_row = x_row, c.x_column = x_column, c.bf16 = bf16;
   c.y = pointer<void>(y), c.tokens = tokens;
   c.chosen = pointer<const int32_t>(chosen);
   c.scores = pointer<const float>(scores);
-  c.capacity = capacity;
-  c.rule = {capacity, by_threshold, threshold, least, capacity};
+  c.rule.threshold = threshold, c.rule.least = least;
   c.gate_weights = pointer<const float>(gate_weights);
   c.expert_scale = pointer<const float>(expert_scale);
   c.chosen_out = pointer<int32_t>(chosen_out);
@@ -52,15 +59,39 @@ bool call(const std::string& isa, const PackedBank* routed, const PackedBank* sh
   return forward(c);
 }
 
+// A layer's call with only what changes: contiguous rows of x, and the threshold.
+struct Prepared {
+  Call layer;
+  void run(uintptr_t x, uintptr_t y, int64_t tokens, float threshold, int threads) const {
+    Call c = layer;
+    c.x = pointer<const void>(x), c.y = pointer<void>(y), c.tokens = tokens;
+    c.rule.threshold = threshold, c.threads = threads;
+    nb::gil_scoped_release release;
+    forward(c);
+  }
+};
+
 }  // namespace
 
 NB_MODULE(_native, m) {
   m.def("instruction_sets", names);
   m.def("tiled", [](const std::string& isa) { return kernels(isa.c_str()) && kernels(isa.c_str())->tiled; }, "isa"_a);
   m.def("forward", call, "isa"_a, "routed"_a.none(), "shared"_a.none(), "router"_a.none(), "down_bias"_a, "width"_a,
-        "x"_a, "x_row"_a, "x_column"_a, "bf16"_a, "y"_a, "tokens"_a, "chosen"_a, "scores"_a, "capacity"_a,
-        "by_threshold"_a, "threshold"_a, "least"_a, "gate_weights"_a, "expert_scale"_a, "chosen_out"_a, "counts_out"_a,
+        "capacity"_a, "by_threshold"_a, "x"_a, "x_row"_a, "x_column"_a, "bf16"_a, "y"_a, "tokens"_a, "chosen"_a,
+        "scores"_a, "threshold"_a, "least"_a, "gate_weights"_a, "expert_scale"_a, "chosen_out"_a, "counts_out"_a,
         "threads"_a);
+  nb::class_<Prepared>(m, "Prepared")
+      .def(
+          "__init__",
+          [](Prepared* self, const std::string& isa, const PackedBank* routed, const PackedBank* shared,
+             const PackedBank* router, uintptr_t down_bias, int width, int capacity, bool by_threshold, bool bf16) {
+            Call c = of_layer(isa, routed, shared, router, down_bias, width, capacity, by_threshold);
+            c.x_row = width, c.x_column = 1, c.bf16 = bf16;
+            new (self) Prepared{c};
+          },
+          "isa"_a, "routed"_a, "shared"_a.none(), "router"_a, "down_bias"_a, "width"_a, "capacity"_a, "by_threshold"_a,
+          "bf16"_a, nb::keep_alive<1, 3>(), nb::keep_alive<1, 4>(), nb::keep_alive<1, 5>())
+      .def("__call__", &Prepared::run, "x"_a, "y"_a, "tokens"_a, "threshold"_a, "threads"_a);
   nb::class_<PackedBank>(m, "Bank")
       .def(
           "__init__",
