@@ -10,8 +10,9 @@ weights); the figures are medians over rounds. Columns:
   ms, x      native, speedup over F.linear   x best       over the best dense path
   share      time of the active share of the native kernel run densely, over the time it takes
   floor      time the active weights need from DRAM, or the multiply-adds at full rate, over the time it takes
-  route      what router, selection and sorting take of a call. With and without them it is `PackedFFN.forward`, which
-             checks its arguments; the calls of the other columns are prepared, as a layer's are (kernels/bound.py)
+  route      what router, selection and sorting take of a call
+The calls of `ms` are prepared, as a layer's are (kernels/bound.py); those that `share` and `route` compare check their
+arguments (`PackedFFN.forward`).
 """
 
 from __future__ import annotations
@@ -198,7 +199,7 @@ def report(shape: Shape, tokens: int, isa: str, args: argparse.Namespace, peak: 
             "shape": asdict(shape), "tokens": tokens, "isa": isa, "contender": name, "seconds": seconds,
             "quantile": args.quantile,
             "active": shape.active, "dense_seconds": dense, "native_dense_seconds": found["dense " + name],
-            "share_of_own_dense": shape.active * found["dense " + name] / seconds,
+            "share_of_own_dense": shape.active * found["dense " + name] / found["routed " + name],
             "routing_share": 1 - found["given " + name] / found["routed " + name],
         }  # fmt: skip
         cells = [f"{shape.name:36}", f"{tokens:5}", f"{name:13}"]

@@ -82,6 +82,11 @@ def test_follows_what_changes(prepared):
         assert torch.equal(moe(x), every)
     assert used[""].counts.sum() == 3 * len(x)
 
+    moe.router.threshold = torch.nn.Parameter(torch.tensor(1e9), requires_grad=False)
+    none = moe(x)
+    assert not torch.equal(none, every)
+    assert torch.equal(moe(x), none)
+
     moe, x = build()
     before = moe(x)
     moe.top_k, count = 3, len(prepared)
@@ -104,3 +109,19 @@ def test_fp32_weights_that_bf16_holds_widen_bf16_inputs(prepared):
     for _ in range(2):
         assert torch.equal(moe(x.bfloat16()), expected)
     assert not prepared
+
+
+@torch.no_grad()
+def test_is_what_a_compiled_model_runs(prepared):
+    moe, x = build()
+    compiled = torch.compile(moe, backend="eager")
+    expected = compiled(x)
+    assert torch.equal(compiled(x), expected)
+    assert len(prepared) == 1
+
+
+def test_refuses_inputs_that_need_a_conversion():
+    moe, x = build()
+    moe(x)
+    with pytest.raises(ValueError, match="conversion"):
+        Bound(moe._packed, moe._packed_router, torch.float16, top_k=2)

@@ -55,7 +55,7 @@ class MoEFFN(nn.Module):
         self._packed: native.PackedFFN | None = None
         self._packed_router: native.PackedRouter | None = None
         self._bound: Bound | None = None
-        self._bound_top_k = self.top_k
+        self._bound_for: tuple[int, Router, Tensor | None] | None = None
         self._usage: Usage | None = None
 
     @classmethod
@@ -130,16 +130,16 @@ class MoEFFN(nn.Module):
         """(..., D) to (..., D)."""
         if torch.compiler.is_compiling():
             return self._break_graph(hidden_states)
-        bound = self._bound
-        if bound is not None and self._bound_runs(bound, hidden_states):
-            return bound(hidden_states)
-        return self._forward(hidden_states)
+        return self._run(hidden_states)
 
     @torch.compiler.disable  # routing is data-dependent: a graph break here, the rest of the model compiles
     def _break_graph(self, hidden_states: Tensor) -> Tensor:
-        return self._forward(hidden_states)
+        return self._run(hidden_states)
 
-    def _forward(self, hidden_states: Tensor) -> Tensor:
+    def _run(self, hidden_states: Tensor) -> Tensor:
+        bound = self._bound
+        if bound is not None and self._bound_runs(bound, hidden_states):
+            return bound(hidden_states)
         x = hidden_states.reshape(-1, hidden_states.shape[-1])
         if self._runs_native(x):
             y = self._forward_native(x)
@@ -164,10 +164,10 @@ class MoEFFN(nn.Module):
         )
 
     def _bound_runs(self, bound: Bound, x: Tensor) -> bool:
-        """Whether what has been prepared is what `_forward` would do."""
+        """Whether what has been prepared is what the checked call would do."""
         return (
             self._usage is None
-            and self.top_k == self._bound_top_k
+            and self._bound_fits()
             and not torch.is_grad_enabled()
             and bound.takes(x)
             and kernels.native_wanted()
@@ -189,18 +189,27 @@ class MoEFFN(nn.Module):
         self._bind(self._packed, self._packed_router, self.router, x.dtype)
         return self._packed.forward(x, router=self._packed_router, **how)
 
+    def _bound_fits(self) -> bool:
+        """Whether what the prepared call was made for is still what this layer has."""
+        if self._bound_for is None:
+            return False
+        top_k, router, threshold = self._bound_for
+        now = self._modules["router"]  # attributes of a module that are modules are looked up slowly
+        return self.top_k == top_k and now is router and now._parameters.get("threshold") is threshold
+
     def _bind(
         self, packed: native.PackedFFN, packed_router: native.PackedRouter, router: Router, dtype: torch.dtype
     ) -> None:
         """Prepare the calls that follow on inputs of this type."""
-        ready = self._bound is not None and self._bound.dtype == dtype and self._bound_top_k == self.top_k
+        ready = self._bound is not None and self._bound.dtype == dtype and self._bound_fits()
         if ready or not Bound.possible(packed, dtype):
             return
         if self.spec.most:
             routing: dict[str, Any] = {"threshold": router.threshold, "most": self.spec.most}
         else:
             routing = {"top_k": self.top_k}
-        self._bound, self._bound_top_k = Bound(packed, packed_router, dtype, **routing), self.top_k
+        self._bound = Bound(packed, packed_router, dtype, **routing)
+        self._bound_for = (self.top_k, router, router.threshold)
 
     @torch.no_grad()
     def pack(self, precision: str | None = None) -> None:
@@ -236,7 +245,7 @@ class MoEFFN(nn.Module):
         for name, tensor in packed.unpack().items():
             parameter = getattr(self, name)
             parameter.data = tensor.to(parameter.dtype)
-        self._packed = self._packed_router = self._bound = None
+        self._packed = self._packed_router = self._bound = self._bound_for = None
 
     def packed_bytes(self) -> int:
         """Bytes of packed memory, the packed router's copy included; 0 when not packed."""

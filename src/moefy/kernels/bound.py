@@ -13,9 +13,10 @@ from moefy.kernels import native
 
 
 class Bound:
-    """`packed.forward(x, router=..., top_k=...)`, or with the `threshold` () float32 and `most`, for inputs (..., D).
+    """`packed.forward(x, router=..., top_k=...)`, or with a `threshold` and `most`, for inputs (..., D).
 
-    The threshold is read anew in every call. Only for inputs of `dtype` that `takes` agrees to.
+    The threshold () is a tensor that is read anew in every call. Only for inputs that `takes` agrees to; a ValueError
+    for a `dtype` that needs a conversion.
     """
 
     def __init__(
@@ -28,6 +29,8 @@ class Bound:
         threshold: Tensor | None = None,
         most: int | None = None,
     ) -> None:
+        if not self.possible(packed, dtype):
+            raise ValueError(f"inputs of {dtype} need a conversion, or there are no experts: use PackedFFN.forward")
         routing = {"top_k": top_k} if threshold is None else {"threshold": float(threshold), "most": most}
         packed.forward(torch.zeros(0, packed.width, dtype=dtype), router=router, **routing)  # checks the arguments
         self.dtype, self.width = dtype, packed.width

@@ -19,7 +19,7 @@ enum class Weights : int { f32, bf16, i8 };
 
 constexpr int kLanes = 16;     // values in a block
 constexpr int kNeurons = 8;    // neurons in an up panel
-constexpr int kRows = 48;      // rows of one task: x of a k chunk stays in L2, and 48 = 8 tiles of 6 rows
+constexpr int kRows = 48;      // rows of one task: x of a k chunk stays in L2 of 512 KB, and 48 = 8 tiles of 6 rows
 constexpr int kTiledRows = 64;  // the same for AMX: 2 pairs of tiles of 16 rows
 constexpr int kScoreRows = 128;  // the same for the scores of bf16 inputs in AMX, which split the router once a task
 constexpr int kRowPanels = 4;  // up panels that are read at once for a single row

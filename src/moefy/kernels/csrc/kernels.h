@@ -40,18 +40,20 @@ void multiply_in_turns(Product job, int chunks) {
 
 template <class Format>
 void multiply_in_chunks(Product job) {
+  if (job.rows == 0 || job.panels == 0) return;
   if (job.rows > max_rows()) return multiply_in_turns<Format>(job, int(ceil_div(job.steps, kChunk)));
   const int turns = int(ceil_div(size_t(job.steps) * Format::kBytes, kTurn));
   const bool few_streams = max_panels(job.rows) <= kStreams / 2 && job.panels > 1;
   if (!Format::kWide || !few_streams || turns < 2 * kStreams) return multiply<Format>(job);
   const int panels = job.panels;
-  const char* weights = job.weights;
+  const char *weights = job.weights, *next = job.next;
   float* const* all = job.out;
   float* out[kMaxRows];
   job.out = out;
   for (int p = 0; p < panels; p += kStreams) {
     job.panels = panels - p < kStreams ? panels - p : kStreams;
     job.weights = weights + p * job.panel_bytes;
+    job.next = p + kStreams < panels ? job.weights + kStreams * job.panel_bytes : next;
     for (int r = 0; r < job.rows; ++r) out[r] = all[r] + p * kLanes;
     multiply_in_turns<Format>(job, turns);
   }

@@ -74,12 +74,12 @@ struct DownDot : UpDot<L> {
 // since in L1 they would push out what is being worked on: another 6-9 %.
 struct Ahead {
   const char* weights;
-  int first, tiles;  // of the row tiles, which one this is; no tiles: nothing is asked for
+  int first, tiles;  // of the row tiles, which one this is; none: the panel is left to the hardware
   // Small tiles ask at every step, each time `share` bytes further on: most lines several times, which costs less than
   // the branch that would leave those out (4 % with all of a task in L1, AVX2). Tiles of AVX-512 have more to do in a
   // step, and ask for every `tiles`th line.
   static constexpr bool kAlways = Lanes::kTile <= 6;
-  int share;
+  int share;  // 0 where there are no tiles: the same line again and again
 
   Ahead(const char* weights, int tiles, int block)
       : weights(weights), first(0), tiles(tiles), share(tiles ? int(moefy::ceil_div(block, tiles)) : 0) {}
@@ -162,6 +162,7 @@ constexpr int max_panels(int rows) { return Lanes::kTile / rows < kMaxPanels ? L
 // parts have one more than `size`.
 struct Even {
   int parts, size, longer;
+  int largest() const { return longer ? size + 1 : size; }
   Even(int count, int most) : parts((count + most - 1) / most), size(count / parts), longer(count - parts * size) {}
   template <class Do>  // run(first, parts, size of a part) for the longer ones, and for the others
   void each(const Do& run) const {
@@ -199,12 +200,11 @@ void prefetch_panels(const Product& job, const char* ahead, int panels) {
 template <class Format>
 void multiply_by_rows(const Product& job, Even rows, Even panels, Ahead ahead) {
   rows.each([&](int row, int tiles, int height) {
-    const int most = panels.longer ? panels.size + 1 : panels.size;
-    const TileFunction longer = tile_of<Format>(height, most), other = tile_of<Format>(height, panels.size);
+    const TileFunction longer = tile_of<Format>(height, panels.largest()), other = tile_of<Format>(height, panels.size);
     for (int t = 0; t < tiles; ++t, row += height, ++ahead.first) {
       for (int g = 0, panel = 0; g < panels.parts; ++g) {
         ahead.weights = job.next + panel * job.panel_bytes;
-        const int size = g < panels.longer ? most : panels.size;
+        const int size = g < panels.longer ? panels.largest() : panels.size;
         (g < panels.longer ? longer : other)(job, row, panel, ahead);
         if (job.rows == 1) prefetch_panels<Format>(job, ahead.weights, size);
         panel += size;
@@ -215,9 +215,8 @@ void multiply_by_rows(const Product& job, Even rows, Even panels, Ahead ahead) {
 
 template <class Format>
 void multiply(const Product& job) {
-  if (job.rows == 0 || job.panels == 0) return;
   const bool in_l1 = Format::kShortPanels && job.panels * job.panel_bytes <= kInL1;
-  const Even rows(job.rows, max_rows()), panels(job.panels, max_panels(rows.longer ? rows.size + 1 : rows.size));
+  const Even rows(job.rows, max_rows()), panels(job.panels, max_panels(rows.largest()));
   const bool fetch = Format::kShortPanels || rows.parts > 1;
   const Ahead ahead(job.next, fetch ? rows.parts : 0, Format::kBytes);
   (in_l1 ? multiply_by_rows<Format> : multiply_by_panels<Format>)(job, rows, panels, ahead);
