@@ -252,30 +252,36 @@ int count_above(const int32_t* keys, int count, int32_t limit) {
 }
 
 // The k highest of `keys`; among equal ones the first. Bisection on the key: each step is one vectorised count and
-// it ends when a limit has exactly k above it, after about 10 counts (0.1 us for 128 experts; nth_element takes 1 us).
+// it ends when a limit has exactly k above it, after about 12 counts of 128 keys; 0.25 us with everything, where
+// nth_element takes 1 us. A guess from the scores instead of the middle needs 5 counts, and as long. `chosen` has room
+// for one more than k.
 int highest(const int32_t* keys, int count, int k, int32_t* chosen) {
-  int64_t low = INT32_MAX, high = INT32_MIN;
+  int32_t least = keys[0], most = keys[0];
   for (int i = 0; i < count; ++i) {
-    low = keys[i] < low ? keys[i] : low;
-    high = keys[i] > high ? keys[i] : high;
+    least = keys[i] < least ? keys[i] : least;
+    most = keys[i] > most ? keys[i] : most;
   }
-  low -= 1;  // at least k keys are above low, at most k above high
-  int ties = 0;
-  while (high - low > 1) {
+  int64_t low = int64_t(least) - 1, high = most;  // at least k keys are above low, at most k above high
+  int above_high = 0;
+  while (high - low > 1 && above_high < k) {
     const int64_t middle = low + (high - low) / 2;
     const int above = count_above(keys, count, int32_t(middle));
-    if (above == k) {
-      high = middle;
-      break;
-    }
+    if (above <= k) above_high = above;
     (above > k ? low : high) = middle;
   }
-  ties = k - count_above(keys, count, int32_t(high));
+  const int32_t limit = int32_t(high);
   int found = 0;
-  for (int i = 0; i < count && found < k; ++i) {
-    const bool tie = keys[i] == high && ties > 0;
+  if (above_high == k) {
+    for (int i = 0; i < count; ++i) {
+      chosen[found] = i;
+      found += keys[i] > limit;
+    }
+    return k;
+  }
+  for (int i = 0, ties = k - above_high; i < count && found < k; ++i) {
+    const bool tie = keys[i] == limit && ties > 0;
     chosen[found] = i;
-    found += keys[i] > high || tie;
+    found += keys[i] > limit || tie;
     ties -= tie;
   }
   return found;
