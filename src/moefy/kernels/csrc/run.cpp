@@ -18,17 +18,23 @@ namespace moefy {
 
 namespace {
 
-// A slice of y as small as this is worked on by one thread to its end: for few tokens long reads of weights count, and
-// 1 to 16 tokens take 2-10 % less than with two slices a thread (bf16 weights and experts of 8 gain most). With 128 KB
-// (64 tokens) they take 5-18 % more.
-constexpr int64_t kSmallSlice = 64 << 10;
-
-int64_t slice_bytes() {  // of y in the down phase: half of L2
+int64_t most_slice_bytes() {  // of y in the down phase: half of L2
   static const int64_t bytes = [] {
     const long l2 = sysconf(_SC_LEVEL2_CACHE_SIZE);
     return int64_t(l2 > 0 ? l2 : 512 << 10) / 2;
   }();
   return bytes;
+}
+
+// Panels in a slice of y. 64 KB: up to 32 tokens a thread works on one slice and reads long pieces of weights (1 to 16
+// tokens take 2-10 % less than with two), and more tokens are many slices, with which threads end together though one
+// is slower (128 to 512 tokens take 0-2 % less than with 256 KB, and 2-9 % on a busy machine). But at least four panels
+// and 4 KB of an expert's weights: with less, experts of 8 take 3-6 % more.
+int64_t slice_panels(int64_t panel_bytes, const Bank* routed, bool widest) {
+  const int64_t read = routed ? ceil_div(int64_t(4) << 10, std::max<int64_t>(1, routed->down_panel_bytes())) : 1;
+  const int64_t wide = std::max({(int64_t(64) << 10) / panel_bytes, int64_t(4), read});
+  const int64_t most = std::max<int64_t>(1, most_slice_bytes() / panel_bytes);
+  return widest ? most : std::min(wide, most);
 }
 
 // Rows of y are an odd number of cache lines: the same columns of many rows are worked on one after another.
@@ -92,13 +98,10 @@ void Run::reserve(int threads) {
   }
   if (c_.shared) ws_.shared_hidden.reserve(int64_t(tile_) * c_.shared->hidden_stride() * hidden_bytes_);
 
-  // Slices of y: as wide as fits, but at least two for every thread unless small; of tokens too when columns are few.
-  const int panels = int(ceil_div(c_.width, kLanes));
-  const int64_t panel_bytes = int64_t(tile_) * kLanes * 4;
-  const int wanted = int(ceil_div(panels, std::max<int64_t>(1, slice_bytes() / panel_bytes)));
-  const bool small = !tiled_ && ceil_div(panels, threads) * panel_bytes <= kSmallSlice;  // AMX was measured with two
-  const int least = small ? threads : 2 * threads;
-  column_slices_ = std::min(panels, int(round_up(std::max(wanted, least), threads)));
+  // Slices of y; of tokens too when columns are few. AMX was measured with the widest that fit, two for every thread.
+  const int panels = int(ceil_div(c_.width, kLanes)), least = tiled_ ? 2 * threads : threads;
+  const int64_t wide = slice_panels(int64_t(tile_) * kLanes * 4, c_.routed, tiled_);
+  column_slices_ = std::min(panels, int(round_up(std::max<int64_t>(ceil_div(panels, wide), least), threads)));
   token_slices_ = int(std::clamp<int64_t>(least / std::max(1, column_slices_), 1, ceil_div(tile_, kRows)));
   y_floats_ = y_stride(int(ceil_div(panels, std::max(1, column_slices_)))) *
               (ceil_div(tile_, token_slices_) + (joined_ ? kJoinedRows : 0));  // slices begin at whole blocks
