@@ -10,9 +10,9 @@ weights); the figures are medians over rounds. Columns:
   ms, x      native, speedup over F.linear   x best       over the best dense path
   share      time of the active share of the native kernel run densely, over the time it takes
   floor      time the active weights need from DRAM, or the multiply-adds at full rate, over the time it takes
-  route      what router, selection and sorting take of a call
-The calls of `ms` are prepared, as a layer's are (kernels/bound.py); those that `share` and `route` compare check their
-arguments (`PackedFFN.forward`).
+  route      what router, selection and sorting take of the threads' time in a call, by clocks around the kernel's jobs
+The calls of `ms` are prepared, as a layer's are (kernels/bound.py); those of `share` and `route` check their arguments
+(`PackedFFN.forward`).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -109,8 +110,9 @@ class Layer:
         }
         self.paths = dense_paths(self.linear, tokens) if dense else {}
 
-    def routed(self, precision: str, x: Tensor) -> Tensor:
-        return self.packed[precision].forward(x, router=self.router, top_k=self.shape.K)
+    def routed(self, precision: str, x: Tensor, phases: list[Tensor]) -> Tensor:
+        phases.append(torch.zeros(len(native.PHASES), dtype=torch.int64))
+        return self.packed[precision].forward(x, router=self.router, top_k=self.shape.K, phases=phases[-1])
 
 
 def dense_paths(weights: tuple[list[Tensor], Tensor], tokens: int) -> dict[str, Callable[[Tensor], Tensor]]:
@@ -159,7 +161,17 @@ def measure(
     return {name: sorted(found[2:])[round(quantile * (len(found) - 3))] for name, found in times.items()}
 
 
-def run(shape: Shape, tokens: int, isa: str, names: list[str], args: argparse.Namespace) -> tuple[dict, dict]:
+def routing_share(calls: list[Tensor]) -> float:
+    shares = [
+        sum(ns for phase, ns in zip(native.PHASES, call.tolist(), strict=True) if phase in ("score", "select", "sort"))
+        / int(call.sum())
+        for call in calls
+    ]
+    return statistics.median(shares)
+
+
+def run(shape: Shape, tokens: int, isa: str, names: list[str], args: argparse.Namespace) -> tuple[dict, dict, dict]:
+    """Seconds of each contender, those of the dense paths of torch alone, and the share of routing by contender."""
     layer_bytes = shape.matrices * shape.neurons * shape.D * 4
     count = max(2, round(ROTATE / layer_bytes + 0.5))
     layers = [Layer(shape, tokens, isa, names, dense=not args.no_dense) for _ in range(count)]
@@ -167,6 +179,7 @@ def run(shape: Shape, tokens: int, isa: str, names: list[str], args: argparse.Na
         dtype: [torch.randn(tokens, shape.D).to(dtype) for _ in layers] for dtype in (torch.float32, torch.bfloat16)
     }
     contenders: dict[str, list[Callable[[], object]]] = {}
+    phases: dict[str, list[Tensor]] = {name: [] for name in names}
     for path in layers[0].paths:
         xs = inputs[torch.bfloat16 if "bf16" in path else torch.float32]
         contenders[path] = [lambda l=l, x=x, path=path: l.paths[path](x) for l, x in zip(layers, xs, strict=True)]
@@ -174,24 +187,21 @@ def run(shape: Shape, tokens: int, isa: str, names: list[str], args: argparse.Na
         precision, dtype = NATIVE[name]
         xs = inputs[dtype]
         pairs = list(zip(layers, xs, strict=True))
-        chosen = [l.packed[precision].forward_with_chosen(x, router=l.router, top_k=shape.K)[1] for l, x in pairs]
-        given = list(zip(layers, xs, chosen, strict=True))
         contenders["native " + name] = [lambda l=l, x=x, n=name: l.calls[n](x) for l, x in pairs]
-        contenders["routed " + name] = [lambda l=l, x=x, p=precision: l.routed(p, x) for l, x in pairs]
-        contenders["given " + name] = [
-            lambda l=l, x=x, c=c, p=precision: l.packed[p].forward(x, chosen=c) for l, x, c in given
+        contenders["routed " + name] = [
+            lambda l=l, x=x, p=precision, calls=phases[name]: l.routed(p, x, calls) for l, x in pairs
         ]
         contenders["dense " + name] = [
             lambda l=l, x=x, p=precision: l.native_dense[p].forward(x, top_k=0) for l, x in pairs
         ]
     found = measure(contenders, args.rounds, args.seconds, args.quantile)
     dense = {path: found[path] for path in layers[0].paths}
-    return found, dense
+    return found, dense, {name: routing_share(calls) for name, calls in phases.items()}
 
 
 def report(shape: Shape, tokens: int, isa: str, args: argparse.Namespace, peak: dict | None) -> None:
     names = args.precision
-    found, dense = run(shape, tokens, isa, names, args)
+    found, dense, routing = run(shape, tokens, isa, names, args)
     best = min(dense, key=dense.__getitem__) if dense else None
     for name in names:
         seconds = found["native " + name]
@@ -200,7 +210,7 @@ def report(shape: Shape, tokens: int, isa: str, args: argparse.Namespace, peak: 
             "quantile": args.quantile,
             "active": shape.active, "dense_seconds": dense, "native_dense_seconds": found["dense " + name],
             "share_of_own_dense": shape.active * found["dense " + name] / found["routed " + name],
-            "routing_share": 1 - found["given " + name] / found["routed " + name],
+            "routing_share": routing[name],
         }  # fmt: skip
         cells = [f"{shape.name:36}", f"{tokens:5}", f"{name:13}"]
         if best:

@@ -355,6 +355,7 @@ def test_half_precision_goes_through_fp32() -> None:
         ({"scores": torch.zeros(2, 5), "top_k": 1, "gate_weights": torch.zeros(2, 1)}, "gate_weights"),
         ({"chosen": torch.zeros(2, 1), "expert_scale": torch.zeros(5)}, "expert_scale"),
         ({"scores": torch.zeros(2, 5), "top_k": 1, "counts": torch.zeros(5)}, "counts"),
+        ({"scores": torch.zeros(2, 5), "top_k": 1, "phases": torch.zeros(5, dtype=torch.int64)}, "phases must be"),
     ],
 )
 def test_mistakes_are_told(routing: dict, message: str) -> None:

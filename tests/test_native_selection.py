@@ -33,6 +33,22 @@ def test_top_k_is_that_of_torch(isa: str, E: int) -> None:
 
 
 @pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("T", [1, 17, 1100])  # the last is more than one tile of tokens
+def test_phases_are_timed_and_change_nothing(isa: str, T: int) -> None:
+    problem = Problem(isa=isa)
+    x, router = problem.x(T), native.PackedRouter.linear(problem.router)
+    phases = torch.zeros(len(native.PHASES), dtype=torch.int64)
+    want = problem.packed.forward(x, router=router, top_k=2)
+    assert torch.equal(problem.packed.forward(x, router=router, top_k=2, phases=phases), want)
+    spent = dict(zip(native.PHASES, phases.tolist(), strict=True))
+    assert all(spent[phase] > 0 for phase in ("score", "select", "sort", "up", "down")), spent
+    before = phases.clone()
+    problem.packed.forward(x, scores=x @ problem.router.T, top_k=2, phases=phases)
+    assert phases[native.PHASES.index("score")] == before[native.PHASES.index("score")]
+    assert phases[-1] > before[-1]  # added to, not set
+
+
+@pytest.mark.parametrize("isa", ISAS)
 def test_ties_and_values_without_order(isa: str) -> None:
     problem = Problem(E=40, M=2, D=8, isa=isa)
     x = problem.x(4)

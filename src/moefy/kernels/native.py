@@ -44,6 +44,8 @@ _ACTIVATIONS = {
     "sigmoid": 7,
     "tanh": 8,
 }
+#: What a call does, in this order; `select` and `sort` are the choice of experts and sorting by them.
+PHASES = ("copy", "score", "select", "sort", "up", "down")
 #: The precision that keeps weights of a type exactly.
 PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 _WEIGHTS = {"fp32": 0, "bf16": 1, "int8": 2}
@@ -279,7 +281,8 @@ class PackedFFN:
         - `chosen` (T, K), no expert twice in a row, entries below 0 are none; `gate_weights` (T, K) weights them;
         - `scores` (T, E) or `router`, and then `top_k`, or `threshold` with `least` and `most`.
         `expert_scale` (E,) weights an expert with 1 + softmax(scores) * scale, as CMoE does; it needs scores
-        or a router. `counts` (E,) int64 has the tokens of each expert added to it.
+        or a router. `counts` (E,) int64 has the tokens of each expert added to it, `phases` (6,) int64 the
+        nanoseconds that all threads together spent in each of PHASES.
         """
         chosen: list[Tensor] = []
         y = self._run(x, chosen, **routing)
@@ -307,6 +310,7 @@ class PackedFFN:
         gate_weights: Tensor | None = None,
         expert_scale: Tensor | None = None,
         counts: Tensor | None = None,
+        phases: Tensor | None = None,
     ) -> Tensor:
         dtype, x = x.dtype, self._input(x)
         tokens = x.shape[0]
@@ -316,26 +320,16 @@ class PackedFFN:
             self._check_routing(tokens, router, scores, chosen, gate_weights, expert_scale)
         chosen, scores = _plain(chosen, torch.int32), _plain(scores, torch.float32)
         gate_weights, expert_scale = _plain(gate_weights, torch.float32), _plain(expert_scale, torch.float32)
-        self._check_counts(counts)
+        self._check_added("counts", counts, self.experts)
+        self._check_added("phases", phases, len(PHASES))
         y = torch.empty((tokens, self.width), dtype=x.dtype)
         if chosen_out is not None:
             chosen_out.append(torch.full((tokens, capacity), -1, dtype=torch.int32))
         valid = _native.forward(
             *self._fixed(routed, router, capacity, threshold is not None),
-            x.data_ptr(),
-            x.stride(0),
-            x.stride(1),
-            x.dtype == torch.bfloat16,
-            y.data_ptr(),
-            tokens,
-            _address(chosen),
-            _address(scores),
-            threshold or 0.0,
-            least,
-            _address(gate_weights),
-            _address(expert_scale),
-            _address(chosen_out[-1]) if chosen_out else 0,
-            _address(counts),
+            *(x.data_ptr(), x.stride(0), x.stride(1), x.dtype == torch.bfloat16, y.data_ptr(), tokens),
+            *(_address(chosen), _address(scores), threshold or 0.0, least),
+            *map(_address, (gate_weights, expert_scale, chosen_out[-1] if chosen_out else None, counts, phases)),
             torch.get_num_threads(),
         )
         if not valid:
@@ -368,11 +362,12 @@ class PackedFFN:
         widen = self.precision == "fp32" and self._stored == "bf16"  # else hidden values would be rounded to bf16
         return dtype == torch.float32 or (dtype == torch.bfloat16 and not widen)
 
-    def _check_counts(self, counts: Tensor | None) -> None:
-        if counts is None:
+    @staticmethod
+    def _check_added(name: str, added: Tensor | None, size: int) -> None:
+        if added is None:
             return
-        if counts.dtype != torch.int64 or not counts.is_contiguous() or counts.shape != (self.experts,):
-            raise ValueError(f"counts must be ({self.experts},) int64")
+        if added.dtype != torch.int64 or not added.is_contiguous() or added.shape != (size,):
+            raise ValueError(f"{name} must be ({size},) int64")
 
     def _check_routing(
         self,

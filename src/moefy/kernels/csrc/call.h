@@ -18,14 +18,13 @@ class Run {
  public:
   Run(const Call& call, Workspace& workspace);
   void work(int thread, int threads);
-  bool valid() const { return !invalid_; }
+  bool finish() const;  // once all threads are back
 
  private:
   struct Tokens {  // of a tile, or of a chunk of a tile
     int64_t first;
     int count;
   };
-  enum Phase { kCopy, kScore, kChoose, kScatter, kUp, kDown, kPhases };  // the steps of a tile
 
   Tokens tile_of(int64_t step) const {
     const int64_t first = step / kPhases * tile_;
@@ -84,6 +83,7 @@ class Run {
   int column_slices_ = 1, token_slices_ = 1;
   std::atomic<int> arrived_{0};
   std::atomic<bool> invalid_{false};
+  std::atomic<int64_t> spent_[kPhases] = {};
 };
 
 }  // namespace moefy

@@ -43,7 +43,8 @@ Call of_layer(const std::string& isa, const PackedBank* routed, const PackedBank
 bool call(const std::string& isa, const PackedBank* routed, const PackedBank* shared, const PackedBank* router,
           uintptr_t down_bias, int width, int capacity, bool by_threshold, uintptr_t x, int64_t x_row, int64_t x_column,
           bool bf16, uintptr_t y, int64_t tokens, uintptr_t chosen, uintptr_t scores, float threshold, int least,
-          uintptr_t gate_weights, uintptr_t expert_scale, uintptr_t chosen_out, uintptr_t counts_out, int threads) {
+          uintptr_t gate_weights, uintptr_t expert_scale, uintptr_t chosen_out, uintptr_t counts_out,
+          uintptr_t phases_out, int threads) {
   Call c = of_layer(isa, routed, shared, router, down_bias, width, capacity, by_threshold);
   c.x = pointer<const void>(x), c.x_row = x_row, c.x_column = x_column, c.bf16 = bf16;
   c.y = pointer<void>(y), c.tokens = tokens;
@@ -54,6 +55,7 @@ bool call(const std::string& isa, const PackedBank* routed, const PackedBank* sh
   c.expert_scale = pointer<const float>(expert_scale);
   c.chosen_out = pointer<int32_t>(chosen_out);
   c.counts_out = pointer<int64_t>(counts_out);
+  c.phases_out = pointer<int64_t>(phases_out);
   c.threads = threads;
   nb::gil_scoped_release release;
   return forward(c);
@@ -79,7 +81,7 @@ NB_MODULE(_native, m) {
   m.def("forward", call, "isa"_a, "routed"_a.none(), "shared"_a.none(), "router"_a.none(), "down_bias"_a, "width"_a,
         "capacity"_a, "by_threshold"_a, "x"_a, "x_row"_a, "x_column"_a, "bf16"_a, "y"_a, "tokens"_a, "chosen"_a,
         "scores"_a, "threshold"_a, "least"_a, "gate_weights"_a, "expert_scale"_a, "chosen_out"_a, "counts_out"_a,
-        "threads"_a);
+        "phases_out"_a, "threads"_a);
   nb::class_<Prepared>(m, "Prepared")
       .def(
           "__init__",

@@ -10,6 +10,8 @@
 #include <sched.h>
 #include <unistd.h>
 
+#include <chrono>
+
 #include "bf16.h"
 #include "call.h"
 #include "team.h"
@@ -254,8 +256,8 @@ void Run::open(int64_t step) {
     switch (step % kPhases) {
       case kCopy: s.total = copy32_ || copy16_ ? chunks(tile) : 0; break;
       case kScore: s.total = score_jobs(tile); break;
-      case kChoose: s.total = c_.routed ? chunks(tile) : 0; break;
-      case kScatter:
+      case kSelect: s.total = c_.routed ? chunks(tile) : 0; break;
+      case kSort:
         plan(tile);
         s.total = c_.routed ? chunks(tile) : 0;
         break;
@@ -272,8 +274,8 @@ void Run::job(int64_t step, int job, int thread) {
   switch (step % kPhases) {
     case kCopy: return copy_x(tile, job);
     case kScore: return score(tile, job, thread);
-    case kChoose: return choose(tile, job, thread);
-    case kScatter: return scatter(tile, job);
+    case kSelect: return choose(tile, job, thread);
+    case kSort: return scatter(tile, job);
     case kUp: return up(tile, ws_.pieces[job], thread);
     case kDown: return down(tile, job, thread);
   }
@@ -291,17 +293,30 @@ static void wait_until(const Ready& ready) {
 
 // Every thread of the team runs this.
 void Run::work(int thread, int threads) {
+  using Clock = std::chrono::steady_clock;
+  const auto timed = [&](int64_t step, const auto& run) {
+    if (!c_.phases_out) return run();
+    const Clock::time_point start = Clock::now();
+    run();
+    const auto spent = std::chrono::duration_cast<std::chrono::nanoseconds>(Clock::now() - start);
+    spent_[step % kPhases].fetch_add(spent.count(), std::memory_order_relaxed);
+  };
   arrived_.fetch_add(1, std::memory_order_relaxed);
   for (int64_t step = 0; step < steps_; ++step) {
     Step& s = ws_.steps[step];
     wait_until([&] { return s.open.load(std::memory_order_acquire); });
     for (int i; (i = s.next.fetch_add(1, std::memory_order_relaxed)) < s.total;) {
-      job(step, i, thread);
-      if (s.done.fetch_add(1, std::memory_order_acq_rel) + 1 == s.total) open(step + 1);
+      timed(step, [&] { job(step, i, thread); });
+      if (s.done.fetch_add(1, std::memory_order_acq_rel) + 1 == s.total) timed(step + 1, [&] { open(step + 1); });
     }
   }
   // libgomp's own wait at the end of the region spins for milliseconds on a core that a late thread may need.
   wait_until([&] { return arrived_.load(std::memory_order_relaxed) == threads; });
+}
+
+bool Run::finish() const {
+  for (int phase = 0; c_.phases_out && phase < kPhases; ++phase) c_.phases_out[phase] += spent_[phase];
+  return !invalid_;
 }
 
 static Workspaces workspaces;
@@ -318,7 +333,7 @@ bool forward(const Call& call) {
     run.work(omp_get_thread_num(), omp_get_num_threads());
   }
   workspaces.give_back(std::move(workspace));
-  return run.valid();
+  return run.finish();
 }
 
 }  // namespace moefy

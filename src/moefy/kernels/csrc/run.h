@@ -4,6 +4,9 @@
 
 namespace moefy {
 
+// What a call does one after the other, for every tile of tokens.
+enum Phase { kCopy, kScore, kSelect, kSort, kUp, kDown, kPhases };
+
 struct Call {
   const Kernels* kernels = nullptr;
   const Bank *routed = nullptr, *shared = nullptr;  // either may be null
@@ -27,6 +30,7 @@ struct Call {
 
   int32_t* chosen_out = nullptr;  // (T, capacity), -1 where there is no expert
   int64_t* counts_out = nullptr;  // (E,), tokens per expert are added
+  int64_t* phases_out = nullptr;  // (kPhases,), nanoseconds of all threads in each of them are added
   int threads = 1;
 };
 
