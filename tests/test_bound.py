@@ -100,6 +100,24 @@ def test_follows_what_changes(prepared):
     assert len(prepared) == count + 1
 
 
+@pytest.mark.parametrize("router", sorted(name for name, made in ROUTERS.items() if made.ships))
+@torch.no_grad()
+def test_another_router_is_the_one_that_routes(router, prepared):
+    moe, x = build()
+    for _ in range(2):
+        moe(x)  # packed and prepared
+    stats, _ = make_stats(activation="silu", bias=True)
+    spec = replace(moe.spec, router=router)
+    moe.router = ROUTERS[router].build(spec, construct("activation", spec, stats, seed=0), stats, 1)
+    for parameter in moe.router.parameters():  # a linear router would otherwise be the one that was there
+        parameter.mul_(torch.linspace(-1, 1, parameter.numel()).view_as(parameter))
+    got = [moe(x) for _ in range(2)]
+    with kernels.using("reference"):
+        expected = moe(x)
+    for y in got:
+        torch.testing.assert_close(y, expected, rtol=0, atol=2e-5 * expected.abs().max().item())
+
+
 @torch.no_grad()
 def test_fp32_weights_that_bf16_holds_widen_bf16_inputs(prepared):
     moe, x = build()

@@ -54,6 +54,7 @@ class MoEFFN(nn.Module):
         self.router: Router | None = ROUTERS[spec.router](spec) if spec.router else None
         self._packed: native.PackedFFN | None = None
         self._packed_router: native.PackedRouter | None = None
+        self._packed_from: tuple[Router | None] = (None,)  # what that was packed from; a bare module would register
         self._bound: Bound | None = None
         self._bound_for: tuple[int, Router, Tensor | None] | None = None
         self._usage: Usage | None = None
@@ -184,6 +185,8 @@ class MoEFFN(nn.Module):
             how |= {"threshold": float(self.router.threshold), "most": self.spec.most}  # type: ignore[arg-type]
         else:
             how |= {"top_k": self.top_k}
+        if self._packed_from[0] is not self.router:  # replaced since
+            self._pack_router()
         if self._packed_router is None:
             return self._packed.forward(x, scores=self.router(x, None), **how)
         self._bind(self._packed, self._packed_router, self.router, x.dtype)
@@ -228,11 +231,16 @@ class MoEFFN(nn.Module):
             activate_up=self.spec.activate_up,
             precision=precision,
         )
-        self._packed_router = self.router.packed() if self.router is not None else None
+        self._pack_router()
         for parameter in tensors.values():
             if parameter.numel():  # what is empty is not packed, and keeps its shape
                 parameter.data = parameter.data.new_empty(0)
         native.return_freed_memory()
+
+    @torch.no_grad()
+    def _pack_router(self) -> None:
+        self._packed_router = self.router.packed() if self.router is not None else None
+        self._packed_from = (self.router,)
 
     @torch.no_grad()
     def unpack(self) -> None:
@@ -246,6 +254,7 @@ class MoEFFN(nn.Module):
             parameter = getattr(self, name)
             parameter.data = tensor.to(parameter.dtype)
         self._packed = self._packed_router = self._bound = self._bound_for = None
+        self._packed_from = (None,)
 
     def packed_bytes(self) -> int:
         """Bytes of packed memory, the packed router's copy included; 0 when not packed."""
