@@ -24,7 +24,7 @@ template <class Format>
 void multiply_in_turns(Product job, int chunks) {
   const int steps = job.steps;
   const char *weights = job.weights, *next = job.next;
-  const char* in[kRows];
+  const char* in[kDownRows];
   const char* const* rows = job.in;
   job.in = in;
   for (int c = 0; c < chunks; ++c) {

@@ -179,9 +179,9 @@ void Run::add_down(const Bank& bank, int expert, int first, int rows, bool share
   const size_t row_bytes = size_t(bank.hidden_stride()) * hidden_bytes_;
   const char* base = (shared ? ws_.shared_hidden : ws_.hidden).as<char>();
   const int32_t* token = ws_.pair_token.as<int32_t>();
-  const char* hidden[kTiledRows];
-  float* out[kTiledRows];
-  const int groups = int(ceil_div(rows, most_rows(tiled_)));
+  const char* hidden[kDownRows];
+  float* out[kDownRows];
+  const int groups = int(ceil_div(rows, most_down_rows(tiled_)));
   for (int g = 0; g < groups; ++g) {
     const int begin = first + int(int64_t(rows) * g / groups), end = first + int(int64_t(rows) * (g + 1) / groups);
     for (int i = begin; i < end; ++i) {
