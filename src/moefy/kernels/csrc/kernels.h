@@ -16,12 +16,13 @@ using namespace moefy;
 constexpr int kChunk = 512 / max_panels(max_rows());
 
 // A tile of few rows waits for DRAM and, where it has one or two panels, reads as many streams. Four panels in turns,
-// 1 KB of each, are four: 16 tokens take 8-15 % less in the up phase with AVX2 (fp32; bf16 weights 1-3 % more).
+// 1 KB of each, are four: 16 tokens take 8-15 % less in the up phase with AVX2 (fp32; bf16 weights, all of a call, 2-9 %;
+// int8 nothing).
 constexpr int kTurn = 1024;
 constexpr int kStreams = 4;
 
 template <class Format>
-void multiply_in_turns(Product job, int chunks) {
+void multiply_in_turns(Product job, int chunks, void (*multiply)(const Product&)) {
   const int steps = job.steps;
   const char *weights = job.weights, *next = job.next;
   const char* in[kDownRows];
@@ -33,7 +34,7 @@ void multiply_in_turns(Product job, int chunks) {
     job.weights = weights + size_t(k) * Format::kBytes;
     job.next = c + 1 < chunks ? weights + size_t(end) * Format::kBytes : next;
     for (int r = 0; r < job.rows; ++r) in[r] = rows[r] + size_t(k) * Format::kInputBytes;
-    multiply<Format>(job);
+    multiply(job);
     job.add = true;
   }
 }
@@ -41,10 +42,12 @@ void multiply_in_turns(Product job, int chunks) {
 template <class Format>
 void multiply_in_chunks(Product job) {
   if (job.rows == 0 || job.panels == 0) return;
-  if (job.rows > max_rows()) return multiply_in_turns<Format>(job, int(ceil_div(job.steps, kChunk)));
+  if (job.rows > max_rows()) {
+    return multiply_in_turns<Format>(job, int(ceil_div(job.steps, kChunk)), multiply<Format>);
+  }
   const int turns = int(ceil_div(size_t(job.steps) * Format::kBytes, kTurn));
   const bool few_streams = max_panels(job.rows) <= kStreams / 2 && job.panels > 1;
-  if (!Format::kWide || !few_streams || turns < 2 * kStreams) return multiply<Format>(job);
+  if (!few_streams || turns < 2 * kStreams) return multiply<Format>(job);
   const int panels = job.panels;
   const char *weights = job.weights, *next = job.next;
   float* const* all = job.out;
@@ -55,7 +58,7 @@ void multiply_in_chunks(Product job) {
     job.weights = weights + p * job.panel_bytes;
     job.next = p + kStreams < panels ? job.weights + kStreams * job.panel_bytes : next;
     for (int r = 0; r < job.rows; ++r) out[r] = all[r] + p * kLanes;
-    multiply_in_turns<Format>(job, turns);
+    multiply_in_turns<Format>(job, turns, multiply_pieces<Format>);
   }
 }
 
