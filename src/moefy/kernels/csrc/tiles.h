@@ -245,6 +245,20 @@ void multiply_far_apart(Product job) {
   if (rest) tile_of<Format>(job.rows, rest)(job, 0, job.panels - rest, 1, none);
 }
 
+// The same for tiles of one panel: two halves in turns are two streams, with three quarters of the next panel asked for.
+// 16 tokens of experts of 8 and 32 take 3-5 % less (bf16 weights 0-1 %), 8 tokens and larger experts as long.
+template <class Format>
+void multiply_halves(const Product& job) {
+  const int half = job.panels / 2;
+  const auto panel = [&](int i) { return i < 2 * half ? i % 2 * half + i / 2 : i; };
+  const TileFunction run = tile_of<Format>(job.rows, 1);
+  Ahead ahead(job.next, 1, Format::kBytes * 3 / 4);
+  for (int i = 0; i < job.panels; ++i) {
+    ahead.weights = i + 1 < job.panels ? job.weights + panel(i + 1) * job.panel_bytes : job.next;
+    run(job, 0, panel(i), 1, ahead);
+  }
+}
+
 // A single row tile and long panels of which a piece is at hand: three quarters of the next piece are asked for while a
 // tile is multiplied. Without its first lines 16 tokens take 10 % more, of fp32; with a line, 2-8 % more.
 template <class Format>
@@ -259,8 +273,11 @@ void multiply_pieces(const Product& job) {
 template <class Format>
 void multiply(const Product& job) {
   const bool in_l1 = Format::kShortPanels && job.panels * job.panel_bytes < kInL1;
-  const bool few = job.rows <= kFewRows && max_panels(job.rows) > 1;
-  if (Format::kShortPanels && !in_l1 && few && job.panels >= kMaxPanels) return multiply_far_apart<Format>(job);
+  if (Format::kShortPanels && !in_l1 && job.rows <= max_rows() && job.panels >= kMaxPanels) {
+    const int streams = max_panels(job.rows);
+    if (streams == 1) return multiply_halves<Format>(job);
+    if (job.rows <= kFewRows) return multiply_far_apart<Format>(job);
+  }
   const Even rows(job.rows, max_rows()), panels(job.panels, max_panels(rows.largest()));
   const bool fetch = Format::kShortPanels || rows.parts > 1;
   const Ahead ahead(job.next, fetch ? rows.parts : 0, Format::kBytes);
