@@ -44,7 +44,7 @@ _ACTIVATIONS = {
     "sigmoid": 7,
     "tanh": 8,
 }
-#: What a call does, in this order; `select` and `sort` are the choice of experts and sorting by them.
+#: What a call does, in the order of Phase in run.h; `select` and `sort` are the choice of experts and sorting by them.
 PHASES = ("copy", "score", "select", "sort", "up", "down")
 #: The precision that keeps weights of a type exactly.
 PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16"}

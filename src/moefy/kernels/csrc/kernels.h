@@ -22,7 +22,7 @@ constexpr int kTurn = 1024;
 constexpr int kStreams = 4;
 
 template <class Format>
-void multiply_in_turns(Product job, int chunks, void (*multiply)(const Product&)) {
+void multiply_in_turns(Product job, int chunks, void (*run)(const Product&)) {
   const int steps = job.steps;
   const char *weights = job.weights, *next = job.next;
   const char* in[kDownRows];
@@ -34,7 +34,7 @@ void multiply_in_turns(Product job, int chunks, void (*multiply)(const Product&)
     job.weights = weights + size_t(k) * Format::kBytes;
     job.next = c + 1 < chunks ? weights + size_t(end) * Format::kBytes : next;
     for (int r = 0; r < job.rows; ++r) in[r] = rows[r] + size_t(k) * Format::kInputBytes;
-    multiply(job);
+    run(job);
     job.add = true;
   }
 }
