@@ -185,7 +185,7 @@ def test_bits_do_not_depend_on_threads_or_batch(isa: str, precision: str, E: int
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
-@pytest.mark.parametrize(("D", "M", "gated"), [(1100, 20, True), (1100, 56, False), (40, 600, True)])
+@pytest.mark.parametrize(("D", "M", "gated"), [(1100, 20, True), (1100, 56, False), (1100, 8, False), (40, 600, True)])
 def test_long_sums_and_many_panels(isa: str, precision: str, D: int, M: int, gated: bool) -> None:
     """Few rows take panels in turns or far apart, and many rows chunks of the sums."""
     problem = Problem(E=4, M=M, D=D, S=17, gated=gated, precision=precision, isa=isa)

@@ -10,10 +10,12 @@ namespace {
 
 using namespace moefy;
 
-// Steps that all row tiles of a task make before the next ones, so that the weights of a panel group are 32 KB: with
-// AVX-512 four panels, which stay in L1 (48 KB). With AVX2 one, and L1 (32 KB) is too small for it and for rows of x;
-// but L2 feeds such tiles as well, and rows are read in long streams: 7-8 % less in the up phase than with 8 KB.
-constexpr int kChunk = 512 / max_panels(max_rows());
+// Steps that all row tiles of a task make before the next ones. With a panel of weights of 32 KB (AVX2), or four
+// (AVX-512), L1 is too small for them and for rows of x; but L2 feeds such tiles as well, and rows are read in long
+// streams: the up phase takes 7-8 % less than with 128 steps (AVX2, Zen 3), 2-6 % (AVX-512, Zen 4). Fewer rows wait for
+// DRAM, and with four panels the weights of the first tile are few with 128 steps, and the others' asked for in time:
+// 4-10 % less at 24 rows and below.
+constexpr int chunk_of(int rows) { return rows > 24 ? 512 : 512 / max_panels(max_rows()); }
 
 // A tile of few rows waits for DRAM and, where it has one or two panels, reads as many streams. Four panels in turns,
 // 1 KB of each, are four: 16 tokens take 8-15 % less in the up phase with AVX2 (fp32; bf16 weights, all of a call, 2-9 %;
@@ -43,7 +45,7 @@ template <class Format>
 void multiply_in_chunks(Product job) {
   if (job.rows == 0 || job.panels == 0) return;
   if (job.rows > max_rows()) {
-    return multiply_in_turns<Format>(job, int(ceil_div(job.steps, kChunk)), multiply<Format>);
+    return multiply_in_turns<Format>(job, int(ceil_div(job.steps, chunk_of(job.rows))), multiply<Format>);
   }
   const int turns = int(ceil_div(size_t(job.steps) * Format::kBytes, kTurn));
   const bool few_streams = max_panels(job.rows) <= kStreams / 2 && job.panels > 1;
