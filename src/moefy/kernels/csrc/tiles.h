@@ -152,7 +152,7 @@ void tile(const Product& job, int row, int panel, int count, const Ahead& ahead)
 
 constexpr int kMaxRows = 6, kMaxPanels = 4;
 constexpr size_t kInL1 = 16 << 10;  // weights that share L1 with the rows of a tile
-constexpr int kFewRows = 3;         // of which a tile of AVX2 takes two panels and more
+constexpr int kFewRows = 3;         // of which tiles of AVX2 take two panels and more
 using TileFunction = void (*)(const Product&, int row, int panel, int count, const Ahead& ahead);
 
 template <class Format, int R, int P>
@@ -179,8 +179,8 @@ constexpr int max_rows() { return kMaxRows < Lanes::kTile ? kMaxRows : Lanes::kT
 constexpr int max_panels(int rows) { return Lanes::kTile / rows < kMaxPanels ? Lanes::kTile / rows : kMaxPanels; }
 
 // Where weights stay in L1 a tile has few steps, and with four panels (AVX-512) y's rows are loaded and stored around
-// them in lumps of 24 registers. With two, the down phase takes 4-8 % less with experts of 32 and up to 25 % less with
-// experts of 8 (Zen 4, from 128 tokens on); but not with int8, whose weights each row tile widens again.
+// them in lumps of 24 registers. With two, the down phase takes 5-9 % less with experts of 32, from 128 tokens on, and up
+// to 25 % less with experts of 8 (Zen 4). But not with int8, of which experts of 32 take 8 % more.
 template <class Format>
 constexpr int max_panels_in_l1(int rows) {
   const int most = max_panels(rows);
