@@ -180,11 +180,12 @@ constexpr int max_panels(int rows) { return Lanes::kTile / rows < kMaxPanels ? L
 
 // Where weights stay in L1 a tile has few steps, and with four panels (AVX-512) y's rows are loaded and stored around
 // them in lumps of 24 registers. With two, the down phase takes 5-9 % less with experts of 32, from 128 tokens on, and up
-// to 25 % less with experts of 8 (Zen 4). But not with int8, of which experts of 32 take 8 % more.
+// to 25 % less with experts of 8 (Zen 4). But not with int8, of which experts of 32 take 8 % more (of 8, 6-11 % less).
 template <class Format>
-constexpr int max_panels_in_l1(int rows) {
+int max_panels_in_l1(int rows, int steps) {
   const int most = max_panels(rows);
-  return rows > kFewRows && most > 2 && Format::kBytes == int(moefy::kAlign) ? 2 : most;
+  const bool two = Format::kBytes == int(moefy::kAlign) || steps <= 8;
+  return rows > kFewRows && most > 2 && two ? 2 : most;
 }
 
 // `count` things in parts of at most `most`, cut evenly: 13 rows run as 5 + 4 + 4, not as 6 + 6 + 1. The first `longer`
@@ -288,7 +289,7 @@ void multiply(const Product& job) {
     if (job.rows <= kFewRows) return multiply_far_apart<Format>(job);
   }
   const Even rows(job.rows, max_rows());
-  const Even panels(job.panels, in_l1 ? max_panels_in_l1<Format>(rows.largest()) : max_panels(rows.largest()));
+  const Even panels(job.panels, in_l1 ? max_panels_in_l1<Format>(rows.largest(), job.steps) : max_panels(rows.largest()));
   const bool fetch = Format::kShortPanels || rows.parts > 1;
   const Ahead ahead(job.next, fetch ? rows.parts : 0, Format::kBytes);
   (in_l1 ? multiply_by_rows<Format> : multiply_by_panels<Format>)(job, rows, panels, ahead);
