@@ -55,19 +55,6 @@ def test_activations(isa: str, activation: str) -> None:
             problem.check(problem.x(9) * scale, weight, chosen=chosen)
 
 
-@pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("activation", REFERENCE)
-def test_activations_have_the_same_bits_in_any_batch(isa: str, activation: str) -> None:
-    """Ungated experts of 8, of which a Zen 4 multiplies some rows with AVX-512 and more rows with AVX2."""
-    for precision in ("fp32", "int8"):
-        problem = Problem(E=2, M=8, D=200, S=0, gated=False, activation=activation, precision=precision, isa=isa)
-        x, chosen = problem.x(40), torch.tensor([[0, 1]]).expand(40, 2)
-        y = problem.packed.forward(x, chosen=chosen)
-        for size in (1, 6, 7):
-            parts = [problem.packed.forward(part, chosen=chosen[: len(part)]) for part in x.split(size)]
-            assert torch.equal(torch.cat(parts), y)
-
-
 def test_the_names_of_transformers() -> None:
     from transformers.activations import ACT2FN
 
@@ -167,47 +154,6 @@ def test_large_and_infinite_inputs_of_bf16_weights(isa: str) -> None:
     for T in (1, 4):
         y = torch.cat([ffn.forward(part, chosen=torch.zeros(len(part), 1)) for part in x.split(T)])
         assert torch.equal(y[:, :2], want)
-
-
-@pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
-@pytest.mark.parametrize(
-    ("E", "M", "K", "gated"), [(12, 20, 5, True), (90, 8, 37, True), (90, 8, 70, False), (9, 66, 4, False)]
-)
-def test_bits_do_not_depend_on_threads_or_batch(isa: str, precision: str, E: int, M: int, K: int, gated: bool) -> None:
-    problem = Problem(E=E, M=M, D=200, S=300, gated=gated, precision=precision, isa=isa)
-    routing = {"router": native.PackedRouter.linear(problem.router), "top_k": K}
-    before = torch.get_num_threads()
-    try:
-        for dtype in (torch.float32, torch.bfloat16):
-            x = problem.x(257, dtype)
-            found = []
-            for threads in (1, 2, 3):
-                torch.set_num_threads(threads)
-                found.append(problem.packed.forward(x, **routing))
-                parts = [problem.packed.forward(part, **routing) for part in x.split((1, 2, 5, 40, 209))]
-                together, apart = found[0], torch.cat(parts)
-                if isa == "amx" and precision == "bf16" and dtype == torch.float32:  # a row alone is not split there
-                    assert (apart - together).abs().max() < 1e-5 * together.abs().max()
-                else:
-                    found.append(apart)
-            assert all(torch.equal(y, found[0]) for y in found)
-    finally:
-        torch.set_num_threads(before)
-
-
-@pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
-@pytest.mark.parametrize(("D", "M", "gated"), [(1100, 20, True), (1100, 56, False), (2100, 8, False), (40, 600, True)])
-def test_long_sums_and_many_panels(isa: str, precision: str, D: int, M: int, gated: bool) -> None:
-    """Few rows take panels in turns or far apart, and many rows chunks of the sums."""
-    problem = Problem(E=4, M=M, D=D, S=17, gated=gated, precision=precision, isa=isa)
-    x = problem.x(80)
-    chosen, weight = problem.choose(80, 2)
-    y = problem.check(x, weight, chosen=chosen)
-    for T in (1, 2, 3, 5, 9, 32):
-        few = problem.check(x[:T], weight[:T], chosen=chosen[:T])
-        assert torch.equal(few, y[:T]) or (isa, precision) == ("amx", "bf16")
 
 
 @pytest.mark.parametrize("isa", ISAS)
