@@ -118,6 +118,32 @@ def test_another_router_is_the_one_that_routes(router, prepared):
         torch.testing.assert_close(y, expected, rtol=0, atol=2e-5 * expected.abs().max().item())
 
 
+@pytest.mark.parametrize("change", ["in place", "another parameter"])
+@torch.no_grad()
+def test_changed_router_weights_route(change, prepared):
+    moe, x = build()
+    before = [moe(x) for _ in range(2)]
+    if change == "in place":
+        moe.router.weight.neg_()
+    else:
+        moe.router.weight = torch.nn.Parameter(-moe.router.weight, requires_grad=False)
+    count = len(prepared)
+    got = [moe(x) for _ in range(2)]
+    assert len(prepared) == count + 1
+    with kernels.using("reference"):
+        expected = moe(x)
+    for y in got:
+        assert not torch.equal(y, before[0])
+        torch.testing.assert_close(y, expected, rtol=0, atol=2e-5 * expected.abs().max().item())
+
+
+def test_a_router_made_in_inference_mode_runs(prepared):
+    with torch.inference_mode():
+        moe, x = build()
+        assert torch.equal(moe(x), moe(x))
+    assert len(prepared) == 1
+
+
 @torch.no_grad()
 def test_fp32_weights_that_bf16_holds_widen_bf16_inputs(prepared):
     moe, x = build()

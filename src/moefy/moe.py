@@ -14,7 +14,7 @@ from transformers.activations import ACT2FN
 from moefy import kernels
 from moefy.kernels import native
 from moefy.kernels.bound import Bound
-from moefy.routers import ROUTERS, Router
+from moefy.routers import ROUTERS, Router, Snapshot
 from moefy.selection import above
 from moefy.types import FFNWeights, LayerSpec, MoefyError, MoEWeights, Partition
 
@@ -54,9 +54,9 @@ class MoEFFN(nn.Module):
         self.router: Router | None = ROUTERS[spec.router](spec) if spec.router else None
         self._packed: native.PackedFFN | None = None
         self._packed_router: native.PackedRouter | None = None
-        self._packed_from: tuple[Router | None] = (None,)  # what that was packed from; a bare module would register
+        self._packed_from: Snapshot | None = None
         self._bound: Bound | None = None
-        self._bound_for: tuple[int, Router, Tensor | None] | None = None
+        self._bound_for: int | None = None  # top_k
         self._usage: Usage | None = None
 
     @classmethod
@@ -185,7 +185,7 @@ class MoEFFN(nn.Module):
             how |= {"threshold": float(self.router.threshold), "most": self.spec.most}  # type: ignore[arg-type]
         else:
             how |= {"top_k": self.top_k}
-        if self._packed_from[0] is not self.router:  # replaced since
+        if self._packed_from is None or not self._packed_from.now(self.router):
             self._pack_router()
         if self._packed_router is None:
             return self._packed.forward(x, scores=self.router(x, None), **how)
@@ -194,11 +194,8 @@ class MoEFFN(nn.Module):
 
     def _bound_fits(self) -> bool:
         """Whether what the prepared call was made for is still what this layer has."""
-        if self._bound_for is None:
-            return False
-        top_k, router, threshold = self._bound_for
-        now = self._modules["router"]  # attributes of a module that are modules are looked up slowly
-        return self.top_k == top_k and now is router and now._parameters.get("threshold") is threshold
+        # Attributes of a module that are modules are looked up slowly.
+        return self._bound_for == self.top_k and self._packed_from.now(self._modules["router"])  # type: ignore[union-attr, arg-type]
 
     def _bind(
         self, packed: native.PackedFFN, packed_router: native.PackedRouter, router: Router, dtype: torch.dtype
@@ -212,7 +209,7 @@ class MoEFFN(nn.Module):
         else:
             routing = {"top_k": self.top_k}
         self._bound = Bound(packed, packed_router, dtype, **routing)
-        self._bound_for = (self.top_k, router, router.threshold)
+        self._bound_for = self.top_k
 
     @torch.no_grad()
     def pack(self, precision: str | None = None) -> None:
@@ -240,7 +237,8 @@ class MoEFFN(nn.Module):
     @torch.no_grad()
     def _pack_router(self) -> None:
         self._packed_router = self.router.packed() if self.router is not None else None
-        self._packed_from = (self.router,)
+        self._packed_from = self.router.snapshot() if self.router is not None else None
+        self._bound = self._bound_for = None
 
     @torch.no_grad()
     def unpack(self) -> None:
@@ -254,7 +252,7 @@ class MoEFFN(nn.Module):
             parameter = getattr(self, name)
             parameter.data = tensor.to(parameter.dtype)
         self._packed = self._packed_router = self._bound = self._bound_for = None
-        self._packed_from = (None,)
+        self._packed_from = None
 
     def packed_bytes(self) -> int:
         """Bytes of packed memory, the packed router's copy included; 0 when not packed."""
