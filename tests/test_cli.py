@@ -75,6 +75,7 @@ def test_generate_continues_the_prompt(converted):
 def test_bench_times_both_models_in_every_case(dense, converted):
     done = moefy("bench", converted, "--against", dense, "--rounds", 1, "--int8", "--json")
     assert done.returncode == 0, done.stderr
+    assert "deprecated" not in done.stderr
     figures = json.loads(done.stdout)
     assert "decode" in figures["cases"]
     for case in figures["cases"].values():

@@ -69,9 +69,10 @@ def _decode(prompt: torch.Tensor, new_tokens: int) -> Case:
 
     def run(model: Any) -> None:
         out = model(input_ids=prompt, use_cache=True)
+        name = "cache" if "cache" in out else "past_key_values"  # which transformers renamed to the former
         token = out.logits[:, -1:].argmax(-1)
         for _ in range(new_tokens):
-            out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
+            out = model(input_ids=token, use_cache=True, **{name: out[name]})
             token = out.logits[:, -1:].argmax(-1)
 
     return Case("decode", new_tokens, run)
