@@ -149,7 +149,7 @@ def test_fp32_weights_that_bf16_holds_widen_bf16_inputs(prepared):
     moe, x = build()
     moe = moe.to(torch.bfloat16).float()
     moe.eval()(x)
-    expected = moe._packed.forward(x.bfloat16(), router=moe._packed_router, top_k=2)
+    expected = moe._packed.ffn.forward(x.bfloat16(), router=moe._packed.router, top_k=2)
     for _ in range(2):
         assert torch.equal(moe(x.bfloat16()), expected)
     assert not prepared
@@ -168,4 +168,4 @@ def test_refuses_inputs_that_need_a_conversion():
     moe, x = build()
     moe(x)
     with pytest.raises(ValueError, match="conversion"):
-        Bound(moe._packed, moe._packed_router, torch.float16, top_k=2)
+        Bound(moe._packed.ffn, moe._packed.router, torch.float16, top_k=2)

@@ -18,6 +18,7 @@ ORDER = [
     "kernels",
     "routers",
     "selection",
+    "packed",
     "moe",
     "reconstruct",
     "quality",

@@ -51,7 +51,7 @@ def test_every_router_scores_and_survives_a_round_trip(router, gated):
     assert scores.dtype == torch.float32
     assert scores.isfinite().all()
     assert torch.equal(moe.route(x[:1]), moe.route(x)[:1])
-    empty = MoEFFN(moe.spec).requires_grad_(False)
+    empty = MoEFFN(moe.spec).requires_grad_(False).eval()
     empty.load_state_dict(moe.state_dict())
     assert torch.equal(empty(x), moe(x))
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from moefy import kernels, slim
 from moefy.budgets import Sensitivity, allocate, measure, measure_work
@@ -98,6 +99,7 @@ class Report:
         }
 
 
+@torch.inference_mode(False)  # parameters made in that mode could not be trained, and sensitivities need gradients
 @torch.no_grad()
 def convert(
     model: nn.Module,
@@ -114,7 +116,8 @@ def convert(
     activations between layers; what is beyond goes to a temporary directory. `progress(done, total,
     name)` is called after each FFN; it counts work, of which a layer is LAYER_WORK a batch. `sensitivity` saves
     measuring again what a recipe that allocates its budget needs (`moefy.budgets.measure`). Raises MoefyError,
-    before anything is changed where that can be known, if the model, the recipe and the calibration do not fit.
+    before anything is changed where that can be known, if the model, the recipe and the calibration do not fit. If
+    it ends early, the layers that were done stay converted: load the model again.
     """
     start = time.perf_counter()
     recipe, batches = Recipe.of(recipe), check_batches(calibration)
@@ -145,17 +148,28 @@ def convert(
             report.layers.append(_convert_site(sites[name], specs[name], recipe, arrival, seed, metrics.get(name)))
             if progress:
                 progress(before + work * len(report.layers), before + work * len(sites), name)
+    except BaseException:
+        # A model of which some FFNs are converted says so: it cannot be converted once more, and it can be saved.
+        if moe_layers(model) and isinstance(model, PreTrainedModel):
+            _mark(model, report)
+        raise
     finally:
+        for moe in moe_layers(model).values():
+            moe.unpack()  # parameters are there for whoever counts, averages or wraps them
         model.train(was_training)
-    mark_converted(model, {name: moe.spec for name, moe in moe_layers(model).items()}, report.stored())
+    _mark(model, report)
     report.seconds, report.peak_bytes = time.perf_counter() - start, peak_memory()
     return report
+
+
+def _mark(model: Any, report: Report) -> None:
+    mark_converted(model, {name: moe.spec for name, moe in moe_layers(model).items()}, report.stored())
 
 
 def check_dense(model: nn.Module) -> None:
     """MoefyError if moefy has converted the model already."""
     if getattr(model.config, "moefy", None):
-        raise MoefyError("This model is converted already; start from the dense model it came from.")
+        raise MoefyError("This model is converted already, if only in part; start from the dense model it came from.")
 
 
 def planned_specs(

@@ -32,7 +32,7 @@ def run(output: Path | None, recipe: Recipe, windows: int) -> None:
     """
     recipe = Recipe.of(recipe, allocation="uniform")
     if output is not None:
-        checkpoint.check_output(output, overwrite=True)
+        checkpoint.check_output(output, overwrite=False)
     with tempfile.TemporaryDirectory(prefix="moefy-demo-") as scratch:
         _run(recipe, output or Path(scratch) / "converted", Path(scratch) / "control", windows)
 
@@ -46,7 +46,7 @@ def _run(recipe: Recipe, output: Path, control: Path, windows: int) -> None:
     measure = _Measure(test, len(special_prefix(tokenizer)))
     rows = [measure("dense", model)]
     report = _convert(f"Converting ({recipe.name})", model, recipe, batches)
-    checkpoint.save(model, output, tokenizer, overwrite=True, source=str(smollm2_gguf()))
+    checkpoint.save(model, output, tokenizer, source=str(smollm2_gguf()))
     del model
     rows.append(measure(f"{recipe.name}, reloaded from disk", checkpoint.load(output)))
     with console.status("Loading SmolLM2-135M again"):

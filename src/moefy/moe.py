@@ -14,9 +14,10 @@ from transformers.activations import ACT2FN
 from moefy import kernels
 from moefy.kernels import native
 from moefy.kernels.bound import Bound
-from moefy.routers import ROUTERS, Router, Snapshot
-from moefy.selection import above
-from moefy.types import FFNWeights, LayerSpec, MoefyError, MoEWeights, Partition
+from moefy.packed import LOCK, Packed
+from moefy.routers import ROUTERS, Router
+from moefy.selection import above, highest
+from moefy.types import FFNWeights, LayerSpec, MoEWeights, Partition
 
 _PARTS = ("gate", "up", "down", "gate_bias", "up_bias")
 
@@ -27,9 +28,10 @@ class MoEFFN(nn.Module):
     Parameters: shared_{gate,up,down} (S, D) with biases (S,); experts_{gate,up,down} (E, M, D) with
     biases (E, M); down_bias (D,). `neurons` (S + E·M,) holds each row's index in the dense FFN.
 
-    For inference on the native kernel the weights are packed once and the parameters' memory is released
-    (they become empty); whatever needs them again (training, state_dict, a move to another device, a
-    torch kernel) unpacks them first, to the same bits.
+    For inference on the native kernel (`eval()`, no gradients) the weights are packed once and the parameters'
+    memory is released (they become empty); whatever needs them again (training, state_dict, a move to another
+    device, a torch kernel) unpacks them first, to the same bits. Code of your own that looks at parameters calls
+    `unpack` before; a packed layer refuses to run after its empty parameters were changed in place.
     """
 
     def __init__(self, spec: LayerSpec, dtype: torch.dtype | None = None):
@@ -52,17 +54,13 @@ class MoEFFN(nn.Module):
         self.register_buffer("neurons", torch.empty(spec.neurons, dtype=torch.int32))
         self.act: nn.Module = ACT2FN[spec.activation]
         self.router: Router | None = ROUTERS[spec.router](spec) if spec.router else None
-        self._packed: native.PackedFFN | None = None
-        self._packed_router: native.PackedRouter | None = None
-        self._packed_from: Snapshot | None = None
-        self._bound: Bound | None = None
-        self._bound_for: int | None = None  # top_k
+        self._packed: Packed | None = None
         self._usage: Usage | None = None
 
     @classmethod
     @torch.no_grad()
     def from_dense(cls, ffn: FFNWeights, partition: Partition, spec: LayerSpec, router: Router | None) -> MoEFFN:
-        """The FFN's own weights, regrouped; with every expert active it computes what the dense FFN did."""
+        """The FFN's own weights, regrouped, in `eval()`: with every expert active what the dense FFN computed."""
         moe = cls(spec, dtype=ffn.up.dtype)
         rows = {"shared": partition.shared, "experts": partition.experts}
         for part in _PARTS:
@@ -77,7 +75,7 @@ class MoEFFN(nn.Module):
         if ffn.activation_state:
             moe.act.load_state_dict(dict(ffn.activation_state))
         moe.router = router
-        return moe
+        return moe.eval()
 
     @torch.no_grad()
     def to_dense(self) -> FFNWeights:
@@ -101,13 +99,17 @@ class MoEFFN(nn.Module):
 
     def weights(self) -> MoEWeights:
         """The parameters as the kernels take them: views, no copies."""
-        self.unpack()
+        with LOCK:  # another thread may be about to pack them; views stay
+            self.unpack()
+            return self._views()
+
+    def _views(self) -> MoEWeights:
         spec, state = self.spec, self.act.state_dict() or None
 
         def part(group: str) -> FFNWeights:
             tensors = {p: getattr(self, f"{group}_{p}") for p in _PARTS}
             flat = {
-                p: t.reshape(-1, spec.width) if t.ndim == 3 else t.flatten() if group == "experts" else t
+                p: t.reshape(-1, spec.width) if not p.endswith("bias") else t.reshape(-1)
                 for p, t in tensors.items()
                 if t is not None
             }
@@ -125,7 +127,7 @@ class MoEFFN(nn.Module):
             scores = self.router(x, self.weights())
             if self.spec.most:
                 return above(scores, self.router.threshold, self.spec.most)  # type: ignore[arg-type]
-            return scores.topk(self.top_k, dim=1, sorted=False).indices
+            return highest(scores, self.top_k)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(..., D) to (..., D)."""
@@ -138,12 +140,13 @@ class MoEFFN(nn.Module):
         return self._run(hidden_states)
 
     def _run(self, hidden_states: Tensor) -> Tensor:
-        bound = self._bound
-        if bound is not None and self._bound_runs(bound, hidden_states):
+        bound = self._prepared()
+        if bound is not None and bound.takes(hidden_states):
             return bound(hidden_states)
         x = hidden_states.reshape(-1, hidden_states.shape[-1])
-        if self._runs_native(x):
-            y = self._forward_native(x)
+        packed = self._packed_for(x)
+        if packed is not None:
+            y = self._forward_native(x, packed)
         else:
             weights, chosen = self.weights(), self.route(x)
             y = kernels.pick(x, weights)(x, weights, chosen, None)
@@ -153,63 +156,62 @@ class MoEFFN(nn.Module):
             self._usage.tokens += len(x)
         return y.view(hidden_states.shape)
 
+    def _prepared(self) -> Bound | None:
+        """The call prepared for this layer, if it is what the checked one would do."""
+        packed = self._packed
+        if packed is None or self._usage is not None or torch.is_grad_enabled() or not kernels.native_wanted():
+            return None
+        # Attributes of a module that are modules are looked up slowly.
+        return packed.prepared(self._parameters, self._modules.get("router"), self.top_k)  # type: ignore[arg-type]
+
+    def _packed_for(self, x: Tensor) -> Packed | None:
+        """The packed weights, packed now if need be, where tokens (T, D) run on the native kernel; otherwise None."""
+        with LOCK:
+            if self._packed is not None and not self._packed.is_of(self._parameters):
+                self.unpack()
+            if not self._runs_native(x):
+                return None
+            if self._packed is None:
+                self.pack()
+            assert self._packed is not None
+            self._packed.follow(self.router)
+            return self._packed
+
     def _runs_native(self, x: Tensor) -> bool:
-        if self._packed is not None and self._packed.precision == "int8":
+        if self._packed is not None and self._packed.ffn.precision == "int8":
             return True
         return (
             kernels.native_wanted()
             and not (torch.is_grad_enabled() and (x.requires_grad or self.experts_up.requires_grad))
             and native.supports(self.spec.activation, x.dtype, x.device)
-            and (self._packed is not None or self.experts_up.dtype in native.PRECISIONS)
+            and (self._packed is not None or self._may_pack())
             and (self.router is None or self.router.ships or not 0 < self.top_k < self.spec.experts)
         )
 
-    def _bound_runs(self, bound: Bound, x: Tensor) -> bool:
-        """Whether what has been prepared is what the checked call would do."""
+    def _may_pack(self) -> bool:
+        """Not what autograd, an optimizer, a functional call or an offloading hook still holds."""
+        own = [p for p in self._parameters.values() if p is not None]
         return (
-            self._usage is None
-            and self._bound_fits()
-            and not torch.is_grad_enabled()
-            and bound.takes(x)
-            and kernels.native_wanted()
+            not self.training
+            and self.experts_up.dtype in native.PRECISIONS
+            and all(isinstance(p, nn.Parameter) and p.device.type == "cpu" and p.grad is None for p in own)
+            and not hasattr(self, "_hf_hook")
         )
 
-    def _forward_native(self, x: Tensor) -> Tensor:
-        if self._packed is None:
-            self.pack()
-        assert self._packed is not None
+    def _forward_native(self, x: Tensor, packed: Packed) -> Tensor:
         how: dict[str, Any] = {"counts": self._usage.counts} if self._usage and self.spec.experts else {}
         if not 0 < self.top_k < self.spec.experts or self.router is None:
-            return self._packed.forward(x, chosen=self.route(x), **how)
+            return packed.ffn.forward(x, chosen=self.route(x), **how)
         if self.spec.most:
             how |= {"threshold": float(self.router.threshold), "most": self.spec.most}  # type: ignore[arg-type]
         else:
             how |= {"top_k": self.top_k}
-        if self._packed_from is None or not self._packed_from.now(self.router):
-            self._pack_router()
-        if self._packed_router is None:
-            return self._packed.forward(x, scores=self.router(x, None), **how)
-        self._bind(self._packed, self._packed_router, self.router, x.dtype)
-        return self._packed.forward(x, router=self._packed_router, **how)
-
-    def _bound_fits(self) -> bool:
-        """Whether what the prepared call was made for is still what this layer has."""
-        # Attributes of a module that are modules are looked up slowly.
-        return self._bound_for == self.top_k and self._packed_from.now(self._modules["router"])  # type: ignore[union-attr, arg-type]
-
-    def _bind(
-        self, packed: native.PackedFFN, packed_router: native.PackedRouter, router: Router, dtype: torch.dtype
-    ) -> None:
-        """Prepare the calls that follow on inputs of this type."""
-        ready = self._bound is not None and self._bound.dtype == dtype and self._bound_fits()
-        if ready or not Bound.possible(packed, dtype):
-            return
-        if self.spec.most:
-            routing: dict[str, Any] = {"threshold": router.threshold, "most": self.spec.most}
-        else:
-            routing = {"top_k": self.top_k}
-        self._bound = Bound(packed, packed_router, dtype, **routing)
-        self._bound_for = self.top_k
+        if packed.router is None:
+            return packed.ffn.forward(x, scores=self.router(x, None), **how)
+        with LOCK:
+            packed.bind(x.dtype, self.top_k, self.spec.most)
+            router = packed.router
+        return packed.ffn.forward(x, router=router, **how)
 
     @torch.no_grad()
     def pack(self, precision: str | None = None) -> None:
@@ -219,44 +221,23 @@ class MoEFFN(nn.Module):
         row, a relative error of 1 to 1.5 %, and no way back to the parameters. fp32 that bf16 holds exactly takes
         half the memory, with the same results.
         """
-        self.unpack()
-        tensors: dict[str, Any] = dict(self.named_parameters(recurse=False))
-        precision = precision or native.PRECISIONS[tensors["experts_up"].dtype]
-        self._packed = native.PackedFFN(
-            **tensors,
-            activation=self.spec.activation,
-            activate_up=self.spec.activate_up,
-            precision=precision,
-        )
-        self._pack_router()
-        for parameter in tensors.values():
-            if parameter.numel():  # what is empty is not packed, and keeps its shape
-                parameter.data = parameter.data.new_empty(0)
+        with LOCK, torch.inference_mode(False):
+            self.unpack()
+            packed = Packed(self._parameters, self.spec, precision)
+            packed.follow(self.router)
+            self._packed = packed
         native.return_freed_memory()
 
-    @torch.no_grad()
-    def _pack_router(self) -> None:
-        self._packed_router = self.router.packed() if self.router is not None else None
-        self._packed_from = self.router.snapshot() if self.router is not None else None
-        self._bound = self._bound_for = None
-
-    @torch.no_grad()
     def unpack(self) -> None:
         """Give the parameters their values again; nothing to do unless they are packed."""
-        packed = self._packed
-        if packed is None:
-            return
-        if packed.precision == "int8":
-            raise MoefyError("The experts were packed as int8, which cannot be undone; load the model again.")
-        for name, tensor in packed.unpack().items():
-            parameter = getattr(self, name)
-            parameter.data = tensor.to(parameter.dtype)
-        self._packed = self._packed_router = self._bound = self._bound_for = None
-        self._packed_from = None
+        with LOCK:
+            if self._packed is not None:
+                self._packed.unpack()
+                self._packed = None
 
     def packed_bytes(self) -> int:
         """Bytes of packed memory, the packed router's copy included; 0 when not packed."""
-        return sum(part.nbytes for part in (self._packed, self._packed_router) if part is not None)
+        return self._packed.nbytes if self._packed is not None else 0
 
     def train(self, mode: bool = True) -> MoEFFN:
         if mode:

@@ -121,6 +121,7 @@ class OnePass:
         if self.residuals:
             running += [_Batch(i, self._runner(b), dense=True) for i, b in enumerate(self.batches)]
         modules = {name: site.entry for name, site in self.sites.items()}
+        own = {name: vars(module).get("forward") for name, module in modules.items()}  # a hook of accelerate's
         for name, module in modules.items():
             module.forward = self._parking_forward(name, module)
         hooks = [self._watch(site, self.model.get_submodule(name)) for site, name in self.residuals.items()]
@@ -146,8 +147,10 @@ class OnePass:
                         batch.waiting_at = batch.inputs = batch.residual = None  # a twin's output is still to come
                 # What is left of the forward pass (the head and its logits) is of no use here.
             finally:
-                for module in modules.values():
+                for name, module in modules.items():
                     del module.forward  # the class's own again
+                    if own[name] is not None:
+                        module.forward = own[name]  # type: ignore[assignment]
                 for hook in hooks:
                     hook.remove()
                 for batch in running:

@@ -161,7 +161,7 @@ class _Bank:
             if which != _GATE or self.gated:
                 found[prefix + name] = torch.empty(self.shape, dtype=dtype)
                 self.packed.unpack(which, found[prefix + name].data_ptr(), torch.get_num_threads())
-            bias = torch.empty(self.shape[:2])
+            bias = torch.empty(self.shape[:2], dtype=torch.float32)
             if which != _DOWN and self.packed.unpack_bias(which, bias.data_ptr()):
                 found[f"{prefix}{name}_bias"] = bias
         return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moefy.routers.base import Router, Snapshot
+from moefy.routers.base import Router
 from moefy.routers.linear import LinearRouter
 from moefy.routers.logistic import LogisticRouter
 from moefy.routers.mass import MassRouter
@@ -12,7 +12,7 @@ from moefy.routers.random import RandomRouter
 from moefy.routers.representative import RepresentativeRouter
 from moefy.routers.similarity import SimilarityRouter
 
-__all__ = ["ROUTERS", "Router", "Snapshot"]
+__all__ = ["ROUTERS", "Router"]
 
 ROUTERS: dict[str, type[Router]] = {
     "representative": RepresentativeRouter,

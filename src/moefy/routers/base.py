@@ -48,10 +48,6 @@ class Router(nn.Module, abc.ABC):
         """The router in the native kernel's form; None runs it in torch and hands its scores over."""
         return None
 
-    def snapshot(self) -> Snapshot:
-        """What the router's scores come from, to tell later whether they still do."""
-        return Snapshot(self)
-
     def multiply_adds(self) -> int:
         """Multiply-adds a token: what the router costs. Those of its matrices, as in `planned_multiply_adds`."""
         return sum(p.numel() for p in self.parameters() if p.ndim > 1)
@@ -69,26 +65,3 @@ class Router(nn.Module, abc.ABC):
     def _weight(self, *shape: int) -> nn.Parameter:
         # Always float32: half precision flips near ties between experts.
         return nn.Parameter(torch.empty(shape, dtype=torch.float32), requires_grad=False)
-
-
-class Snapshot:
-    """Which parameters a router has, and what they hold: `now(router)` until one is replaced or changed in place.
-
-    Changes through `.data` and of tensors made in inference mode are not noticed, nor is what `threshold` holds.
-    """
-
-    def __init__(self, router: Router):
-        self._router = router
-        self._parameters = list(router._parameters.values())  # kept: ids of what is gone are given again
-        self._ids = list(map(id, self._parameters))
-        self._watched = [
-            p for n, p in router._parameters.items() if n != "threshold" and p is not None and not p.is_inference()
-        ]
-        self._versions = [p._version for p in self._watched]
-
-    def now(self, router: Router) -> bool:
-        return (
-            router is self._router
-            and list(map(id, router._parameters.values())) == self._ids
-            and [p._version for p in self._watched] == self._versions
-        )

@@ -1,0 +1,128 @@
+"""One layer's weights in the native kernel's form, and whether they are still the layer's."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Mapping
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moefy.kernels import native
+from moefy.kernels.bound import Bound
+from moefy.routers import Router
+from moefy.types import LayerSpec, MoefyError
+
+# Packing empties a layer's parameters and unpacking fills them: one thread at a time, since several may make the first
+# call of a model at once. A fork waits until nobody is at it.
+LOCK = threading.RLock()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=LOCK.acquire, after_in_parent=LOCK.release, after_in_child=LOCK.release)
+
+_VERSION = attrgetter("_version")
+
+
+class Snapshot:
+    """Which parameters a module has, and how often they have been changed in place.
+
+    Changes through `.data`, and of tensors made in inference mode, are not seen, nor is what `threshold` holds.
+    """
+
+    def __init__(self, parameters: Mapping[str, Tensor | None]):
+        self._parameters = list(parameters.values())  # kept: ids of what is gone are given again
+        self._ids = list(map(id, self._parameters))
+        named = {n: p for n, p in parameters.items() if p is not None and n != "threshold"}
+        self._watched = [p for p in named.values() if _counts(p)]
+        self._versions = list(map(_VERSION, self._watched))
+
+    def same(self, parameters: Mapping[str, Tensor | None]) -> bool:
+        return list(map(id, parameters.values())) == self._ids
+
+    def unchanged(self) -> bool:
+        return list(map(_VERSION, self._watched)) == self._versions
+
+
+def _counts(tensor: Tensor) -> bool:
+    """Whether changes in place are counted: not of what was made in inference mode, even if its data is not."""
+    try:
+        return tensor._version >= 0
+    except RuntimeError:
+        return False
+
+
+class Packed:
+    """The packed weights of a layer, whose parameters (in `parameters`) are emptied, and of its router."""
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter | None], spec: LayerSpec, precision: str | None):
+        own: dict[str, Any] = {name: p for name, p in parameters.items() if p is not None}
+        self.ffn = native.PackedFFN(
+            **own,
+            activation=spec.activation,
+            activate_up=spec.activate_up,
+            precision=precision or native.PRECISIONS[own["experts_up"].dtype],
+        )
+        self._parameters = {name: p for name, p in own.items() if p.numel()}  # what is empty keeps its shape
+        for parameter in self._parameters.values():
+            parameter.data = parameter.data.new_empty(0)
+        self._snapshot = Snapshot(parameters)
+        self.router: native.PackedRouter | None = None
+        self._router: Router | None = None
+        self._router_snapshot = Snapshot({})
+        self.bound: Bound | None = None
+        self.bound_top_k = -1
+
+    def is_of(self, parameters: Mapping[str, nn.Parameter | None]) -> bool:
+        """Whether the layer has the parameters that were packed; MoefyError if one was changed, to no effect."""
+        if not self._snapshot.same(parameters):
+            return False
+        if not self._snapshot.unchanged():
+            raise MoefyError(
+                "Weights of a converted layer were changed in place after it had packed them, which has no effect: "
+                "call its unpack() (or model.train()) before such a change."
+            )
+        return True
+
+    def follow(self, router: Router | None) -> None:
+        """Pack the router if it is another one, or has other weights, than the packed one."""
+        if router is not None and self.is_from(router):
+            return
+        self.bound = None
+        self.router = router.packed() if router is not None else None
+        self._router, self._router_snapshot = router, Snapshot(router._parameters if router is not None else {})
+
+    def is_from(self, router: Router) -> bool:
+        """Whether the packed router has this one's weights as they are."""
+        known = self._router_snapshot
+        return self._router is router and known.same(router._parameters) and known.unchanged()
+
+    def bind(self, dtype: torch.dtype, top_k: int, most: int) -> None:
+        """Prepare the calls that follow on inputs of this type."""
+        ready = self.bound is not None and self.bound.dtype == dtype and self.bound_top_k == top_k
+        if ready or self.router is None or self._router is None or not Bound.possible(self.ffn, dtype):
+            return
+        routing: dict[str, Any] = {"threshold": self._router.threshold, "most": most} if most else {"top_k": top_k}
+        self.bound = Bound(self.ffn, self.router, dtype, **routing)
+        self.bound_top_k = top_k
+
+    def prepared(self, parameters: Mapping[str, nn.Parameter | None], router: Router, top_k: int) -> Bound | None:
+        """The prepared call, if it is what the checked one would do."""
+        if self.bound is None or self.bound_top_k != top_k or not self.is_from(router) or not self.is_of(parameters):
+            return None
+        return self.bound
+
+    def unpack(self) -> None:
+        """Give the parameters their values again: plain tensors, whatever mode the caller is in."""
+        if self.ffn.precision == "int8":
+            raise MoefyError("The experts were packed as int8, which cannot be undone; load the model again.")
+        with torch.inference_mode(False), torch.no_grad():
+            for name, tensor in self.ffn.unpack().items():
+                parameter = self._parameters.get(name)
+                if parameter is not None and not parameter.numel():  # not empty: `.data` was set since
+                    parameter.data = tensor.to(parameter.dtype)
+
+    @property
+    def nbytes(self) -> int:
+        return self.ffn.nbytes + (self.router.nbytes if self.router is not None else 0)
