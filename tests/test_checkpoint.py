@@ -20,6 +20,7 @@ from transformers import (
 
 import moefy
 import tiny
+from moefy import checkpoint
 
 RECIPE = moefy.Recipe(experts=6, shared=1, active=2, top_activated=4)
 
@@ -186,6 +187,9 @@ def test_killed_between_the_two_renames_of_an_overwrite_keeps_the_old(tmp_path):
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
     (tmp_path / f".out.partial-{ended.pid}").mkdir()
+    checkpoint.recover("a/name of the hub")
+    checkpoint.recover(tmp_path / "out")  # what commands do before they look whether it is there
+    assert (tmp_path / "out").is_dir()
     moefy.load(tmp_path / "out")
     moefy.save(converted(), tmp_path / "out", overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -147,6 +147,7 @@ def sources(dense, tmp_path):
 MISTAKES = {
     "missing path": (["convert", "no/such/model", "out"], "no model at no/such/model"),
     "mistyped name": (["convert", "no-such-model", "out"], "no directory or file 'no-such-model'"),
+    "name that no hub takes": (["convert", "my model", "out"], "no directory or file 'my model'"),
     "no config": (["convert", "empty", "out"], "no config.json"),
     "no weights": (["convert", "noweights", "out"], "no weights"),
     "truncated safetensors": (["convert", "cut", "out"], "truncated or corrupt"),

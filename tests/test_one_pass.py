@@ -103,6 +103,17 @@ def test_sites_that_calibration_never_reaches_are_named():
         moefy.convert(_EncoderOnly(model), RECIPE, [feed])
 
 
+def test_ffns_that_run_in_chunks_arrive_whole():
+    whole, chunked = tiny.tiny("bert"), tiny.tiny("bert")
+    layers = [m for m in chunked.modules() if hasattr(m, "chunk_size_feed_forward")]
+    assert layers
+    for layer in layers:
+        layer.chunk_size_feed_forward = 2
+    expected, got = (moefy.convert(model, RECIPE, [tiny.inputs("bert")]) for model in (whole, chunked))
+    assert [layer.error for layer in got.layers] == [layer.error for layer in expected.layers]
+    assert {layer.chunk_size_feed_forward for layer in layers} == {2}
+
+
 class _EncoderOnly(torch.nn.Module):
     """A model whose forward leaves half of its FFNs out."""
 

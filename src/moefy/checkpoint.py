@@ -107,6 +107,11 @@ def written(out: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def recover(name: str | os.PathLike[str]) -> None:
+    """Undo an overwrite of a directory that was cut off between its two renames; nothing to do for other names."""
+    _recover(_place(name))
+
+
 def load(path: str | os.PathLike[str], **options: Any) -> PreTrainedModel:
     """A converted model from disk; `options` go to transformers' from_pretrained (dtype, device_map, ...).
 

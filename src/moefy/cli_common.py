@@ -29,6 +29,7 @@ def load_any(name: str, dtype: str, remote_code: bool) -> tuple[Any, Any]:
     from moefy.hf import MODEL_TYPE
     from moefy.sources import load_source, load_tokenizer, local_path, read_config, torch_dtype
 
+    checkpoint.recover(name)
     folder = local_path(name)
     if (folder / "config.json").is_file() and read_config(folder).get("model_type") == MODEL_TYPE:
         return checkpoint.load(name, dtype=torch_dtype(dtype)), load_tokenizer(str(folder))

@@ -121,6 +121,10 @@ class OnePass:
         if self.residuals:
             running += [_Batch(i, self._runner(b), dense=True) for i, b in enumerate(self.batches)]
         modules = {name: site.entry for name, site in self.sites.items()}
+        # In chunks an FFN would be called several times a batch, and only the first chunk would arrive.
+        chunked = {m: size for m in self.model.modules() if (size := getattr(m, "chunk_size_feed_forward", 0))}
+        for module in chunked:
+            module.chunk_size_feed_forward = 0  # type: ignore[assignment]
         own = {name: vars(module).get("forward") for name, module in modules.items()}  # a hook of accelerate's
         for name, module in modules.items():
             module.forward = self._parking_forward(name, module)
@@ -151,6 +155,8 @@ class OnePass:
                     del module.forward  # the class's own again
                     if own[name] is not None:
                         module.forward = own[name]  # type: ignore[assignment]
+                for module, size in chunked.items():
+                    module.chunk_size_feed_forward = size  # type: ignore[assignment]
                 for hook in hooks:
                     hook.remove()
                 for batch in running:

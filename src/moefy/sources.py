@@ -183,9 +183,9 @@ def check_weights(model: nn.Module) -> None:
 
 def _check_hub(name: str) -> None:
     """Ask once whether the hub has the model, so that a mistyped path is told at once and not after retries."""
-    if isinstance(try_to_load_from_cache(name, "config.json"), str):
-        return
     try:
+        if isinstance(try_to_load_from_cache(name, "config.json"), str):
+            return
         HfApi().model_info(name, timeout=20)
     except Exception as error:  # whatever the HTTP client raises: unreachable, unknown, gated, no such name
         raise MoefyError(
