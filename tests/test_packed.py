@@ -1,5 +1,8 @@
 """When a layer packs its weights, and what it does about parameters that are looked at or changed afterwards."""
 
+import pickle
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -139,6 +142,19 @@ def test_a_conversion_that_ends_early_is_known_by_the_next(dense_model, tmp_path
     moefy.save(model, tmp_path / "part")
     with torch.no_grad():
         assert torch.equal(moefy.load(tmp_path / "part")(**batches[0]).logits, model(**batches[0]).logits)
+
+
+def test_a_converted_model_pickles_and_a_new_process_reads_it(dense_model, tmp_path):
+    model, batches = dense_model
+    moefy.convert(model, "cmoe", batches)
+    with torch.no_grad():
+        logits = model(**batches[0]).logits
+    (tmp_path / "own.pickle").write_bytes(pickle.dumps((model, batches[0], logits)))
+    code = (
+        "import pickle, sys, torch; model, batch, logits = pickle.load(open(sys.argv[1], 'rb'))\n"
+        "with torch.no_grad(): assert torch.equal(model(**batch).logits, logits)"
+    )
+    subprocess.run([sys.executable, "-c", code, tmp_path / "own.pickle"], check=True)
 
 
 @pytest.fixture

@@ -119,6 +119,16 @@ def model_class(base: Any, config: Any) -> Any:
     return made
 
 
+def __getattr__(name: str) -> Any:
+    """The classes made here by name: so models and configs pickle as dense ones do, for spawned processes."""
+    base = getattr(transformers, name.removeprefix("Moefy"), None) if name.startswith("Moefy") else None
+    if isinstance(base, type) and issubclass(base, PretrainedConfig):
+        return config_class(base)
+    if isinstance(base, type) and issubclass(base, PreTrainedModel):
+        return model_class(base, config_class(base.config_class))
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 def _share_renamings(base: Any, made: Any) -> None:
     """Let a converted class read the names that transformers stores its base's weights by.
 
