@@ -124,6 +124,15 @@ def test_a_budget_for_the_whole_model_is_kept(family, budget):
     assert report.predicted_loss >= 0
 
 
+@pytest.mark.parametrize(("experts", "budget"), [(8, 0.5), (8, 0.3), (4, 0.5)])
+def test_a_layer_that_matters_little_gets_one_expert_at_least(experts, budget):
+    model, batches = tiny.tiny("llama"), [tiny.inputs("llama", seed=i) for i in range(2)]
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight.mul_(0.1)
+    report = moefy.convert(model, moefy.Recipe.of("reconstructed", budget=budget, experts=experts), batches)
+    assert report.active_fraction <= budget + 1e-6
+
+
 def test_a_model_whose_logits_are_not_finite_is_a_sentence():
     model, batch = tiny.tiny("llama"), tiny.inputs("llama")
     model.lm_head.weight.data[3] = float("inf")

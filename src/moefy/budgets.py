@@ -92,13 +92,17 @@ def loss_curve(stats: NeuronStats) -> Curve:
     return Curve(loss, neurons * stats.ffn.width * (2 if stats.ffn.gate is None else 3))
 
 
-def allocate(curves: Mapping[str, Curve], budget: float) -> dict[str, float]:
-    """A share for each layer, `budget` on average over multiply-adds, at the least sum of predicted losses."""
+def allocate(curves: Mapping[str, Curve], budget: float, least: Mapping[str, float] | None = None) -> dict[str, float]:
+    """A share for each layer, `budget` on average over multiply-adds, at the least sum of predicted losses.
+
+    No layer gets less than LOWEST and than its `least` (0 if not given), or than the budget if that is lower.
+    """
     grid = torch.linspace(0, 1, GRID, dtype=torch.float64)
     losses = torch.stack([curve.loss for curve in curves.values()])
     sizes = torch.tensor([curve.size for curve in curves.values()], dtype=torch.float64)
     weights = sizes / sizes.sum()
-    losses = losses.masked_fill(grid < min(LOWEST, budget), torch.inf)
+    lowest = [min(budget, max(LOWEST, (least or {}).get(name, 0.0))) for name in curves]
+    losses = losses.masked_fill(grid < torch.tensor(lowest, dtype=torch.float64)[:, None], torch.inf)
 
     def shares(price: float) -> Tensor:
         found = grid[(losses + price * weights[:, None] * grid).argmin(1)]

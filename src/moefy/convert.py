@@ -135,10 +135,9 @@ def convert(
     model.eval()
     try:
         if planned:
-            assert recipe.budget is not None
             step = (lambda i, of, name: progress(i, of + work * len(sites), f"measuring {name}")) if progress else None
             sensitivity = sensitivity or measure(model, sites, batches, hold_bytes, recipe.chunk_tokens, step)
-            shares = allocate(sensitivity.curves, recipe.budget)
+            shares = planned_shares(sites, recipe, sensitivity)
             specs = planned_specs(sites, recipe, shares)
             report.predicted_loss = sensitivity.predicted_loss(shares)
         metrics = sensitivity.metrics if planned and sensitivity else {}
@@ -170,6 +169,13 @@ def check_dense(model: nn.Module) -> None:
     """MoefyError if moefy has converted the model already."""
     if getattr(model.config, "moefy", None):
         raise MoefyError("This model is converted already, if only in part; start from the dense model it came from.")
+
+
+def planned_shares(sites: Mapping[str, Site], recipe: Recipe, found: Sensitivity) -> dict[str, float]:
+    """The recipe's budget divided over the FFNs, by name."""
+    assert recipe.budget is not None
+    least = {name: recipe.least_share(site.read().neurons) for name, site in sites.items()}
+    return allocate(found.curves, recipe.budget, least)
 
 
 def planned_specs(

@@ -151,6 +151,10 @@ class Recipe(BaseModel):
             )
         return shared, active
 
+    def least_share(self, neurons: int) -> float:
+        """The smallest budget of an FFN of so many neurons: one expert."""
+        return self.expert_size / neurons if self.expert_size else 1 / self.experts
+
     def layer_specs(self, ffn: FFNWeights, site: str, budget: float | None = None) -> list[LayerSpec]:
         """The shapes that this recipe may give one FFN: as many as differ by its shared budgets."""
         return list(dict.fromkeys(self.layer_spec(ffn, site, budget, share) for share in self.shared_budgets))

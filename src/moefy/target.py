@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moefy.budgets import Sensitivity, allocate, measure, measure_work
-from moefy.convert import LAYER_WORK, Report, check_dense, convert, planned_specs
+from moefy.convert import LAYER_WORK, Report, check_dense, convert, planned_shares, planned_specs
 from moefy.evaluate import is_causal_lm, perplexity
 from moefy.moe import realised_fraction, usage
 from moefy.recipe import Recipe
@@ -135,7 +135,7 @@ def _fit(sites: Mapping[str, Site], recipe: Recipe, found: Sensitivity | None) -
     assert recipe.budget is not None
     planned_specs(sites, recipe)
     if found:
-        planned_specs(sites, recipe, allocate(found.curves, recipe.budget))
+        planned_specs(sites, recipe, planned_shares(sites, recipe, found))
 
 
 def _between(trials: Sequence[Trial], low: float, high: float, target: float) -> float | None:
