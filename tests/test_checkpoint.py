@@ -21,6 +21,7 @@ from transformers import (
 import moefy
 import tiny
 from moefy import checkpoint
+from moefy.cli_common import load_any
 
 RECIPE = moefy.Recipe(experts=6, shared=1, active=2, top_activated=4)
 
@@ -151,8 +152,8 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(type(model), "save_pretrained", lambda self, folder: full(folder))
-    for name in ("out", "new"):
-        with pytest.raises(moefy.MoefyError, match="disk is full"):
+    for name, left in (("out", "what was there before is unchanged"), ("new", "nothing is left of it")):
+        with pytest.raises(moefy.MoefyError, match=f"disk is full: .* and {left}"):
             moefy.save(model, tmp_path / name, overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert (tmp_path / "out" / "config.json").read_bytes() == kept
@@ -193,6 +194,24 @@ def test_killed_between_the_two_renames_of_an_overwrite_keeps_the_old(tmp_path):
     moefy.load(tmp_path / "out")
     moefy.save(converted(), tmp_path / "out", overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("dense", [True, False])
+def test_a_cut_off_overwrite_is_undone_where_a_model_is_read(dense, tmp_path):
+    def look():
+        return load_any(str(tmp_path / "out"), "auto", False)[0]
+
+    def take_as_source():
+        return checkpoint.check_output(tmp_path / "new", source=tmp_path / "out")
+
+    if dense:
+        tiny.tiny("llama").save_pretrained(tmp_path / "out")
+    else:
+        moefy.save(converted(), tmp_path / "out")
+    for read in (look, take_as_source):
+        (tmp_path / "out").rename(tmp_path / ".out.old")
+        read()
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_only_converted_models_are_saved_and_loaded(tmp_path):

@@ -138,6 +138,9 @@ def sources(dense, tmp_path):
     (tmp_path / "empty.txt").write_text("  \n")
     (tmp_path / "short.txt").write_text("too short")
     (tmp_path / "bad.yaml").write_text("experts: many\nflavour: sweet\n")
+    (tmp_path / "half.jsonl").write_text('{"text": "whole"}\n\n{"text": "half \\ud800"}\n')
+    (tmp_path / "digits.jsonl").write_text('{"text": ' + "9" * 6000 + "}\n")
+    (tmp_path / "deep.jsonl").write_text('{"text": ' + "[" * 100_000 + "\n")
     (tmp_path / "cut.txt.gz").write_bytes(gzip.compress(builtin_text().encode())[:1000])
     (tmp_path / "exists").mkdir()
     (tmp_path / "exists" / "config.json").write_text("{}")
@@ -148,6 +151,7 @@ MISTAKES = {
     "missing path": (["convert", "no/such/model", "out"], "no model at no/such/model"),
     "mistyped name": (["convert", "no-such-model", "out"], "no directory or file 'no-such-model'"),
     "name that no hub takes": (["convert", "my model", "out"], "no directory or file 'my model'"),
+    "name with an odd character": (["eval", "bad name!"], "no directory or file 'bad name!'"),
     "no config": (["convert", "empty", "out"], "no config.json"),
     "no weights": (["convert", "noweights", "out"], "no weights"),
     "truncated safetensors": (["convert", "cut", "out"], "truncated or corrupt"),
@@ -158,6 +162,9 @@ MISTAKES = {
     "binary text": (["convert", "good", "out", "--calibration", "binary.txt"], "not a text file"),
     "empty text": (["convert", "good", "out", "--calibration", "empty.txt"], "is empty"),
     "cut gzip": (["convert", "good", "out", "--calibration", "cut.txt.gz"], "cannot be read"),
+    "half a character": (["convert", "good", "out", "--calibration", "half.jsonl"], "Line 3 of half.jsonl holds half"),
+    "endless number": (["convert", "good", "out", "--calibration", "digits.jsonl"], "mend or remove line 1."),
+    "endless nesting": (["convert", "good", "out", "--calibration", "deep.jsonl"], "mend or remove line 1."),
     "short text": (["convert", "good", "out", "--calibration", "short.txt"], "shorter than a window"),
     "missing text": (["convert", "good", "out", "--calibration", "nowhere.txt"], "no text file 'nowhere.txt'"),
     "share above one": (["convert", "good", "out", "--active", "1.5"], "neither a share"),
@@ -189,6 +196,8 @@ MISTAKES = {
     "unknown option": (["convert", "good", "out", "--banana"], "No such option"),
     "eval of nothing": (["eval", "no/such/model"], "no model at"),
     "generate of nothing": (["generate", "no/such/model", "hello"], "no model at"),
+    "prompt that is not UTF-8": (["generate", "good", "caf\udce9"], "The prompt is no valid text"),
+    "text that is not UTF-8": (["eval", "good", "--text", "caf\udce9 " * 99], "is no valid text"),
     "empty prompt": (["generate", "good", ""], "prompt is empty"),
 }
 

@@ -69,6 +69,17 @@ def test_generation_ends_where_the_positions_do(models, monkeypatch, capsys):
     assert capsys.readouterr().out.strip()
 
 
+def test_a_model_that_computes_nan_generates_nothing(models, monkeypatch, capsys):
+    overflowing = tiny.tiny("gpt2")
+    with torch.no_grad():
+        overflowing.transformer.ln_f.weight.fill_(3e38)
+        overflowing.transformer.ln_f.bias.fill_(3e38)
+    overflowing.save_pretrained(models / "overflowing")
+    pydoc_tokenizer().save_pretrained(models / "overflowing")
+    assert run(models, monkeypatch, "generate", "overflowing", "the value of") == 2
+    assert "computes NaN or infinite values" in capsys.readouterr().err
+
+
 def test_bench_runs_on_a_text_of_one_word(models, monkeypatch, capsys):
     assert run(models, monkeypatch, "bench", "llama", "--text", "one.txt", "--rounds", "1", "--json") == 0
     assert "decode" in json.loads(capsys.readouterr().out)["cases"]

@@ -40,7 +40,7 @@ def test_a_log_gets_lines_with_an_estimate(monkeypatch, capsys):
         update(3)
         update(6, 12, "more than was thought")
     lines = capsys.readouterr().err.splitlines()
-    assert [line.split(",")[0] for line in lines] == ["Sorting: 3 of 9", "Sorting: 6 of 12", "Sorting: 6 of 12"]
+    assert [line.split(",")[0] for line in lines] == ["Sorting: 3 of 9", "Sorting: 6 of 12"]
     assert all(line.endswith(" left") for line in lines)
 
 

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 import moefy
 import tiny
 from moefy.sources import load_source
+from words import pydoc_tokenizer
 
 
 def saved(folder, family="llama", model=None):
@@ -194,3 +195,28 @@ def test_a_gguf_must_be_complete_too(tmp_path):
     for message, changes in cases.items():
         with pytest.raises(moefy.MoefyError, match=message):
             load_source(write_gguf(tmp_path / "damaged.gguf", **changes))
+
+
+DAMAGE = [
+    *(("tokenizer.json", junk) for junk in (b"", b'{"version": "1.0", "trunc', b"{}", b"\xff\xfe")),
+    *(("tokenizer_config.json", junk) for junk in (b"junk", b"[]", b'{"tokenizer_class": 3}')),
+]
+
+
+@pytest.mark.parametrize(("file", "junk"), DAMAGE)
+def test_a_damaged_tokenizer_is_a_sentence(file, junk, tmp_path):
+    folder = saved(tmp_path / "source")
+    pydoc_tokenizer().save_pretrained(folder)
+    (folder / file).write_bytes(junk)
+    with pytest.raises(moefy.MoefyError) as refused:
+        load_source(folder)
+    assert str(refused.value).startswith(f"The tokenizer of {folder} cannot be loaded (")
+    assert str(refused.value).endswith("copy or download tokenizer.json and tokenizer_config.json again.")
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("family", ["llama", "vit"])
+def test_a_model_needs_no_tokenizer(family, tmp_path):
+    folder = saved(tmp_path / "source", family)
+    (folder / "preprocessor_config.json").write_text("{}")
+    assert load_source(folder)[1] is None

@@ -1,9 +1,12 @@
 """The study: its figures on data with a known answer, its tests' error rates, the page it makes."""
 
+import errno
 import importlib
 import json
+import os
 import re
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +17,7 @@ import words
 from moefy import report
 from moefy.cli import app
 from moefy.moe import moe_layers
+from moefy.report.html import write_together
 from moefy.study import measures, study
 from moefy.study.collect import collect
 from moefy.study.preferences import benjamini_hochberg, over_sequences, over_tokens, preferences, turned
@@ -260,6 +264,29 @@ def test_inspect_refuses_before_it_runs_what_it_could_not_write(tmp_path, monkey
         assert isinstance(done.exception, moefy.MoefyError)
         assert message in str(done.exception)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    for output in ("/proc", "/proc/nothing/here", "x" * 300):  # where nobody may write
+        with pytest.raises(moefy.MoefyError, match=r"cannot be written: .*; choose another output"):
+            report.check(tmp_path / output)
+    report.check(tmp_path / "new" / "deep")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_full_disk_leaves_neither_file_of_a_study(exists, tmp_path, monkeypatch):
+    written = Path.write_text
+    if exists:
+        write_together({tmp_path / "a": "old", tmp_path / "b": "old"})
+
+    def full(path, text, **options):
+        written(path, text[:1], **options)
+        if "b" in path.name:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_text", full)
+    left = "what was there before is unchanged" if exists else "nothing is left of it"
+    with pytest.raises(moefy.MoefyError, match=f"disk is full: .*/b was not written, and {left}; free some space"):
+        write_together({tmp_path / "a": "new", tmp_path / "b": "new"})
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == ({"a": "old", "b": "old"} if exists else {})
 
 
 @pytest.mark.parametrize("active", [0, 6])
@@ -280,6 +307,15 @@ def test_weights_that_are_not_finite_are_one_sentence():
         moe.experts_up[0, 0, 0] = float("nan")
     moe.pack()  # where the parameters are empty
     with pytest.raises(moefy.MoefyError, match="holds NaN or infinite values"):
+        study(model, None, [feed])
+
+
+@pytest.mark.parametrize("norm", ["layers.0.post_attention_layernorm", "norm"])
+def test_what_a_model_computes_that_is_not_finite_is_one_sentence(norm):
+    model, feed = tiny.tiny("llama"), tiny.inputs("llama")
+    with torch.no_grad():
+        model.model.get_submodule(norm).weight.fill_(3e38)  # finite, and what it is multiplied with is above 1
+    with pytest.raises(moefy.MoefyError, match="computes NaN or infinite values"):
         study(model, None, [feed])
 
 

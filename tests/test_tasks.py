@@ -209,6 +209,13 @@ def test_other_layouts_that_are_understood(task, name, text, expected, tmp_path)
         ("sst2", "a.tsv", "sentence\tlabel\n", "There are no rows"),
         *(("sst2", f"a{end}", " \n", "a.* is empty; give one") for end in (".json", ".jsonl", ".tsv", ".csv", ".txt")),
         ("sst2", "a.json", "[" * 100_000, "nests its JSON too deeply"),
+        ("sst2", "a.jsonl", '{"sentence": ' + "9" * 6000 + ', "label": 1}', "holds a number of thousands of digits"),
+        (
+            "sst2",
+            "a.jsonl",
+            '{"sentence": "\\ud83d\\ude00", "label": 1}\n{"a": ["\\ud83d"]}',
+            "Row 2 of .* half a character",
+        ),
         ("sst2", "a.csv", "sentence,label,label\nx,1,0\n", "has two columns 'label'; rename one"),
         ("sst2", "a.csv", "sentence,label\ngood\rfilm,1\n", "Row 2 of .* has 1 fields"),
         ("sst2", "a.csv", 'sentence,label\n1,"good\n0,bad\n', "is not valid CSV .*see whether a quotation mark"),
@@ -310,3 +317,20 @@ def test_a_label_set_that_does_not_fit_the_head_is_one_sentence(data):
         evaluate_task(model, words.tokenizer(), "mnli", data["mnli"])
     with pytest.raises(moefy.MoefyError, match="no tokenizer"):
         evaluate_task(model, None, "mnli", data["mnli"])
+
+
+@pytest.mark.parametrize(
+    ("task", "head"),
+    [
+        ("sst2", "SequenceClassification"),
+        ("squad", "QuestionAnswering"),
+        ("race", "MultipleChoice"),
+        *((task, None) for task in ("sst2", "squad", "race")),
+    ],
+)
+def test_a_model_that_computes_nan_is_not_measured(task, head, data):
+    model = getattr(tf, f"BertFor{head}")(tf.BertConfig(**SMALL)).eval() if head else tiny.tiny("llama")
+    with torch.no_grad():
+        next(reversed(list(model.parameters()))).fill_(torch.nan)
+    with pytest.raises(moefy.MoefyError, match="computes NaN or infinite values"):
+        evaluate_task(model, words.tokenizer(), task, data[task])

@@ -9,6 +9,7 @@ import tiny
 from moefy.compare import recipe_at
 from moefy.recipe import DEFAULT, RECIPES, Recipe
 from moefy.routers import ROUTERS
+from moefy.types import FFNWeights
 from moefy.wanted import chosen
 
 MEANT = [
@@ -90,6 +91,13 @@ def test_what_would_mean_nothing_or_be_ignored_is_refused(recipe, options, sente
         ("shared_budget: x", "shared_budget: give a share such as 0.5 or a list of them, and not 'x'."),
         ("shared_budget: [x]", "shared_budget: give a share such as 0.5 or a list of them, and not \"['x']\"."),
         ("shared: -1", "shared: Input should be greater than or equal to 0."),
+        ("shared: true", "shared: give a number, and not true or false."),
+        ("experts: false", "experts: give a number, and not true or false."),
+        ("shared_budget: [true]", "shared_budget: give a number, and not true or false."),
+        ("most_active: .inf", "most_active: Input should be a finite number."),
+        ("1: 2", "1: Keys should be strings."),
+        ("routr: mlp", "routr: there is no such field, the nearest is router."),
+        ("x: 1", f"x: there is no such field, use one of {', '.join(Recipe.model_fields)}."),
         ("shared: 0\nactive: 0", "no expert is shared and none active, so nothing would run; give more."),
     ],
 )
@@ -97,6 +105,18 @@ def test_a_field_of_several_types_is_one_sentence(text, sentence):
     with pytest.raises(moefy.MoefyError) as error:
         Recipe.from_yaml(text)
     assert str(error.value) == f"The recipe is not valid: {sentence}"
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, f"experts: {'9' * 6000}", "name: 2024-99-99", "experts: !!int ''"])
+def test_what_yaml_cannot_read_is_one_sentence(text):
+    with pytest.raises(moefy.MoefyError, match=r"recipe (nests its YAML too deeply|has a date or a number)"):
+        Recipe.from_yaml(text)
+
+
+def test_most_active_may_be_any_number():
+    ffn = FFNWeights(torch.zeros(48, 8), torch.zeros(48, 8))
+    recipe = Recipe(experts=6, shared=0, active=2, selection="threshold", most_active=1e308)
+    assert recipe.layer_spec(ffn, "ffn").most == 6
 
 
 @pytest.mark.parametrize("router", [name for name, router in ROUTERS.items() if router.ships])

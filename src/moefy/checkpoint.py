@@ -47,6 +47,8 @@ def check_output(
     out = _place(path)
     try:
         _recover(out)
+        if source is not None:
+            recover(source)
         if source is not None and (origin := _place(source)).exists() and out in (origin, *origin.parents):
             what = "is" if out == origin else "holds"
             raise MoefyError(f"{path} {what} the source {source}, which would be lost; choose another output.")
@@ -56,7 +58,7 @@ def check_output(
             raise MoefyError(f"{path} is not a model directory, so it will not be overwritten.")
         _probe(out)
     except OSError as error:
-        raise MoefyError(_why_not_written(error, out)) from None
+        raise MoefyError(why_not_written(error, out)) from None
     return out
 
 
@@ -102,7 +104,7 @@ def written(out: Path) -> Iterator[Path]:
         _sync(partial)
         _rename(partial, out)
     except (OSError, SafetensorError) as error:
-        raise MoefyError(_why_not_written(error, out)) from None
+        raise MoefyError(why_not_written(error, out)) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -264,9 +266,11 @@ def _sync(folder: Path, files: bool = True) -> None:
             os.close(handle)
 
 
-def _why_not_written(error: Exception, out: Path) -> str:
+def why_not_written(error: Exception, out: Path) -> str:
+    """The sentence for an output that could not be written; what was there before still is."""
     text = str(error)
     if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in text or "os error 28" in text:
-        return f"The disk is full: {out} was not written, and nothing is left of it; free some space and try again."
+        left = "what was there before is unchanged" if out.exists() or _old(out).exists() else "nothing is left of it"
+        return f"The disk is full: {out} was not written, and {left}; free some space and try again."
     why = getattr(error, "strerror", None) or reason(error)
     return f"{out} cannot be written: {why.rstrip('.')}; choose another output."

@@ -27,7 +27,11 @@ def generate(
 
     from moefy import console
     from moefy.calibrate import check_ids
+    from moefy.tasks.base import checked_steps
+    from moefy.texts import is_text
 
+    if not is_text(prompt):
+        raise MoefyError("The prompt is no valid text (it is not UTF-8, or holds half a character); write it in UTF-8.")
     with console.status(f"Loading {model}"):
         loaded, tokenizer = load_any(model, dtype, trust_remote_code)
     if tokenizer is None:
@@ -50,6 +54,7 @@ def generate(
         attention_mask=inputs["attention_mask"],
         max_new_tokens=tokens,
         do_sample=False,
+        logits_processor=checked_steps(loaded),
         streamer=streamer,
         pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
     )

@@ -58,7 +58,7 @@ def progress(what: str, total: int | None = None, counted: bool = True) -> Itera
 def _progress_lines(what: str, total: int | None, counted: bool) -> Iterator[Callable[..., None]]:
     """A line every EVERY seconds, for logs, and one at the end."""
     start = said = time.monotonic()
-    last = (0, total)
+    last, shown_last = (0, total), False
 
     def line(done: int, of: int | None, seconds: float) -> str:
         left = f", about {_clock(seconds / done * (of - done))} left" if of and 0 < done < of else ""
@@ -66,14 +66,16 @@ def _progress_lines(what: str, total: int | None, counted: bool) -> Iterator[Cal
         return f"{what}: {shown}, {_clock(seconds)}{left}"
 
     def update(done: int, of: int | None = None, *_: object) -> None:
-        nonlocal said, last
+        nonlocal said, last, shown_last
         last, now = (done, of or last[1]), time.monotonic()
-        if now - said >= EVERY:
+        shown_last = now - said >= EVERY
+        if shown_last:
             said = now
             err.print(line(*last, now - start), soft_wrap=True)
 
     yield update
-    err.print(line(*last, time.monotonic() - start), soft_wrap=True)
+    if not shown_last:
+        err.print(line(*last, time.monotonic() - start), soft_wrap=True)
 
 
 def _clock(seconds: float) -> str:

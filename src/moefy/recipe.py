@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,6 +16,12 @@ from moefy.construct.sharing import SHARING
 from moefy.routers import ROUTERS
 from moefy.slim import slim_spec
 from moefy.types import FFNWeights, LayerSpec, MoefyError
+
+# Fields that hold numbers; pydantic takes true for 1.
+_NUMBERS = (
+    *("repair", "experts", "expert_size", "shared", "active", "budget", "shared_budget", "most_active"),
+    *("top_activated", "seed", "chunk_tokens"),
+)
 
 
 class Recipe(BaseModel):
@@ -31,7 +38,7 @@ class Recipe(BaseModel):
     a mean over tokens, and no token runs more than `most_active` times as many.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     name: str = "custom"
     construction: str = "activation"
@@ -52,6 +59,13 @@ class Recipe(BaseModel):
     top_activated: int = Field(10, ge=1, description="CMoE's K_a: neurons marked per token")
     seed: int = Field(0, ge=0, le=2**62)  # torch takes 64 bits, and each layer adds its number
     chunk_tokens: int = Field(1024, ge=1, description="tokens worked on at a time")
+
+    @field_validator(*_NUMBERS, mode="before")
+    @classmethod
+    def _no_booleans(cls, value: Any) -> Any:
+        if any(isinstance(x, bool) for x in (value if isinstance(value, list) else [value])):
+            raise ValueError("give a number, and not true or false")
+        return value
 
     @field_validator("construction")
     @classmethod
@@ -192,7 +206,7 @@ class Recipe(BaseModel):
             expert_size=size if experts else 0,
             top_k=active,
             router=self.router if routed and experts else None,
-            most=min(experts, math.ceil(self.most_active * active)) if routed and self.selection == "threshold" else 0,
+            most=math.ceil(min(experts, self.most_active * active)) if routed and self.selection == "threshold" else 0,
             activation=ffn.activation,
             gated=ffn.gate is not None,
             up_bias=ffn.up_bias is not None,
@@ -228,6 +242,10 @@ class Recipe(BaseModel):
             data = yaml.safe_load(text)
         except yaml.YAMLError as error:
             raise MoefyError(f"The recipe is not YAML: {str(error).splitlines()[0]}.") from None
+        except RecursionError:
+            raise MoefyError("The recipe nests its YAML too deeply; give one value to a field.") from None
+        except (ValueError, LookupError, AttributeError):  # what it raises for a value that is not of its type
+            raise MoefyError("The recipe has a date or a number that YAML cannot read; mend or remove it.") from None
         if not isinstance(data, dict):
             raise MoefyError("The recipe must be a YAML mapping, such as `construction: activation`.")
         return cls.of(data)
@@ -241,7 +259,7 @@ class Recipe(BaseModel):
         if "experts" in changes:  # the later word counts: a size in the recipe would override it
             changes = {"expert_size": None, **changes}
         try:
-            return cls(**{**fields, **changes})
+            return cls.model_validate({**fields, **changes})
         except ValidationError as error:
             raise MoefyError(f"The recipe is not valid: {_sentence(error)}.") from None
 
@@ -308,11 +326,19 @@ def _sentence(error: ValidationError) -> str:
     for e in error.errors():
         where = ".".join(map(str, e["loc"]))
         message = e["msg"].removeprefix("Value error, ")
+        if e["type"] == "extra_forbidden":
+            message = _unknown(where)
         if len(e["loc"]) > 1 and e["loc"][0] in _UNIONS:
             where = str(e["loc"][0])
             message = f"give {_UNIONS[where]}, and not {str(e['input'])[:40]!r}"
         parts.setdefault(where, f"{where}: {message}" if where else message)
     return "; ".join(parts.values())
+
+
+def _unknown(field: str) -> str:
+    near = difflib.get_close_matches(field, Recipe.model_fields, 1)
+    known = f"the nearest is {near[0]}" if near else f"use one of {', '.join(Recipe.model_fields)}"
+    return f"there is no such field, {known}"
 
 
 RECIPES: dict[str, Recipe] = {

@@ -16,7 +16,7 @@ import transformers
 from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -24,6 +24,8 @@ from moefy.hf import MODEL_TYPE
 from moefy.types import MoefyError
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack")
+# Where a tokenizer is, if a directory has one.
+_TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 # Quantisations that transformers undoes when it loads them without a GPU for them.
 _DEQUANTISED = ("fp8", "mxfp4")
 # What transformers raises for a damaged checkpoint: a config with wrong values fails wherever they are first used.
@@ -181,6 +183,15 @@ def check_weights(model: nn.Module) -> None:
             raise MoefyError(f"The weight {name} holds NaN or infinite values; the checkpoint is broken.")
 
 
+def check_finite(model: nn.Module, scores: Tensor) -> None:
+    """Raise MoefyError if what a model computes, (..., N), is NaN or infinite; what is ruled out may be -inf."""
+    if not scores.amax(-1).isfinite().all():  # NaN if any is
+        raise MoefyError(
+            f"This {type(model).__name__} computes NaN or infinite values: its weights are broken, or its type "
+            f"overflows (load it with --dtype float32)."
+        )
+
+
 def _check_hub(name: str) -> None:
     """Ask once whether the hub has the model, so that a mistyped path is told at once and not after retries."""
     try:
@@ -260,11 +271,18 @@ def _model_class(config: Any, name: str) -> Any:
 
 
 def load_tokenizer(name: str, **options: Any) -> Any:
-    """The tokenizer of a model, or None if it has none."""
+    """The tokenizer of a model, or None if it has none; MoefyError if its directory holds one that is damaged."""
     try:
         return AutoTokenizer.from_pretrained(name, **options)
-    except Exception:  # a model without text: the many ways in which that shows are not ours to tell apart
-        return None
+    except Exception as error:  # a model without text shows in as many ways as a damaged file
+        files = [file for file in _TOKENIZERS if (Path(name) / file).is_file()]
+        if not files:
+            return None
+        first = next(iter(str(error).splitlines()), "").rstrip(" .:")
+        raise MoefyError(
+            f"The tokenizer of {name} cannot be loaded ({type(error).__name__}: {first}); "
+            f"copy or download {' and '.join(files)} again."
+        ) from None
 
 
 def _is_gguf(path: Path) -> bool:

@@ -35,6 +35,8 @@ def read_text(source: str | os.PathLike[str]) -> str:
     if exists:
         return _file_text(path)
     if " " in name.strip() and len(name) > 200:
+        if not is_text(name):
+            raise MoefyError("The text is no valid text (it is not UTF-8, or holds half a character); give UTF-8.")
         return name
     raise MoefyError(f"There is no text file {name!r}; name a file, a data set (hf:NAME), or {BUILTIN!r}.")
 
@@ -50,6 +52,15 @@ def halves(text: str) -> tuple[str, str]:
     cut = text.find("\n\n", len(text) // 2)
     cut = len(text) // 2 if cut < 0 else cut
     return text[:cut], text[cut:]
+
+
+def is_text(text: str) -> bool:
+    """Whether a text is one: half a surrogate pair, as in JSON's "\\ud800", has no UTF-8, and no tokenizer takes it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _file_text(path: Path) -> str:
@@ -73,10 +84,20 @@ def _file_text(path: Path) -> str:
 
 
 def _documents(lines: str, path: Path) -> str:
-    try:
-        return "\n\n".join(json.loads(line)["text"] for line in lines.split("\n") if line.strip())
-    except (json.JSONDecodeError, KeyError, TypeError):
-        raise MoefyError(f'{path} is not JSON lines with a "text" field in each.') from None
+    documents = []
+    for number, line in enumerate(lines.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            text = json.loads(line)["text"]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            text = None
+        if not isinstance(text, str):
+            raise MoefyError(f'{path} is not JSON lines with a "text" field in each; mend or remove line {number}.')
+        if not is_text(text):
+            raise MoefyError(f"Line {number} of {path} holds half a character (\\ud800 to \\udfff); mend or remove it.")
+        documents.append(text)
+    return "\n\n".join(documents)
 
 
 def _hub_text(name: str) -> str:

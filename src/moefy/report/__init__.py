@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import tempfile
+from contextlib import suppress
 from html import escape
 from pathlib import Path
 from typing import Any
 
+from moefy.checkpoint import why_not_written
 from moefy.report import plots
-from moefy.report.html import document, image, table, write_whole
+from moefy.report.html import document, image, table, write_together
 from moefy.study.preferences import SIGNIFICANT
 from moefy.types import MoefyError
 
@@ -19,15 +22,29 @@ TOKENS_SHOWN, EXPERTS_SHOWN = 5, 6
 def check(folder: Path) -> None:
     """MoefyError, before a study is run, if `write` could not write its page into `folder`."""
     plots.check()
-    if folder.exists() and not folder.is_dir():
-        raise MoefyError(f"{folder} is a file; choose a directory for study.json and study.html.")
+    made: list[Path] = []
+    try:
+        if folder.exists() and not folder.is_dir():
+            raise MoefyError(f"{folder} is a file; choose a directory for study.json and study.html.")
+        made = [place for place in (folder, *folder.parents) if not place.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise MoefyError(why_not_written(error, folder)) from None
+    finally:
+        for place in made:
+            with suppress(OSError):
+                place.rmdir()
 
 
 def write(result: dict[str, Any], folder: Path, title: str) -> tuple[Path, Path]:
-    """Write study.json and study.html into `folder`, each beside its place first and then renamed."""
+    """Write study.json and study.html into `folder`, each beside its place first and then both renamed."""
+    figures, drawn = folder / "study.json", folder / "study.html"
+    texts = {figures: json.dumps(result, indent=1) + "\n", drawn: page(result, title)}
     folder.mkdir(parents=True, exist_ok=True)
-    study = write_whole(folder / "study.json", json.dumps(result, indent=1) + "\n")
-    return study, write_whole(folder / "study.html", page(result, title))
+    write_together(texts)
+    return figures, drawn
 
 
 def page(result: dict[str, Any], title: str) -> str:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import base64
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from html import escape
 from pathlib import Path
+
+from moefy.checkpoint import why_not_written
+from moefy.types import MoefyError
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
@@ -53,7 +57,21 @@ def image(png: bytes, caption: str) -> str:
 
 def write_whole(path: Path, text: str) -> Path:
     """Write a file beside its place first, then rename it: it is whole or what it was before."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    write_together({path: text})
     return path
+
+
+def write_together(texts: Mapping[Path, str]) -> None:
+    """Write files beside their places first, then rename them. MoefyError if that fails; nothing is left then."""
+    partials = {path: path.with_name(f".{path.name}.partial") for path in texts}
+    try:
+        for path, partial in partials.items():
+            partial.write_text(texts[path], encoding="utf-8")
+        for path, partial in partials.items():
+            os.replace(partial, path)
+    except OSError as error:
+        raise MoefyError(why_not_written(error, path)) from None
+    finally:
+        for partial in partials.values():
+            with suppress(OSError):
+                partial.unlink()

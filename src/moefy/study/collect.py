@@ -14,6 +14,7 @@ from moefy.calibrate import real_tokens
 from moefy.moe import MoEFFN, moe_layers
 from moefy.quality import routes
 from moefy.sites import find_sites
+from moefy.sources import check_finite
 from moefy.stats import firing, normalised_rows
 from moefy.types import FFNWeights, MoefyError
 
@@ -72,6 +73,7 @@ def collect(
             normalised = normalised_rows(ffn)
             rows, keep = args[0].reshape(-1, args[0].shape[-1]).float(), real_tokens(name, batch)
             rows = rows[keep.flatten().bool()] if keep is not None and keep.numel() == len(rows) else rows
+            check_finite(model, rows.abs())
             for x in rows.split(1024):
                 fires = firing(ffn, x) > 0
                 layer.fired += fires.sum(0)
@@ -91,13 +93,22 @@ def collect(
         with torch.no_grad(), kernels.using("torch"):
             for number, batch in enumerate(batches):
                 _note(streams, batch, None if labels is None else labels[number])
-                model(**batch)
+                _run(model, batch)
     finally:
         for handle in handles:
             handle.remove()
     if not streams or not any(layer.tokens for layer in layers.values()):
         raise MoefyError("There is nothing to study; give some text.")
     return layers, streams
+
+
+def _run(model: Any, batch: Mapping[str, Any]) -> None:
+    """Run a batch; MoefyError if what comes out for its real tokens is not finite."""
+    out, mask = model(**batch), batch.get("attention_mask")
+    highest = (out["logits"] if "logits" in out else out[0]).amax(-1)
+    if mask is not None and mask.shape == highest.shape:
+        highest = highest[mask.bool()]
+    check_finite(model, highest[..., None])
 
 
 _Watched = dict[str, tuple[nn.Module, Callable[[], FFNWeights], MoEFFN | None]]

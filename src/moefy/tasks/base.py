@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from moefy.calibrate import positions
+from moefy.sources import check_finite
 from moefy.tasks.rows import Row
 from moefy.types import MoefyError
 
@@ -168,6 +169,17 @@ def padding(model: Any, tokenizer: Any) -> int:
     if config.pad_token_id is None or config.pad_token_id < 0:
         config.pad_token_id = pad_id(tokenizer)
     return int(config.pad_token_id)
+
+
+def checked_steps(model: Any) -> Any:
+    """A `logits_processor` for generation: MoefyError at the first step whose scores are not finite."""
+    from transformers import LogitsProcessorList
+
+    def check(_: Tensor, scores: Tensor) -> Tensor:
+        check_finite(model, scores)
+        return scores
+
+    return LogitsProcessorList([check])
 
 
 def pad_id(tokenizer: Any) -> int:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from moefy.sources import check_finite
 from moefy.tasks.base import Progress, Task, collate, head_of, longest_input, pad_id, refuse_head
 from moefy.tasks.likelihood import log_likelihoods
 from moefy.tasks.pairs import encode_pairs
@@ -110,7 +111,9 @@ class MultipleChoice(Task):
             right = 0
             for i, e in enumerate(examples):
                 feed = collate([_answers_to_head(model, tokenizer, e)], pad_id(tokenizer))
-                right += int(model(**feed).logits.argmax()) == e.right
+                logits = model(**feed).logits
+                check_finite(model, logits)
+                right += int(logits.argmax()) == e.right
                 if progress:
                     progress(i + 1, len(examples))
             return {"accuracy": right / len(examples)}

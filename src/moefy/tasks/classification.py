@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from moefy.sources import check_finite
 from moefy.tasks.base import Progress, Task, by_length, collate, head_of, longest_input, padding, refuse_head
 from moefy.tasks.likelihood import log_likelihoods
 from moefy.tasks.pairs import encode_pairs
@@ -120,6 +121,7 @@ class Classification(Task):
         predicted, done = [0] * len(examples), 0
         for batch in by_length([len(f["input_ids"]) for f in features]):
             logits = model(**collate([features[i] for i in batch], pad)).logits[:, order]
+            check_finite(model, logits)
             for i, label in zip(batch, logits.argmax(1).tolist(), strict=True):
                 predicted[i] = label
             done += len(batch)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from moefy.sources import check_finite
 from moefy.tasks.base import Progress, by_length, head_of, pad_id, padded
 from moefy.tasks.pairs import encode_pair
 
@@ -24,6 +25,7 @@ def log_likelihoods(
         rows = [encoded[i] for i in batch]
         logits, targets = _forward(model, pad_id(tokenizer), rows)
         loss = F.cross_entropy(logits.float().transpose(1, 2), targets, ignore_index=-100, reduction="none")
+        check_finite(model, loss)
         for i, value in zip(batch, (-loss.sum(1)).tolist(), strict=True):
             found[i] = value
         done += len(batch)

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from moefy.sources import check_finite
 from moefy.tasks.base import Progress, Task, head_of, longest_input, refuse_head
 from moefy.tasks.pairs import encode_pairs
 from moefy.tasks.rows import Row, column, text_of
@@ -166,6 +167,7 @@ def _span(model: Any, tokenizer: Any, e: Question) -> str:
     for i, offsets in enumerate(found["offset_mapping"]):
         feed = {k: torch.tensor([found[k][i]]) for k in ("input_ids", "token_type_ids", "attention_mask") if k in found}
         out = model(**feed)
+        check_finite(model, torch.stack([out.start_logits, out.end_logits]))
         context = torch.tensor([s == 1 for s in found.sequence_ids(i)])
         start = out.start_logits[0].masked_fill(~context, -1e9)
         end = out.end_logits[0].masked_fill(~context, -1e9)

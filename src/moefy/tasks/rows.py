@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from moefy.texts import hub_rows
+from moefy.texts import hub_rows, is_text
 from moefy.types import MoefyError
 
 Row = dict[str, Any]
@@ -127,6 +127,8 @@ def _json(text: str, path: Path, lines: bool) -> list[Row]:
         data = [json.loads(line) for line in text.split("\n") if line.strip()] if lines else json.loads(text)
     except json.JSONDecodeError as error:
         raise MoefyError(f"{path} is not valid JSON{' lines' if lines else ''}: {error}.") from None
+    except ValueError:  # Python's limit on the digits of a number
+        raise MoefyError(f"{path} holds a number of thousands of digits; mend or remove it.") from None
     except RecursionError:
         raise MoefyError(f"{path} nests its JSON too deeply to be rows of a task.") from None
     if isinstance(data, dict) and "article" in data:  # a file of RACE is one passage
@@ -134,4 +136,12 @@ def _json(text: str, path: Path, lines: bool) -> list[Row]:
     rows = data.get("data") if isinstance(data, dict) else data
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise MoefyError(f'{path} must hold objects: one a line, a list of them, or {{"data": [...]}}.')
+    if re.search(r"\\u[dD][89a-fA-F]", text):  # else no JSON has half a character
+        _check_characters(rows, path)
     return rows
+
+
+def _check_characters(rows: Sequence[Row], path: Path) -> None:
+    for number, row in enumerate(rows, 1):
+        if not is_text(json.dumps(row, ensure_ascii=False)):
+            raise MoefyError(f"Row {number} of {path} holds half a character (\\ud800 to \\udfff); mend or remove it.")

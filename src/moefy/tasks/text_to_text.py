@@ -11,7 +11,17 @@ from typing import Any
 
 import torch
 
-from moefy.tasks.base import Progress, Task, by_length, head_of, longest_input, pad_id, padded, refuse_head
+from moefy.tasks.base import (
+    Progress,
+    Task,
+    by_length,
+    checked_steps,
+    head_of,
+    longest_input,
+    pad_id,
+    padded,
+    refuse_head,
+)
 from moefy.tasks.pairs import encode_pair, encode_pairs, prompt_ids
 from moefy.tasks.rows import Row, column, text_of
 from moefy.types import MoefyError
@@ -80,6 +90,7 @@ def generate(
             max_new_tokens=min(new_tokens, longest - (1 if seq2seq else feed.shape[1])),
             do_sample=False,
             num_beams=1,
+            logits_processor=checked_steps(model),
             pad_token_id=pad,
         )
         for i, row in zip(batch, out if seq2seq else out[:, feed.shape[1] :], strict=True):
