@@ -152,6 +152,7 @@ MISTAKES = {
     "mistyped name": (["convert", "no-such-model", "out"], "no directory or file 'no-such-model'"),
     "name that no hub takes": (["convert", "my model", "out"], "no directory or file 'my model'"),
     "name with an odd character": (["eval", "bad name!"], "no directory or file 'bad name!'"),
+    "demo over a model": (["demo", "--output", "exists"], "exists already"),
     "no config": (["convert", "empty", "out"], "no config.json"),
     "no weights": (["convert", "noweights", "out"], "no weights"),
     "truncated safetensors": (["convert", "cut", "out"], "truncated or corrupt"),

@@ -1,5 +1,6 @@
 """When a layer packs its weights, and what it does about parameters that are looked at or changed afterwards."""
 
+import copy
 import pickle
 import subprocess
 import sys
@@ -126,6 +127,33 @@ def test_what_convert_returns_has_its_parameters(dense_model):
     model, batches = dense_model
     moefy.convert(model, "cmoe", batches)
     assert all(p.numel() for moe in moe_layers(model).values() for p in moe.parameters())
+
+
+@pytest.mark.parametrize("recipe", ["reconstructed", "cmoe", "moefication", "slim"])
+def test_converts_to_the_same_whatever_the_default_dtype(dense_model, recipe):
+    model, batches = dense_model
+    other = copy.deepcopy(model)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        moefy.convert(other, moefy.Recipe.of(recipe, experts=8), batches)
+        assert torch.get_default_dtype() == torch.bfloat16
+    finally:
+        torch.set_default_dtype(torch.float32)
+    moefy.convert(model, moefy.Recipe.of(recipe, experts=8), batches)
+    there = other.state_dict()
+    assert all(torch.equal(there[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_adapters_are_to_be_merged_first(dense_model):
+    model, batches = dense_model
+
+    class Adapter(torch.nn.Linear):
+        __module__ = "peft.tuners.lora.layer"
+
+    model.model.layers[0].mlp.up_proj = Adapter(32, 64, bias=False)
+    with pytest.raises(moefy.MoefyError, match="merge_and_unload"):
+        moefy.convert(model, "cmoe", batches)
+    assert not moe_layers(model)
 
 
 def test_a_conversion_that_ends_early_is_known_by_the_next(dense_model, tmp_path):

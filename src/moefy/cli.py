@@ -101,12 +101,13 @@ def demo(
         float | None, typer.Option(help="Share of the FFNs' multiply-adds; by default the recipe's own, 0.75.")
     ] = None,
     windows: Annotated[int, typer.Option(min=1, help="Windows of 1,024 tokens to measure on.")] = 6,
+    overwrite: Annotated[bool, typer.Option(help="Replace the output if it is a model directory.")] = False,
 ) -> None:
     """Convert SmolLM2-135M on text that ships with Python, reload it from disk and measure it."""
     from moefy.demo import run
     from moefy.wanted import chosen
 
-    run(output, chosen(recipe, **({} if active is None else {"active": active})), windows)
+    run(output, chosen(recipe, **({} if active is None else {"active": active})), windows, overwrite)
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,18 @@ class Report:
         }
 
 
+@contextmanager
+def _float32_by_default() -> Iterator[None]:
+    """Statistics, routers and refits are made in float32, whatever the caller makes models in."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@_float32_by_default()
 @torch.inference_mode(False)  # parameters made in that mode could not be trained, and sensitivities need gradients
 @torch.no_grad()
 def convert(
@@ -166,7 +179,9 @@ def _mark(model: Any, report: Report) -> None:
 
 
 def check_dense(model: nn.Module) -> None:
-    """MoefyError if moefy has converted the model already."""
+    """MoefyError if moefy has converted the model already, or if it has adapters."""
+    if any(type(module).__module__.startswith("peft.") for module in model.modules()):
+        raise MoefyError("This model has adapters of peft; merge them into its weights first: merge_and_unload().")
     if getattr(model.config, "moefy", None):
         raise MoefyError("This model is converted already, if only in part; start from the dense model it came from.")
 

@@ -25,19 +25,19 @@ NEW_TOKENS = 48
 CALIBRATION = 8
 
 
-def run(output: Path | None, recipe: Recipe, windows: int) -> None:
+def run(output: Path | None, recipe: Recipe, windows: int, overwrite: bool = False) -> None:
     """Convert SmolLM2-135M, save it, reload it, and print it beside the dense model and the control.
 
     A budget is the same for every layer here: measuring what each needs takes two minutes more.
     """
     recipe = Recipe.of(recipe, allocation="uniform")
     if output is not None:
-        checkpoint.check_output(output, overwrite=False)
+        checkpoint.check_output(output, overwrite)
     with tempfile.TemporaryDirectory(prefix="moefy-demo-") as scratch:
-        _run(recipe, output or Path(scratch) / "converted", Path(scratch) / "control", windows)
+        _run(recipe, output or Path(scratch) / "converted", windows, overwrite)
 
 
-def _run(recipe: Recipe, output: Path, control: Path, windows: int) -> None:
+def _run(recipe: Recipe, output: Path, windows: int, overwrite: bool) -> None:
     calibrate_on, measure_on = texts.halves(texts.builtin_text())
     with console.status("Loading SmolLM2-135M from its GGUF"):
         model, tokenizer = load_source(smollm2_gguf())
@@ -46,7 +46,7 @@ def _run(recipe: Recipe, output: Path, control: Path, windows: int) -> None:
     measure = _Measure(test, len(special_prefix(tokenizer)))
     rows = [measure("dense", model)]
     report = _convert(f"Converting ({recipe.name})", model, recipe, batches)
-    checkpoint.save(model, output, tokenizer, source=str(smollm2_gguf()))
+    checkpoint.save(model, output, tokenizer, overwrite=overwrite, source=str(smollm2_gguf()))
     del model
     rows.append(measure(f"{recipe.name}, reloaded from disk", checkpoint.load(output)))
     with console.status("Loading SmolLM2-135M again"):

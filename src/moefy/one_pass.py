@@ -19,6 +19,7 @@ import ctypes
 import tempfile
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -91,6 +92,23 @@ class Arrival:
     targets: Rows | None = None
 
 
+def _in_chunks(module: nn.Module) -> bool:
+    return bool(getattr(module, "chunk_size_feed_forward", 0))
+
+
+@contextmanager
+def _changed(changes: Sequence[tuple[nn.Module, str, Any]]) -> Iterator[None]:
+    """Modules with other attributes for the length of a with block; what a module itself had comes back."""
+    own = [vars(module).get(name, _changed) for module, name, _ in changes]
+    for module, name, value in changes:
+        setattr(module, name, value)
+    try:
+        yield
+    finally:
+        for (module, name, _), before in zip(changes, own, strict=True):
+            delattr(module, name) if before is _changed else setattr(module, name, before)
+
+
 class OnePass:
     """Iterate over the sites of `model`, as Arrivals, in the order in which the calibration batches reach them.
 
@@ -120,16 +138,12 @@ class OnePass:
         running = [_Batch(i, self._runner(b)) for i, b in enumerate(self.batches)]
         if self.residuals:
             running += [_Batch(i, self._runner(b), dense=True) for i, b in enumerate(self.batches)]
-        modules = {name: site.entry for name, site in self.sites.items()}
         # In chunks an FFN would be called several times a batch, and only the first chunk would arrive.
-        chunked = {m: size for m in self.model.modules() if (size := getattr(m, "chunk_size_feed_forward", 0))}
-        for module in chunked:
-            module.chunk_size_feed_forward = 0  # type: ignore[assignment]
-        own = {name: vars(module).get("forward") for name, module in modules.items()}  # a hook of accelerate's
-        for name, module in modules.items():
-            module.forward = self._parking_forward(name, module)
+        changes: list[tuple[nn.Module, str, Any]]
+        changes = [(m, "chunk_size_feed_forward", 0) for m in self.model.modules() if _in_chunks(m)]
+        changes += [(s.entry, "forward", self._parking_forward(n, s.entry)) for n, s in self.sites.items()]
         hooks = [self._watch(site, self.model.get_submodule(name)) for site, name in self.residuals.items()]
-        with tempfile.TemporaryDirectory(prefix="moefy-") as folder, torch.no_grad():
+        with tempfile.TemporaryDirectory(prefix="moefy-") as folder, torch.no_grad(), _changed(changes):
             self._folder = Path(folder)
             try:
                 while todo:
@@ -151,12 +165,6 @@ class OnePass:
                         batch.waiting_at = batch.inputs = batch.residual = None  # a twin's output is still to come
                 # What is left of the forward pass (the head and its logits) is of no use here.
             finally:
-                for name, module in modules.items():
-                    del module.forward  # the class's own again
-                    if own[name] is not None:
-                        module.forward = own[name]  # type: ignore[assignment]
-                for module, size in chunked.items():
-                    module.chunk_size_feed_forward = size  # type: ignore[assignment]
                 for hook in hooks:
                     hook.remove()
                 for batch in running:

@@ -17,12 +17,6 @@ from moefy.routers import ROUTERS
 from moefy.slim import slim_spec
 from moefy.types import FFNWeights, LayerSpec, MoefyError
 
-# Fields that hold numbers; pydantic takes true for 1.
-_NUMBERS = (
-    *("repair", "experts", "expert_size", "shared", "active", "budget", "shared_budget", "most_active"),
-    *("top_activated", "seed", "chunk_tokens"),
-)
-
 
 class Recipe(BaseModel):
     """How every FFN of a model is cut and routed.
@@ -38,7 +32,7 @@ class Recipe(BaseModel):
     a mean over tokens, and no token runs more than `most_active` times as many.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True)  # true is no number
 
     name: str = "custom"
     construction: str = "activation"
@@ -59,13 +53,6 @@ class Recipe(BaseModel):
     top_activated: int = Field(10, ge=1, description="CMoE's K_a: neurons marked per token")
     seed: int = Field(0, ge=0, le=2**62)  # torch takes 64 bits, and each layer adds its number
     chunk_tokens: int = Field(1024, ge=1, description="tokens worked on at a time")
-
-    @field_validator(*_NUMBERS, mode="before")
-    @classmethod
-    def _no_booleans(cls, value: Any) -> Any:
-        if any(isinstance(x, bool) for x in (value if isinstance(value, list) else [value])):
-            raise ValueError("give a number, and not true or false")
-        return value
 
     @field_validator("construction")
     @classmethod

@@ -28,21 +28,17 @@ def above(scores: Tensor, threshold: Tensor | float, most: int) -> Tensor:
 
     Of more than `most`, those with the highest scores; NaN is above nothing.
     """
-    scores = _without_nan(scores)
     experts = highest(scores, min(most, scores.shape[1]))
     return experts.where(scores.gather(1, experts) > threshold, -1)
 
 
 def highest(scores: Tensor, k: int) -> Tensor:
-    """The experts (T, k) int64 with the highest scores (T, E). Of equal ones the lower expert, as in the native kernel.
+    """The experts (T, k) int64 with the highest scores (T, E); of equal ones the lower, as in the native kernel.
 
-    CMoE's representative of a ReLU expert scores 0 for most tokens, and `topk` takes any of those.
+    NaN is lower than all. CMoE's representative of a ReLU expert scores 0 for most tokens; `topk` takes any of those.
     """
-    return _without_nan(scores).sort(dim=1, descending=True, stable=True).indices[:, :k]
-
-
-def _without_nan(scores: Tensor) -> Tensor:
-    return scores.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    finite = scores.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    return finite.sort(dim=1, descending=True, stable=True).indices[:, :k]
 
 
 @torch.no_grad()
