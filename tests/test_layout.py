@@ -34,6 +34,7 @@ ORDER = [
     "sources",
     "model_card",
     "checkpoint",
+    "export",
     "evaluate",
     "target",
     "bench",
@@ -51,6 +52,7 @@ ORDER = [
     "cli_tasks",
     "cli_compare",
     "cli_run",
+    "cli_export",
     "cli",
 ]
 TOP = {"__init__", "__main__"}

@@ -25,6 +25,7 @@ from moefy.sources import (
     check_complete,
     check_directory,
     check_weights,
+    is_gguf,
     local_path,
     quiet_transformers,
     reason,
@@ -37,9 +38,12 @@ _COMPANIONS = ("preprocessor_config.json", "processor_config.json", "chat_templa
 
 
 def check_output(
-    path: str | os.PathLike[str], overwrite: bool = False, source: str | os.PathLike[str] | None = None
+    path: str | os.PathLike[str],
+    overwrite: bool = False,
+    source: str | os.PathLike[str] | None = None,
+    gguf: bool = False,
 ) -> Path:
-    """The directory to write, links followed. Nothing is left there by the check.
+    """The model directory, or with `gguf` the file, to write, links followed. Nothing is left there by the check.
 
     Raises MoefyError if something is there that may not be replaced, if it is or holds `source` (a path; other
     names are not looked at), or if it cannot be written.
@@ -54,12 +58,17 @@ def check_output(
             raise MoefyError(f"{path} {what} the source {source}, which would be lost; choose another output.")
         if out.exists() and not overwrite:
             raise MoefyError(f"{path} exists already; choose another output or say --overwrite.")
-        if out.exists() and not (out / "config.json").exists() and (not out.is_dir() or any(out.iterdir())):
-            raise MoefyError(f"{path} is not a model directory, so it will not be overwritten.")
+        if out.exists() and not (is_gguf(out) if gguf else _is_ours(out)):
+            what = "GGUF file" if gguf else "model directory"
+            raise MoefyError(f"{path} is not a {what}, so it will not be overwritten.")
         _probe(out)
     except OSError as error:
         raise MoefyError(why_not_written(error, out)) from None
     return out
+
+
+def _is_ours(out: Path) -> bool:
+    return out.is_dir() and ((out / "config.json").exists() or not any(out.iterdir()))
 
 
 def save(
@@ -107,6 +116,25 @@ def written(out: Path) -> Iterator[Path]:
         raise MoefyError(why_not_written(error, out)) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def written_file(out: Path) -> Iterator[Path]:
+    """A path beside `out` whose file takes its place, whole, at the end of a with block; after an error it is gone.
+
+    Raises MoefyError if the disk is full or the file cannot be written.
+    """
+    partial = _partial(out)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        _sync_one(partial)
+        os.replace(partial, out)
+        _sync_one(out.parent)
+    except OSError as error:
+        raise MoefyError(why_not_written(error, out)) from None
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def recover(name: str | os.PathLike[str]) -> None:
@@ -259,11 +287,15 @@ def _recover(out: Path) -> None:
 
 def _sync(folder: Path, files: bool = True) -> None:
     for path in [*(folder.iterdir() if files else ()), folder]:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        _sync_one(path)
+
+
+def _sync_one(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def why_not_written(error: Exception, out: Path) -> str:

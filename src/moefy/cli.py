@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from moefy import cli_compare, cli_convert, cli_run, cli_tasks
+from moefy import cli_compare, cli_convert, cli_export, cli_run, cli_tasks
 from moefy.cli_common import Dtype, RemoteCode, TaskName, load_any, text_batches
 from moefy.types import MoefyError
 from moefy.version import __version__
@@ -91,6 +91,7 @@ app.command()(cli_tasks.harness)
 app.command()(cli_compare.compare)
 app.command()(cli_run.generate)
 app.command()(cli_run.bench)
+app.command()(cli_export.export)
 
 
 @app.command()

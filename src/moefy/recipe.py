@@ -40,6 +40,7 @@ class Recipe(BaseModel):
     sharing: str = Field("rate", description="what decides which neurons are shared")
     refit: bool = Field(False, description="fit the down-projection to the dense output in closed form")
     repair: float = Field(0.0, ge=0, le=1, description="share of what earlier layers lost that the refit gives back")
+    output_bias: bool = Field(True, description="a refit may add an output bias where the FFN has none")
     experts: int = Field(8, ge=1)
     expert_size: int | None = Field(None, ge=1, description="neurons of an expert; overrides experts")
     shared: int | float = Field(3, ge=0)
@@ -199,7 +200,8 @@ class Recipe(BaseModel):
             up_bias=ffn.up_bias is not None,
             gate_bias=ffn.gate_bias is not None,
             # A refit may add one, except in a layer that stays dense and where the architecture must hold it.
-            down_bias=ffn.down_bias is not None or (self.refit and experts > 0 and not self.slim),
+            down_bias=ffn.down_bias is not None
+            or (self.refit and self.output_bias and experts > 0 and not self.slim),
             activate_up=ffn.activate_up,
         )
         return slim_spec(spec, site) if self.slim else spec
@@ -348,6 +350,19 @@ RECIPES: dict[str, Recipe] = {
         budget=0.75,
         allocation="sensitivity",
         selection="threshold",
+    ),
+    # What `moefy export` can write for other engines: the same count of large experts for every token and layer, and
+    # no output bias. Experts of 128 neurons, since engines without our kernel lose with small ones (docs/engines.md).
+    "engine": Recipe(
+        name="engine",
+        construction="weights",
+        router="logistic",
+        sharing="reconstruction",
+        refit=True,
+        repair=0.5,
+        output_bias=False,
+        expert_size=128,
+        budget=0.75,
     ),
     "shared-only": Recipe(name="shared-only", construction="shared_only"),
     # No experts: the neurons that matter most, refitted, as an ordinary model with narrower FFNs.

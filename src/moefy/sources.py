@@ -44,7 +44,7 @@ def load_source(source: str | os.PathLike[str], *, dtype: str = "auto", remote_c
     name = os.fspath(source)
     path = local_path(name)
     with quiet_transformers():
-        if path.is_file() and _is_gguf(path):
+        if is_gguf(path):
             model, tokenizer = _load_gguf(path, dtype)
         elif path.is_dir():
             check_directory(path)
@@ -285,13 +285,16 @@ def load_tokenizer(name: str, **options: Any) -> Any:
         ) from None
 
 
-def _is_gguf(path: Path) -> bool:
+def is_gguf(path: Path) -> bool:
+    """Whether there is a file that starts as GGUF files do."""
+    if not path.is_file():
+        return False
     with path.open("rb") as file:
         return file.read(4) == b"GGUF"
 
 
 def _load_gguf(path: Path, dtype: str) -> tuple[Any, Any]:
-    layers = _check_gguf(path)
+    layers = check_gguf(path)
     kind = torch.float32 if dtype == "auto" else torch_dtype(dtype)
     options: dict[str, Any] = {"gguf_file": path.name}
     model: Any
@@ -313,7 +316,7 @@ def _load_gguf(path: Path, dtype: str) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def _check_gguf(path: Path) -> int:
+def check_gguf(path: Path) -> int:
     """The number of layers that a GGUF file holds; MoefyError unless it is whole."""
     from gguf import GGUFReader
 

@@ -1,0 +1,54 @@
+"""The export command: a converted model for engines that know nothing of moefy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from moefy.cli_common import Dtype, load_any, text_batches
+from moefy.types import MoefyError
+
+# Tokens on which the written model is compared with the converted one.
+_PROBED = 256
+
+
+def export(
+    model: Annotated[str, typer.Argument(help="A converted directory (convert it with --recipe engine).")],
+    output: Annotated[Path, typer.Argument(help="The directory to write, or a name that ends in .gguf.")],
+    like: Annotated[
+        Path | None, typer.Option(help="For a GGUF: one of the dense model, whose tokenizer is copied.")
+    ] = None,
+    weights: Annotated[
+        str, typer.Option(help="For a GGUF: the type of its matrices, f32, f16, bf16, q8_0 or q4_0.")
+    ] = "q8_0",
+    text: Annotated[str, typer.Option(help="Text to compare the two models on; see convert --calibration.")] = "pydoc",
+    dtype: Dtype = "auto",
+    overwrite: Annotated[bool, typer.Option(help="Replace the output if it is a model.")] = False,
+) -> None:
+    """Write a converted model for transformers, vLLM, SGLang (a directory) or llama.cpp (a GGUF), without moefy."""
+    from moefy import checkpoint, console, texts
+    from moefy.export import export as export_model
+    from moefy.export.gguf import check_options
+
+    form = "gguf" if output.suffix == ".gguf" else "transformers"
+    options: dict[str, Any] = {}
+    if form == "gguf":
+        options = {"like": like, "weights": weights}
+        check_options(**options)
+    elif like is not None:
+        raise MoefyError("--like is for a GGUF file; give an output whose name ends in .gguf.")
+    checkpoint.check_output(output, overwrite, model, gguf=form == "gguf")
+    body = texts.read_text(text)
+    with console.status(f"Loading {model}"):
+        loaded, tokenizer = load_any(model, dtype, False)
+    ids = text_batches(loaded, tokenizer, body, _PROBED, 1)[0]["input_ids"]
+    with console.progress(f"Writing {output}", counted=False) as update:
+        if form == "gguf":
+            options["progress"] = update
+        done = export_model(loaded, output, tokenizer, ids, form=form, overwrite=overwrite, **options)
+    console.out.print(
+        f"{done.path} needs no moefy to run. Its logits are {done.difference:.2%} away from the converted model's, on "
+        f"{done.tokens} tokens."
+    )

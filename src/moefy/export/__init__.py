@@ -1,0 +1,95 @@
+"""Converted models for other engines: as an architecture that they run already, unmodified.
+
+An exporter is one file and one line in EXPORTERS: a function that writes a stock model to a place. Everything is
+written beside the place and renamed. What the engines cannot express is refused before anything is written, and the
+stock model is run beside the converted one, so nothing is approximated without a word.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from moefy.checkpoint import check_output
+from moefy.export import directory, gguf
+from moefy.export.glm4_moe import check, stock
+from moefy.moe import moe_layers
+from moefy.types import MoefyError
+
+#: How to write a stock model, by the name of the format.
+EXPORTERS: dict[str, Callable[..., None]] = {"transformers": directory.write, "gguf": gguf.write}
+# The stock model's logits may be so far from the converted one's, as a share of their norm: in float32 SmolLM2 comes to
+# 0.001 to 0.005, by the experts' weights and by choices that were near ties. Half types round on top of that.
+FARTHEST = {torch.float32: 0.03}
+FARTHEST_HALF = 0.1
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export did: the place, and ‖stock - converted‖ / ‖converted‖ of the logits of the probed tokens."""
+
+    path: Path
+    difference: float
+    tokens: int
+
+
+def export(
+    model: PreTrainedModel,
+    path: str | os.PathLike[str],
+    tokenizer: Any,
+    ids: Tensor,
+    *,
+    form: str = "transformers",
+    overwrite: bool = False,
+    **options: Any,
+) -> Exported:
+    """Write a converted model for stock engines, as `form` of EXPORTERS.
+
+    `ids` (N, L) are token ids like those that the model will see: they say how large router logits are, and both models
+    run on them. `options` go to the exporter. MoefyError if the model cannot be expressed, or if the path exists.
+    """
+    if form not in EXPORTERS:
+        raise MoefyError(f"There is no format {form!r}; use one of {', '.join(EXPORTERS)}.")
+    check(model)
+    out = check_output(path, overwrite, gguf=form == "gguf")
+    with torch.inference_mode():
+        with _router_spreads(model) as spreads:
+            wanted = model(input_ids=ids, use_cache=False).logits.float()
+        made = stock(model, spreads)
+        got = made(input_ids=ids, use_cache=False).logits.float()
+    difference = float((got - wanted).norm() / wanted.norm())
+    if not difference <= FARTHEST.get(model.dtype, FARTHEST_HALF):
+        raise MoefyError(
+            f"The model for other engines computes something else ({difference:.1%} off on {ids.numel()} tokens), so "
+            f"it was not written; report it with the name of the dense model."
+        )
+    EXPORTERS[form](made, out, tokenizer, **options)
+    return Exported(out, difference, ids.numel())
+
+
+@contextmanager
+def _router_spreads(model: PreTrainedModel) -> Iterator[dict[str, float]]:
+    """For the length of a with block: how far apart each layer's router logits of one token are (their deviation)."""
+    spreads: dict[str, float] = {}
+
+    def watch(name: str, moe: Any) -> Any:
+        def hook(_: Any, args: tuple[Tensor, ...]) -> None:
+            logits = args[0].reshape(-1, args[0].shape[-1]).float() @ moe.router.weight.float().t()
+            spreads[name] = max(float(logits.std(dim=1).mean()), 1e-20)
+
+        return moe.register_forward_pre_hook(hook)
+
+    hooks = [watch(name, moe) for name, moe in moe_layers(model).items() if moe.router is not None]
+    try:
+        yield spreads
+    finally:
+        for hook in hooks:
+            hook.remove()
