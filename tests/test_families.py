@@ -21,7 +21,7 @@ def close(ours: torch.Tensor, dense: torch.Tensor, length: int = tiny.NEURONS) -
     return bool(((ours - dense).norm() <= tolerance * dense.norm()).item())
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", tiny.ALL)
 def test_all_experts_active_equals_dense_and_comes_back(family, tmp_path):
     model, feed = tiny.tiny(family), tiny.inputs(family)
     dense_out = tiny.output(model, feed)
@@ -40,7 +40,7 @@ def test_all_experts_active_equals_dense_and_comes_back(family, tmp_path):
     assert all(torch.equal(back[k], v) for k, v in dense_state.items())
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", tiny.ALL)
 def test_partly_active_runs_and_differs(family):
     model, feed = tiny.tiny(family), tiny.inputs(family)
     dense_out = tiny.output(model, feed)

@@ -10,38 +10,10 @@ import transformers as tf
 from torch import nn
 
 from moefy.sites import bamboo
-
-WIDTH, NEURONS, VOCAB = 32, 48, 97
-
-
-def _decoder(config: type, model: type, **changes: Any) -> nn.Module:
-    common = {
-        "vocab_size": VOCAB,
-        "hidden_size": WIDTH,
-        "intermediate_size": NEURONS,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 64,
-        "pad_token_id": 0,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    }
-    return model(config(**{**common, **changes}))
-
-
-def _bert_like(config: type, model: type, **changes: Any) -> nn.Module:
-    return model(
-        config(
-            vocab_size=VOCAB,
-            hidden_size=WIDTH,
-            intermediate_size=NEURONS,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=64,
-            **changes,
-        )
-    )
+from tiny_base import NEURONS, VOCAB, WIDTH
+from tiny_base import bert_like as _bert_like
+from tiny_base import decoder as _decoder
+from tiny_more import MORE
 
 
 def _t5(**changes: Any) -> nn.Module:
@@ -172,35 +144,55 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+_FEEDS = {"vit": "image", "whisper": "speech", "t5-v1.0": "seq2seq", "t5-v1.1": "seq2seq"}
+ALL = {**FAMILIES, **{family: more.make for family, more in MORE.items()}}
+
+
 def tiny(family: str, seed: int = 0) -> nn.Module:
     """A tiny random model of the family, every parameter random (norms and biases too), in float32."""
     torch.manual_seed(seed)
-    model = FAMILIES[family]().eval()
+    model = ALL[family]().eval()
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.05)
+        for name, parameter in model.named_parameters():
+            noise = torch.randn_like(parameter) * 0.05
+            if name not in (model._keys_to_ignore_on_save or ()):  # Marian's sinusoids are made again when it is loaded
+                parameter.add_(noise)
     return model
 
 
 def inputs(family: str, batch: int = 2, length: int = 12, seed: int = 0) -> dict[str, torch.Tensor]:
     """Model inputs for the family; the second row ends in padding where the family has padding."""
     generator = torch.Generator().manual_seed(seed)
-    if family == "vit":
-        return {"pixel_values": torch.randn(batch, 3, 16, 16, generator=generator)}
+    kind = MORE[family].feed if family in MORE else _FEEDS.get(family, "text")
+    if kind in ("image", "masked image", "audio", "features"):
+        return _signals(kind, batch, generator)
     ids = torch.randint(3, VOCAB, (batch, length), generator=generator)
-    if family == "whisper":
+    if kind == "speech":
         return {"input_features": torch.randn(batch, 8, 40, generator=generator), "decoder_input_ids": ids}
     mask = torch.ones_like(ids)
     mask[1:, length - 3 :] = 0
     feed = {"input_ids": ids, "attention_mask": mask}
-    if family.startswith("t5"):
+    if kind == "seq2seq":
         feed["decoder_input_ids"] = torch.randint(3, VOCAB, (batch, 7), generator=generator)
+    if kind == "image-text":
+        feed |= _signals("image", batch, generator)
     return feed
 
 
+def _signals(kind: str, batch: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    if kind == "audio":
+        return {"input_values": torch.randn(batch, 320, generator=generator)}
+    if kind == "features":
+        return {"input_features": torch.randn(batch, 20, 8, generator=generator)}
+    image = {"pixel_values": torch.randn(batch, 3, 16, 16, generator=generator)}
+    # What decides which patches are masked, which is random otherwise.
+    return {**image, "noise": torch.rand(batch, 16, generator=generator)} if kind == "masked image" else image
+
+
 def output(model: nn.Module, feed: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Logits of the real tokens."""
+    """Logits of the real tokens, or what the model gives first if it gives no logits."""
     with torch.no_grad():
-        logits = model(**feed).logits
+        out = model(**feed)
+    logits = out.get("logits", out[0])
     mask = feed.get("attention_mask")
     return logits[mask.bool()] if mask is not None and mask.shape == logits.shape[:2] else logits

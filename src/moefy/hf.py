@@ -186,7 +186,11 @@ def mount_empty(model: PreTrainedModel) -> None:
         # A model loaded without its head names its layers without the head's prefix.
         spec = layers.get(site.entry_name) or _by_suffix(layers, site.entry_name)
         if spec is not None:
-            site.mount(MoEFFN(spec, dtype=site.owner_dtype).requires_grad_(False))
+            moe = MoEFFN(spec, dtype=site.owner_dtype)
+            for part in (moe, *moe.children()):
+                if hasattr(part, "act"):  # its learned parameters have the type of the dense one's
+                    part.act = site.read().act()
+            site.mount(moe.requires_grad_(False))
 
 
 def _by_suffix(layers: Mapping[str, LayerSpec], name: str) -> LayerSpec | None:
@@ -215,13 +219,14 @@ def base_class(model: PreTrainedModel) -> Any:
 def bare_model(model: PreTrainedModel, sizes: Mapping[str, int] | None = None) -> PreTrainedModel:
     """A new dense model of the source's class with a converted model's weights, those of its FFNs excepted.
 
-    `sizes` are changes to its config, such as {"intermediate_size": 768}.
+    `sizes` are changes to its config, such as {"intermediate_size": 768} or {"text_config.intermediate_size": 768}.
     """
     base = base_class(model)
     config = base.config_class.from_dict({**model.config.to_dict(), "model_type": model.config.base_model_type})
     del config.moefy, config.base_model_type
     for attribute, size in (sizes or {}).items():
-        setattr(config_part(config, attribute), attribute, size)
+        part, _, last = attribute.rpartition(".")
+        setattr(config_value(config, part), last, size)
     bare = base._from_config(config, dtype=model.dtype)
     own = bare.state_dict().keys()
     bare.load_state_dict({k: v for k, v in model.state_dict().items() if k in own}, strict=False)
@@ -229,9 +234,11 @@ def bare_model(model: PreTrainedModel, sizes: Mapping[str, int] | None = None) -
     return bare
 
 
-def config_part(config: Any, attribute: str) -> Any:
-    """The config that holds an attribute: the model's own, or that of its text part."""
-    return config if hasattr(config, attribute) else config.get_text_config()
+def config_value(config: Any, path: str) -> Any:
+    """What is at a dotted path below a config, 0 if nothing; at "" the config itself."""
+    for name in path.split(".") if path else ():
+        config = getattr(config, name, 0)
+    return config
 
 
 def versions() -> dict[str, str]:

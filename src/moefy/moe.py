@@ -73,7 +73,7 @@ class MoEFFN(nn.Module):
             moe.down_bias.copy_(ffn.down_bias if ffn.down_bias is not None else torch.zeros(spec.width))
         moe.neurons.copy_(torch.cat([partition.shared, partition.experts.flatten()]))  # type: ignore[operator]
         if ffn.activation_state:
-            moe.act.load_state_dict(dict(ffn.activation_state))
+            moe.act = ffn.act()
         moe.router = router
         return moe.eval()
 

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from moefy.hf import bare_model, config_part
+from moefy.hf import bare_model, config_value
 from moefy.moe import MoEFFN, moe_layers
-from moefy.sites import FAMILIES, base_model_type, find_sites
+from moefy.sites import FAMILIES, base_model_type, config_by_module, config_path, find_sites
 from moefy.types import FFNWeights, LayerSpec, MoefyError
 
 # Inference engines quantise and multiply in blocks of 32 along a row (llama.cpp's Q4_0, Q8_0; its k-quants take 256).
@@ -37,23 +37,27 @@ def slim_spec(spec: LayerSpec, site: str) -> LayerSpec:
 
 
 def config_sizes(model: Any, specs: Mapping[str, LayerSpec]) -> dict[str, int]:
-    """The config attributes that hold the FFN widths of a model, with the counts of neurons kept.
+    """The config attributes that hold the FFN widths of a model, dotted, with the counts of neurons kept.
 
     `specs` has the shape of each FFN by its dotted name. MoefyError if the config cannot say it: it has no
     such attribute, or one attribute stands for FFNs of different widths.
     """
     found: dict[str, int] = {}
-    model_type = base_model_type(model.config)
-    attributes = next(family.sizes for family in FAMILIES if model_type in family.model_types)
+    parts = config_by_module(model)
     for name, spec in specs.items():
-        attribute = attributes[-1 if ".decoder." in f".{name}" else 0]
-        now = getattr(config_part(model.config, attribute), attribute, 0)
+        model_type, part = base_model_type(parts[name]), config_path(model.config, parts[name])
+        sizes = next(family.sizes for family in FAMILIES if model_type in family.model_types)
+        refused = f"A slim {model_type} cannot be saved as an ordinary model"
+        if part is None or not sizes:
+            raise MoefyError(f"{refused}: its config does not give the width of {name}; use the recipe shared-only.")
+        attribute = f"{part}.{sizes[-1 if '.decoder.' in f'.{name}' else 0]}".lstrip(".")
+        now = config_value(model.config, attribute)
         same = found.setdefault(attribute, spec.shared) == spec.shared
         # None stands for four times the model's width (GPT-2).
         if now not in (None, spec.neurons) or not same:
             raise MoefyError(
-                f"A slim {model_type} cannot be saved as an ordinary model: config.{attribute} does not give the "
-                f"width of {name} ({spec.neurons}, {spec.shared} kept); use the recipe shared-only."
+                f"{refused}: config.{attribute} does not give the width of {name} "
+                f"({spec.neurons}, {spec.shared} kept); use the recipe shared-only."
             )
     return found
 

@@ -88,10 +88,10 @@ class FFNWeights:
         return self.up.shape[1]
 
     def act(self) -> nn.Module:
-        """The activation as a module, with its learned parameters if it has any."""
+        """The activation as a module, with its learned parameters, if it has any, in their own type."""
         module = ACT2FN[self.activation]
         if self.activation_state:
-            module.load_state_dict(dict(self.activation_state))
+            module.load_state_dict({name: t.clone() for name, t in self.activation_state.items()}, assign=True)
         return module.to(self.up.device).requires_grad_(False)
 
     def hidden(self, x: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ class RepresentativeRouter(Router):
         ffn, norms = stats.ffn, normalised_rows(stats.ffn)
         router = cls(spec)
         if ffn.activation_state:
-            router.act.load_state_dict(dict(ffn.activation_state))
+            router.act = ffn.act()
         for name, norm in (("up", norms.up_norm), ("gate", norms.gate_norm)):
             rows, bias = getattr(ffn, name), getattr(ffn, f"{name}_bias")
             if rows is not None:

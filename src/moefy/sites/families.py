@@ -15,9 +15,12 @@ from typing import Any
 class Family:
     """How one family of architectures lays out its FFN.
 
-    `activation` names the config attribute that holds the ACT2FN name, `sizes` the one that holds the count of
-    neurons (an encoder-decoder may have two, the encoder's and the decoder's); `fused` means that `up` holds the
-    gate's rows and then the up rows in one matrix; `activate_up` is Bamboo's relu(gate) * relu(up).
+    `model_types` are those of the innermost config around the FFN: the text part of a model that also sees images
+    has its own. `activation` names the config attribute that holds the ACT2FN name; `fixed_activation` is that name
+    where the code and not the config says it. `sizes` names the attribute that holds the count of neurons (an
+    encoder-decoder may have two, the encoder's and the decoder's; none if the config has no such count); `fused`
+    means that `up` holds the gate's rows and then the up rows in one matrix; `activate_up` is Bamboo's
+    relu(gate) * relu(up). Modules below a child that `stays_dense` names are left alone.
     """
 
     model_types: tuple[str, ...]
@@ -25,34 +28,63 @@ class Family:
     down: str
     gate: str | None = None
     activation: str = "hidden_act"
+    fixed_activation: str | None = None
     fused: bool = False
     activate_up: bool = False
     mount: str = ""
     bypass: tuple[str, ...] = ()
     sizes: tuple[str, ...] = ("intermediate_size",)
+    stays_dense: str | None = None
 
 
-_LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3", "olmo2", "olmo", "olmo3", "smollm3", "granite", "helium")
-_BERT_LIKE = ("bert", "roberta", "xlm-roberta", "camembert", "electra", "deberta-v2", "ernie")
+_GATED: dict[str, Any] = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
+_TWO: dict[str, Any] = {"up": "fc1", "down": "fc2"}
+# The layout of BERT and of BART: the FFN is spread over the layer.
 _SPLIT_IN_TWO: dict[str, Any] = {
     "up": "intermediate.dense",
     "down": "output.dense",
     "mount": "intermediate",
     "bypass": ("output.dense",),
 }
+_TWO_IN_THE_LAYER: dict[str, Any] = {**_TWO, "mount": "fc1", "bypass": ("activation_fn", "fc2")}
+
+_LLAMA_LIKE = (
+    *("llama", "mistral", "ministral", "ministral3", "qwen2", "qwen3", "olmo", "olmo2", "olmo3", "smollm3", "granite"),
+    *("helium", "stablelm", "cohere", "cohere2", "ernie4_5", "seed_oss", "exaone4", "hunyuan_v1_dense", "diffllama"),
+    *("cwm", "minicpm3", "hyperclovax", "gemma", "qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text", "qwen3_5_text"),
+    *("eurobert", "nomic_bert"),
+)
+_BERT_LIKE = (
+    *("bert", "roberta", "xlm-roberta", "camembert", "electra", "deberta", "deberta-v2", "ernie", "mpnet", "rembert"),
+    *("data2vec-text", "xlm-roberta-xl", "xmod", "longformer", "big_bird", "nystromformer", "layoutlm", "layoutlmv3"),
+    *("megatron-bert", "roformer", "luke", "tapas", "markuplm", "splinter", "canine", "fnet", "bert-generation"),
+)
+_BART_LIKE = (
+    *("whisper", "bart", "mbart", "m2m_100", "marian", "pegasus", "pegasus_x", "bigbird_pegasus", "blenderbot"),
+    *("blenderbot-small", "led", "plbart", "mvp", "speech_to_text"),
+)
+_VIT_LIKE = ("vit", "deit", "beit", "vit_mae", "vit_msn", "ijepa", "audio-spectrogram-transformer")
+_T5_LIKE = ("t5", "mt5", "umt5", "longt5")
+_WAV2VEC2_LIKE = (
+    *("wav2vec2", "wav2vec2-conformer", "wav2vec2-bert", "hubert", "wavlm", "data2vec-audio", "unispeech"),
+    *("unispeech-sat", "sew"),
+)
+# Both towers of a model that compares texts with images.
+_CLIP_LIKE = (
+    *("clip", "clip_text_model", "clip_vision_model", "metaclip_2", "metaclip_2_text_model"),
+    *("metaclip_2_vision_model", "siglip", "siglip_text_model", "siglip_vision_model", "siglip2"),
+    *("siglip2_text_model", "siglip2_vision_model"),
+)
 
 FAMILIES: tuple[Family, ...] = (
-    Family(_LLAMA_LIKE, gate="gate_proj", up="up_proj", down="down_proj"),
-    Family(("bamboo",), gate="gate_proj", up="up_proj", down="down_proj", activate_up=True),
-    Family(
-        ("gemma2", "gemma3", "gemma3_text"),
-        gate="gate_proj",
-        up="up_proj",
-        down="down_proj",
-        activation="hidden_activation",
-    ),
-    Family(("gemma",), gate="gate_proj", up="up_proj", down="down_proj"),
-    Family(("phi3",), up="gate_up_proj", down="down_proj", fused=True),
+    Family(_LLAMA_LIKE, **_GATED),
+    Family(("bamboo",), **_GATED, activate_up=True),
+    Family(("gemma2", "gemma3_text", "gemma4_text", "vaultgemma"), **_GATED, activation="hidden_activation"),
+    # Its config counts the gate's and the up rows together.
+    Family(("recurrent_gemma",), **_GATED, activation="hidden_activation", sizes=()),
+    Family(("lfm2",), gate="w1", up="w3", down="w2", fixed_activation="silu"),
+    Family(("phi3", "glm", "glm4"), up="gate_up_proj", down="down_proj", fused=True),
+    Family(("nemotron", "arcee", "apertus", "jais2"), up="up_proj", down="down_proj"),
     Family(
         ("falcon",),
         up="dense_h_to_4h",
@@ -60,32 +92,78 @@ FAMILIES: tuple[Family, ...] = (
         activation="activation",
         sizes=("ffn_hidden_size",),
     ),
-    Family(("gpt_neox",), up="dense_h_to_4h", down="dense_4h_to_h"),
-    Family(("gpt2",), up="c_fc", down="c_proj", activation="activation_function", sizes=("n_inner",)),
-    Family(("phi",), up="fc1", down="fc2"),
+    Family(("gpt_neox", "persimmon"), up="dense_h_to_4h", down="dense_4h_to_h"),
+    # The FFN itself adds the residual, which it is given beside its input; so the linear is replaced and not the FFN.
     Family(
-        ("opt",),
-        up="fc1",
-        down="fc2",
-        activation="activation_function",
-        mount="fc1",
-        bypass=("activation_fn", "fc2"),
-        sizes=("ffn_dim",),
+        ("bloom",),
+        up="dense_h_to_4h",
+        down="dense_4h_to_h",
+        mount="dense_h_to_4h",
+        bypass=("gelu_impl", "dense_4h_to_h"),
+        fixed_activation="gelu_pytorch_tanh",
+        sizes=(),
     ),
     Family(
-        ("whisper", "bart", "mbart", "m2m_100", "marian", "pegasus"),
-        up="fc1",
-        down="fc2",
+        ("mpt",),
+        up="up_proj",
+        down="down_proj",
+        mount="up_proj",
+        bypass=("act", "down_proj"),
+        fixed_activation="gelu",
+        sizes=(),
+    ),
+    Family(("gpt2", "gpt_bigcode"), up="c_fc", down="c_proj", activation="activation_function", sizes=("n_inner",)),
+    Family(("gpt_neo",), up="c_fc", down="c_proj", activation="activation_function"),
+    Family(("starcoder2",), up="c_fc", down="c_proj"),
+    Family(("gptj", "codegen"), up="fc_in", down="fc_out", activation="activation_function", sizes=("n_inner",)),
+    Family(("phi", "nanochat"), **_TWO),
+    Family(("opt", "xglm"), **_TWO_IN_THE_LAYER, activation="activation_function", sizes=("ffn_dim",)),
+    Family(("biogpt",), **_TWO_IN_THE_LAYER),
+    Family(
+        _BART_LIKE,
+        **_TWO_IN_THE_LAYER,
         activation="activation_function",
-        mount="fc1",
-        bypass=("activation_fn", "fc2"),
         sizes=("encoder_ffn_dim", "decoder_ffn_dim"),
     ),
-    Family(("t5", "mt5", "umt5"), up="wi", down="wo", activation="dense_act_fn", sizes=("d_ff",)),
-    Family(("t5", "mt5", "umt5"), gate="wi_0", up="wi_1", down="wo", activation="dense_act_fn", sizes=("d_ff",)),
+    Family(
+        ("prophetnet",),
+        up="intermediate",
+        down="output",
+        activation="activation_function",
+        sizes=("encoder_ffn_dim", "decoder_ffn_dim"),
+    ),
+    Family(_T5_LIKE, up="wi", down="wo", activation="dense_act_fn", sizes=("d_ff",)),
+    Family(_T5_LIKE, gate="wi_0", up="wi_1", down="wo", activation="dense_act_fn", sizes=("d_ff",)),
     Family(_BERT_LIKE, **_SPLIT_IN_TWO),
+    Family(("esm",), **_SPLIT_IN_TWO, fixed_activation="gelu"),
+    # Its `intermediate` begins with the norm.
+    Family(
+        ("roberta-prelayernorm",),
+        up="intermediate.dense",
+        down="output.dense",
+        mount="intermediate.dense",
+        bypass=("intermediate.intermediate_act_fn", "output.dense"),
+    ),
+    Family(("modernbert", "modernbert-decoder"), up="Wi", down="Wo", fused=True, activation="hidden_activation"),
     Family(("distilbert",), up="lin1", down="lin2", activation="activation", sizes=("hidden_dim",)),
-    Family(("vit",), up="fc1", down="fc2"),
+    Family(_VIT_LIKE, **_TWO, sizes=("intermediate_size", "decoder_intermediate_size")),
     # transformers before 5.4 kept ViT's FFN in the layout of BERT.
-    Family(("vit",), **_SPLIT_IN_TWO),
+    Family((*_VIT_LIKE, "data2vec-vision"), **_SPLIT_IN_TWO, sizes=("intermediate_size", "decoder_intermediate_size")),
+    Family(("dinov2", "dinov2_with_registers", "swin"), **_TWO, sizes=()),
+    Family(("dinov2", "dinov2_with_registers"), **_GATED, fixed_activation="silu", sizes=()),
+    Family(("swin", "swinv2"), **_SPLIT_IN_TWO, sizes=()),
+    # The pooling head of SigLIP sees one token an image: too few to calibrate on.
+    Family(_CLIP_LIKE, **_TWO, stays_dense="head"),
+    Family(_WAV2VEC2_LIKE, up="intermediate_dense", down="output_dense"),
 )
+
+# Why architectures have no row that look as if they could have one.
+LEFT_OUT: dict[str, str] = {
+    "albert": "its layers share one FFN, and the calibration would see the first layer's tokens only",
+    "gemma3n_text": "its first layers keep only the gate's highest values, a sparsity of their own",
+    "bitnet": "it has a norm between the neurons and the down-projection, and weights of three values",
+    "falcon_h1": "it multiplies the gate and the output by constants",
+    "mllama_text_model": "the layers that look at images do not run on text",
+    "mobilebert": "it has several FFNs a layer behind bottlenecks",
+    "xlnet": "it keeps its tokens in another order than its masks",
+}

@@ -1,0 +1,66 @@
+"""What to tell somebody whose model no row of FAMILIES describes."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from moefy.sites.families import LEFT_OUT
+from moefy.sites.linears import is_linear, rows
+from moefy.sites.parts import base_model_type
+
+# What the families of mixtures of experts call their number of experts.
+_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+
+
+def explain_unknown(model: nn.Module, parts: Mapping[str, Any]) -> str:
+    """One sentence; `parts` are the configs of the parts that modules belong to, by the modules' names."""
+    types = {name: base_model_type(config) for name, config in parts.items()}
+    if any(getattr(config, name, None) for config in parts.values() for name in _EXPERT_COUNTS):
+        return f"This {type(model).__name__} is a mixture of experts already; moefy converts dense models."
+    known = [name for name in dict.fromkeys(types.values()) if name in LEFT_OUT]
+    if known:
+        return f"moefy does not convert the architecture {known[0]!r}: {LEFT_OUT[known[0]]}."
+    found: Counter[tuple[str, str, str]] = Counter()
+    for name, module in model.named_modules():
+        where = re.sub(r"\b[0-9]+\b", "*", name) or "(top)"
+        for ups, down in _pairs(module):
+            found[types[name], where, f"{ups} -> {down}"] += 1
+    if not found:
+        return f"The architecture {types['']!r} has no FFNs that moefy could find, so there is nothing to convert."
+    listed = "; ".join(f"{where} ({what}) x{n}" for (_, where, what), n in found.most_common(6))
+    return (
+        f"The architecture {found.most_common(1)[0][0][0]!r} is not in moefy's table of families; FFN-like modules "
+        f"here: {listed}. Add a row for it to FAMILIES in moefy/sites/families.py (CONTRIBUTING.md shows how)."
+    )
+
+
+def _pairs(module: nn.Module) -> list[tuple[str, str]]:
+    """The linears that widen and the one that narrows again, among the children and grandchildren of a module.
+
+    Those of one child are that child's, and attention is none, whose projections may widen too.
+    """
+    shapes = {
+        name: tuple(rows(m)[0].shape)
+        for name, m in module.named_modules()
+        if is_linear(m) and name.count(".") <= 1 and not re.search("att|self", name, re.IGNORECASE)
+    }
+    found = []
+    for down, (width, neurons) in shapes.items():
+        ups = [
+            name
+            for name, (out, into) in shapes.items()
+            if into == width < neurons and out in (neurons, 2 * neurons) and _apart(name, down)
+        ]
+        if ups:
+            found.append((", ".join(ups), down))
+    return found
+
+
+def _apart(up: str, down: str) -> bool:
+    one, other = up.split("."), down.split(".")
+    return up != down and not (len(one) == len(other) == 2 and one[0] == other[0])
