@@ -9,6 +9,7 @@ ROOT = Path(moefy.__file__).parent
 # A module may import those before it, and its own folder.
 ORDER = [
     "version",
+    "errors",
     "types",
     "texts",
     "sites",

@@ -1,5 +1,6 @@
 """`python -m moefy`."""
 
-from moefy.cli import main
+from moefy_cli import main
 
-main()
+if __name__ == "__main__":  # and not where a process is spawned
+    main()

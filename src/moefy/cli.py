@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
 import sys
+from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+import moefy
+import moefy_cli
 from moefy import cli_compare, cli_convert, cli_export, cli_run, cli_tasks
 from moefy.cli_common import Dtype, RemoteCode, TaskName, load_any, text_batches
-from moefy.types import MoefyError
+from moefy.errors import MoefyError
 from moefy.version import __version__
-
-# transformers takes seconds to import: `moefy --help` should not wait for it, so commands import inside.
 
 # Help is plain text: read as rich's markup, "hf:DATASET[/CONFIG]" is a tag that nothing opened.
 app = typer.Typer(
@@ -43,10 +46,31 @@ def _options(
     pass
 
 
-app.command()(cli_convert.convert)
+def whole(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with all of moefy imported before it runs: `moefy --help` does not wait for torch and transformers.
+
+    For the same reason the commands import inside.
+    """
+
+    @wraps(command)
+    def run(*args: Any, **options: Any) -> None:
+        if not moefy._is_whole:
+            from moefy import console
+
+            moefy_cli.starting = False
+            with console.status("Starting"):
+                importlib.reload(moefy)
+        moefy_cli.on_stop(signal.default_int_handler)  # from here on what is temporary has to go
+        command(*args, **options)
+
+    return run
+
+
+app.command()(whole(cli_convert.convert))
 
 
 @app.command("eval")
+@whole
 def evaluate(
     model: Annotated[str, typer.Argument(help="A converted directory, or any dense model that convert takes.")],
     text: Annotated[str, typer.Option(help="Text to measure on; see convert --calibration.")] = "pydoc",
@@ -85,16 +109,17 @@ def evaluate(
         console.out.print(f"Perplexity: {figures['protocol']}.")
 
 
-app.command()(cli_tasks.relufy)
-app.command()(cli_tasks.inspect)
-app.command()(cli_tasks.harness)
-app.command()(cli_compare.compare)
-app.command()(cli_run.generate)
-app.command()(cli_run.bench)
-app.command()(cli_export.export)
+app.command()(whole(cli_tasks.relufy))
+app.command()(whole(cli_tasks.inspect))
+app.command()(whole(cli_tasks.harness))
+app.command()(whole(cli_compare.compare))
+app.command()(whole(cli_run.generate))
+app.command()(whole(cli_run.bench))
+app.command()(whole(cli_export.export))
 
 
 @app.command()
+@whole
 def demo(
     output: Annotated[Path | None, typer.Option(help="Keep the converted model here.")] = None,
     recipe: Annotated[str | None, typer.Option(help="A recipe's name or a YAML file.")] = None,
@@ -112,8 +137,7 @@ def demo(
 
 
 def main() -> None:
-    """The entry point of the `moefy` command."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what is temporary goes, as on Ctrl-C
+    """Run the command that sys.argv names; moefy_cli.main is the entry point."""
     try:
         app(standalone_mode=True)
     except MoefyError as error:
@@ -121,7 +145,7 @@ def main() -> None:
     except (KeyboardInterrupt, SystemExit) as stop:
         if isinstance(stop, SystemExit) and stop.code != 130:  # what typer makes of Ctrl-C, without a word
             raise
-        print("Interrupted; nothing was left half written.", file=sys.stderr)
+        print(moefy_cli.INTERRUPTED, file=sys.stderr)
         sys.exit(130)
     except MemoryError:
         _fail("There is not enough memory; use a smaller --window, fewer --windows or a smaller --memory.")

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from moefy.types import MoefyError
+from moefy.errors import MoefyError
 
 Calibration = Annotated[
     str,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moefy.cli_common import Calibration, Dtype, RemoteCode, load_any, text_batches
-from moefy.types import MoefyError
+from moefy.errors import MoefyError
 
 if TYPE_CHECKING:
     from moefy.compare import Data

@@ -8,8 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from moefy.cli_common import Calibration, Dtype, RemoteCode, TaskName, gibibytes, number, text_batches
+from moefy.errors import MoefyError
 from moefy.texts import BUILTIN
-from moefy.types import MoefyError
 
 RecipeName = Annotated[
     str | None,

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from moefy.cli_common import Dtype, load_any, text_batches
-from moefy.types import MoefyError
+from moefy.errors import MoefyError
 
 # Tokens on which the written model is compared with the converted one.
 _PROBED = 256

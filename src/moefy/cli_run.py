@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from moefy.cli_common import Dtype, RemoteCode, load_any
-from moefy.types import MoefyError
+from moefy.errors import MoefyError
 
 # A short text is repeated to so many characters, enough for 1,024 tokens of any tokenizer.
 _CHARACTERS = 12_288

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from moefy.cli_common import Dtype, RemoteCode, TaskName, load_any, text_batches
-from moefy.types import MoefyError
+from moefy.errors import MoefyError
 
 
 def relufy(

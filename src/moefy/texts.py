@@ -10,7 +10,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-from moefy.types import MoefyError
+from moefy.errors import MoefyError
 
 BUILTIN = "pydoc"
 

@@ -15,10 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
-
-class MoefyError(Exception):
-    """A mistake of input, told in one sentence that says what is wrong and what to do."""
-
+from moefy.errors import MoefyError as MoefyError
 
 # Rows from which oneDNN's kernel is worth its call: below, products read weights and MKL is as good.
 _MANY_ROWS = 64

@@ -1,0 +1,41 @@
+"""The `moefy` command before it imports anything: torch and transformers take seconds, in which Ctrl-C is heard too.
+
+While `starting` is true, `import moefy` brings no more than the package itself (see its __init__.py).
+"""
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any
+
+INTERRUPTED = "Interrupted; nothing was left half written."
+starting = False
+
+
+def main() -> None:
+    """The entry point of the `moefy` command."""
+    global starting
+    on_stop(_leave)
+    starting = True
+    from moefy.cli import main as run
+
+    try:
+        run()
+    except SystemExit as stop:
+        if stop.code == 130:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # who is impatient shall not see how Python ends
+        raise
+
+
+def on_stop(handler: Callable[..., Any]) -> None:
+    """What Ctrl-C and `kill` do from now on, except where they are ignored, as in the background of a script."""
+    for stop in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(stop) is not signal.SIG_IGN:
+            signal.signal(stop, handler)
+
+
+def _leave(*_: Any) -> None:
+    """End at once: an exception amid the import of an extension may end up as another one, or as none."""
+    os.write(sys.stderr.fileno(), f"{INTERRUPTED}\n".encode())
+    os._exit(130)

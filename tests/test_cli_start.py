@@ -1,0 +1,115 @@
+"""How a command starts: help and mistakes without torch, Ctrl-C at any time, and all of moefy where it is imported."""
+
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+import moefy
+import moefy_cli
+from moefy.cli import app
+
+QUICK = [
+    (["--version"], 0),
+    (["--help"], 0),
+    ([], 2),
+    (["inspekt"], 2),
+    (["eval", "--banana"], 2),
+    *(([command.name or command.callback.__name__, "--help"], 0) for command in app.registered_commands),
+]
+
+
+def python(source, *args):
+    return subprocess.run([sys.executable, "-c", source, *args], capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize(("args", "code"), QUICK, ids=lambda x: " ".join(x) if isinstance(x, list) else "")
+def test_help_and_mistakes_wait_for_no_torch(args, code):
+    done = python(
+        "import sys, moefy_cli\n"
+        "try: moefy_cli.main()\n"
+        "finally: print({'torch', 'transformers', 'numpy'} & sys.modules.keys(), file=sys.stderr)",
+        *args,
+    )
+    assert done.returncode == code
+    assert done.stderr.endswith("set()\n")
+
+
+def test_running_the_package_waits_for_no_torch():
+    command = [sys.executable, "-X", "importtime", "-m", "moefy", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stdout == f"moefy {moefy.__version__}\n"
+    assert " moefy.cli\n" in done.stderr
+    assert " torch\n" not in done.stderr
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("module", ["torch", "transformers"])
+def test_a_stop_while_a_command_starts_is_a_sentence(module, stop, dense):
+    # Asked from within, so that it comes amid the import and not before or after.
+    source = (
+        "import os, sys, threading, time, moefy_cli\n"
+        "def watch():\n"
+        f"    while {module!r} not in sys.modules: time.sleep(0.001)\n"
+        f"    os.kill(os.getpid(), {int(stop)})\n"
+        "threading.Thread(target=watch, daemon=True).start()\n"
+        "moefy_cli.main()\n"
+    )
+    done = python(source, "eval", str(dense))
+    assert (done.returncode, done.stdout) == (130, "")
+    assert done.stderr.endswith(f"{moefy_cli.INTERRUPTED}\n")
+    assert "Traceback" not in done.stderr
+
+
+def test_a_stop_that_is_ignored_stays_ignored():
+    source = (
+        "import signal, moefy_cli\n"
+        "signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+        "try: moefy_cli.main()\n"
+        "finally: print(signal.getsignal(signal.SIGINT) is signal.SIG_IGN)"
+    )
+    assert python(source, "--version").stdout.endswith("True\n")
+
+
+WHOLE = (
+    "assert callable(moefy.convert) and callable(moefy.relufy) and moefy.Recipe\n"
+    "from transformers import AutoConfig\n"
+    "assert 'moefy' in AutoConfig.for_model('moefy').model_type\n"
+)
+
+
+@pytest.mark.parametrize("before", ["import transformers\n", "import moefy.convert\n", "import moefy_cli\n"])
+def test_an_import_gives_all_of_moefy(before):
+    done = python(f"{before}import moefy\n{WHOLE}")
+    assert done.returncode == 0, done.stderr
+
+
+def test_an_import_by_another_program_gives_all_of_moefy(tmp_path):
+    (tmp_path / "tool").mkdir()
+    (tmp_path / "tool" / "__init__.py").write_text(f"import moefy\n{WHOLE}")
+    (tmp_path / "tool" / "__main__.py").touch()
+    done = subprocess.run(
+        [sys.executable, "-m", "tool", "-m", "moefy"], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_what_a_command_imports_is_all_of_moefy():
+    source = "import moefy_cli\ntry: moefy_cli.main()\nexcept SystemExit: pass\nimport moefy\n" + WHOLE
+    done = python(source, "eval", "no/such/model")
+    assert done.returncode == 0, done.stderr
+    assert "There is no model at no/such/model" in done.stderr
+
+
+def test_ctrl_c_at_any_moment(dense):
+    for after in (0.3, 1.5, 3.0):
+        command = [sys.executable, "-m", "moefy", "eval", str(dense), "--window", "32", "--windows", "100000"]
+        running = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        time.sleep(after)
+        running.send_signal(signal.SIGINT)
+        shown = running.communicate(timeout=120)[1]
+        assert running.returncode == 130, shown
+        assert shown.endswith(f"{moefy_cli.INTERRUPTED}\n")
+        assert "Traceback" not in shown
