@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 
 import pytest
 import typer
@@ -55,6 +56,18 @@ def test_a_bar_where_there_is_a_terminal(monkeypatch, capsys):
     with console.progress("Sorting [b]", 2) as update:
         update(2)
     assert "Sorting [b]" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("show", [console.status, lambda what: console.progress(what, brief=True)])
+def test_a_log_is_told_what_takes_its_time_while_it_does(show, monkeypatch, capsys):
+    with show("Quick"):
+        pass
+    assert not capsys.readouterr().err
+    monkeypatch.setattr(console, "SOON", 0.01)
+    with show("Slow[/b]"):
+        time.sleep(0.5)
+        assert capsys.readouterr().err == "Slow[/b]\n"
+    assert not capsys.readouterr().err
 
 
 def test_progress_shows_names_as_they_are():

@@ -32,6 +32,7 @@ ORDER = [
     "sensitivity",
     "budgets",
     "convert",
+    "quiet",
     "sources",
     "model_card",
     "checkpoint",

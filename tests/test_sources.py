@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import moefy
 import tiny
+from moefy.quiet import loading
 from moefy.sources import load_source
 from words import pydoc_tokenizer
 
@@ -195,6 +196,19 @@ def test_a_gguf_must_be_complete_too(tmp_path):
     for message, changes in cases.items():
         with pytest.raises(moefy.MoefyError, match=message):
             load_source(write_gguf(tmp_path / "damaged.gguf", **changes))
+
+
+def test_a_model_is_counted_while_it_loads_and_nobody_elses_bar_is_shown(tmp_path, capsys):
+    tiny.tiny("llama").save_pretrained(tmp_path / "source")
+    capsys.readouterr()  # the bar of saving
+    for source in (tmp_path / "source", write_gguf(tmp_path / "source.gguf")):
+        steps = []
+        with loading(lambda done, total, steps=steps: steps.append((done, total))):
+            load_source(source)
+        assert [done for done, _ in steps] == sorted(done for done, _ in steps)
+        assert len(steps) > 10
+        assert steps[-1][0] == steps[-1][1]
+    assert not capsys.readouterr().err
 
 
 DAMAGE = [

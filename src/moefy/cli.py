@@ -58,7 +58,7 @@ def whole(command: Callable[..., None]) -> Callable[..., None]:
             from moefy import console
 
             moefy_cli.starting = False
-            with console.status("Starting"):
+            with console.err.status("Starting"):  # in a log that is no news
                 importlib.reload(moefy)
         moefy_cli.on_stop(signal.default_int_handler)  # from here on what is temporary has to go
         command(*args, **options)
@@ -94,9 +94,8 @@ def evaluate(
         cli_tasks.evaluate_task(model, task, data, limit, against, dtype, as_json, trust_remote_code)
         return
     body = texts.read_text(text)
-    with console.status(f"Loading {model}"):
-        ours, tokenizer = load_any(model, dtype, trust_remote_code)
-        dense = load_any(against, dtype, trust_remote_code)[0] if against else None
+    ours, tokenizer = load_any(model, dtype, trust_remote_code)
+    dense = load_any(against, dtype, trust_remote_code)[0] if against else None
     batches = text_batches(ours, tokenizer, body, window, windows)
     with console.progress("Evaluating") as update:
         figures = evaluate_model(ours, dense, batches, tokenizer, update)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
@@ -23,17 +25,27 @@ Dtype = Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or
 RemoteCode = Annotated[bool, typer.Option(help="Run the checkpoint's own code. Only for sources you trust.")]
 
 
+@contextmanager
+def loading(name: str) -> Iterator[None]:
+    """Show the progress of a model's loading."""
+    from moefy import console, quiet
+
+    with console.progress(f"Loading {name}", counted=False, brief=True) as update, quiet.loading(update):
+        yield
+
+
 def load_any(name: str, dtype: str, remote_code: bool) -> tuple[Any, Any]:
-    """A converted or a dense model, with its tokenizer."""
+    """A converted or a dense model, with its tokenizer; shows its progress."""
     from moefy import checkpoint
     from moefy.hf import MODEL_TYPE
     from moefy.sources import load_source, load_tokenizer, local_path, read_config, torch_dtype
 
     checkpoint.recover(name)
     folder = local_path(name)
-    if (folder / "config.json").is_file() and read_config(folder).get("model_type") == MODEL_TYPE:
-        return checkpoint.load(name, dtype=torch_dtype(dtype)), load_tokenizer(str(folder))
-    return load_source(name, dtype=dtype, remote_code=remote_code)
+    with loading(name):
+        if (folder / "config.json").is_file() and read_config(folder).get("model_type") == MODEL_TYPE:
+            return checkpoint.load(name, dtype=torch_dtype(dtype)), load_tokenizer(str(folder))
+        return load_source(name, dtype=dtype, remote_code=remote_code)
 
 
 def text_batches(model: Any, tokenizer: Any, text: str, window: int, windows: int) -> list[dict[str, Any]]:

@@ -53,8 +53,7 @@ def compare(
     bodies = _bodies(calibration, text)
     if output.exists() and not output.is_dir():
         raise MoefyError(f"{output} is not a directory; choose another output.")
-    with console.status(f"Loading {source}"):
-        dense, tokenizer = load_any(source, dtype, trust_remote_code)
+    dense, tokenizer = load_any(source, dtype, trust_remote_code)
     data = _data(dense, tokenizer, bodies, window, windows, calibration_windows)
     lines, name = output / "compare.jsonl", Path(source).name
     try:

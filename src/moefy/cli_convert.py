@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from moefy.cli_common import Calibration, Dtype, RemoteCode, TaskName, gibibytes, number, text_batches
+from moefy.cli_common import Calibration, Dtype, RemoteCode, TaskName, gibibytes, loading, number, text_batches
 from moefy.errors import MoefyError
 from moefy.texts import BUILTIN
 
@@ -79,7 +79,7 @@ def convert(
     _check_together(task, calibration, target_loss, active)
     checkpoint.check_output(output, overwrite, source)
     text = _readable(task, calibration)
-    with console.status(f"Loading {source}"):
+    with loading(source):
         model, tokenizer = load_source(source, dtype=dtype, remote_code=trust_remote_code)
     batches = _batches(model, tokenizer, task, calibration, text, window, windows)
     model, report, trials = _converted(model, tokenizer, wanted, batches, target_loss, hold)

@@ -41,8 +41,7 @@ def export(
         raise MoefyError("--like is for a GGUF file; give an output whose name ends in .gguf.")
     checkpoint.check_output(output, overwrite, model, gguf=form == "gguf")
     body = texts.read_text(text)
-    with console.status(f"Loading {model}"):
-        loaded, tokenizer = load_any(model, dtype, False)
+    loaded, tokenizer = load_any(model, dtype, False)
     ids = text_batches(loaded, tokenizer, body, _PROBED, 1)[0]["input_ids"]
     with console.progress(f"Writing {output}", counted=False) as update:
         if form == "gguf":

@@ -25,15 +25,13 @@ def generate(
     """Continue a prompt, token by token as they come (greedy)."""
     from transformers import TextStreamer
 
-    from moefy import console
     from moefy.calibrate import check_ids
     from moefy.tasks.base import checked_steps
     from moefy.texts import is_text
 
     if not is_text(prompt):
         raise MoefyError("The prompt is no valid text (it is not UTF-8, or holds half a character); write it in UTF-8.")
-    with console.status(f"Loading {model}"):
-        loaded, tokenizer = load_any(model, dtype, trust_remote_code)
+    loaded, tokenizer = load_any(model, dtype, trust_remote_code)
     if tokenizer is None:
         raise MoefyError(f"{model} has no tokenizer, so it cannot read a prompt; put its tokenizer files beside it.")
     if not loaded.can_generate():
@@ -83,19 +81,19 @@ def bench(
     body = read_text(text)  # a wrong name is refused before anything is loaded
     whole = [body] * -(-_CHARACTERS // len(body))
     models: dict[str, Any] = {}
-    with console.status("Loading"):
-        if against:
-            models["dense"] = load_any(against, dtype, trust_remote_code)[0]
-        models["model"], tokenizer = load_any(model, dtype, trust_remote_code)
-        if against:
-            check_comparable(models["model"], models["dense"])
-        if int8 and not moe_layers(models["model"]):
-            raise MoefyError(f"{model} has no experts to make int8; leave out --int8, or convert it first.")
-        if int8:
-            models["model int8"] = load_any(model, dtype, trust_remote_code)[0]
+    if against:
+        models["dense"] = load_any(against, dtype, trust_remote_code)[0]
+    models["model"], tokenizer = load_any(model, dtype, trust_remote_code)
+    if against:
+        check_comparable(models["model"], models["dense"])
+    if int8 and not moe_layers(models["model"]):
+        raise MoefyError(f"{model} has no experts to make int8; leave out --int8, or convert it first.")
+    if int8:
+        models["model int8"] = load_any(model, dtype, trust_remote_code)[0]
+        with console.status("Packing the experts as int8"):
             for layer in moe_layers(models["model int8"]).values():
                 layer.pack("int8")
-        tokens = token_windows(tokenizer, whole, 128, 8).flatten() if tokenizer is not None else None
+    tokens = token_windows(tokenizer, whole, 128, 8).flatten() if tokenizer is not None else None
     if tokens is not None:
         check_ids(models["model"], tokens)
     with console.progress("Timing") as update:

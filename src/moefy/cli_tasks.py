@@ -69,8 +69,7 @@ def inspect(
     if (task is None) != (data is None):
         raise MoefyError("A task is studied on its data; give both --task and --data.")
     report.check(output)
-    with console.status(f"Loading {model}"):
-        loaded, tokenizer = load_any(model, dtype, trust_remote_code)
+    loaded, tokenizer = load_any(model, dtype, trust_remote_code)
     if task and data:
         batches, labels, names = tasks.task_batches(loaded, tokenizer, task, data, tokens=window * windows)
     else:
@@ -99,8 +98,7 @@ def evaluate_task(
     examples = tasks.task_examples(task, data, limit)
     figures: dict[str, dict[str, float]] = {}
     for name in (model, *([against] if against else [])):
-        with console.status(f"Loading {name}"):
-            loaded, tokenizer = load_any(name, dtype, remote_code)
+        loaded, tokenizer = load_any(name, dtype, remote_code)
         with console.progress(f"{task}: {name}") as update, usage(loaded) as counted:
             figures[name] = tasks.evaluate_task(loaded, tokenizer, task, data, limit, update)
         figures[name]["active_fraction"] = realised_fraction(loaded, counted) if counted else 1.0
@@ -122,10 +120,8 @@ def harness(
     trust_remote_code: RemoteCode = False,
 ) -> None:
     """Run lm-evaluation-harness on a model and print its figures as JSON."""
-    from moefy import console
     from moefy.harness import run
 
-    with console.status(f"Loading {model}"):
-        loaded, tokenizer = load_any(model, dtype, trust_remote_code)
+    loaded, tokenizer = load_any(model, dtype, trust_remote_code)
     figures = run(loaded, tokenizer, tasks, include=include, limit=limit, shots=shots, batch_size=batch_size)
     print(json.dumps(figures, indent=2))

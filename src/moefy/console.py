@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import datetime
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 from rich.console import Console
 from rich.progress import (
@@ -23,18 +24,22 @@ from rich.text import Text
 # What is printed holds paths and names, in which "[/b]" and ":x:" are no markup.
 out = Console(markup=False, emoji=False)
 err = Console(stderr=True, markup=False, emoji=False)
-# Seconds between lines of progress in a log.
+# Seconds between lines of progress in a log, and those after which it is said what is being done.
 EVERY = 30.0
+SOON = 1.0
 
 
 @contextmanager
-def progress(what: str, total: int | None = None, counted: bool = True) -> Iterator[Callable[..., None]]:
+def progress(
+    what: str, total: int | None = None, counted: bool = True, brief: bool = False
+) -> Iterator[Callable[..., None]]:
     """Progress with an estimate on standard error, a bar or lines for a log; yields `update(done, total)`.
 
-    What is done is shown as a count, or as a percentage where it is work that is not `counted`.
+    What is done is shown as a count, or as a percentage where it is work that is not `counted`. Work that is likely
+    to be `brief` leaves nothing behind, and one line in a log.
     """
     if not err.is_terminal:
-        with _progress_lines(what, total, counted) as update_lines:
+        with _said_soon(what) if brief else nullcontext(), _progress_lines(what, total, counted, brief) as update_lines:
             yield update_lines
         return
     columns = (
@@ -45,7 +50,7 @@ def progress(what: str, total: int | None = None, counted: bool = True) -> Itera
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=err) as bar:
+    with Progress(*columns, console=err, transient=brief) as bar:
         task = bar.add_task(what, total=total)
 
         def update(done: int, of: int | None = None, *_: object) -> None:
@@ -55,8 +60,8 @@ def progress(what: str, total: int | None = None, counted: bool = True) -> Itera
 
 
 @contextmanager
-def _progress_lines(what: str, total: int | None, counted: bool) -> Iterator[Callable[..., None]]:
-    """A line every EVERY seconds, for logs, and one at the end."""
+def _progress_lines(what: str, total: int | None, counted: bool, brief: bool) -> Iterator[Callable[..., None]]:
+    """A line every EVERY seconds, for logs, and one at the end of what is not brief."""
     start = said = time.monotonic()
     last, shown_last = (0, total), False
 
@@ -74,7 +79,7 @@ def _progress_lines(what: str, total: int | None, counted: bool) -> Iterator[Cal
             err.print(line(*last, now - start), soft_wrap=True)
 
     yield update
-    if not shown_last:
+    if not shown_last and not brief:
         err.print(line(*last, time.monotonic() - start), soft_wrap=True)
 
 
@@ -85,8 +90,20 @@ def _clock(seconds: float) -> str:
 @contextmanager
 def status(what: str) -> Iterator[None]:
     """Say what is being done while it takes an unknown time."""
-    with err.status(Text(what)):
+    with err.status(Text(what)) if err.is_terminal else _said_soon(what):
         yield
+
+
+@contextmanager
+def _said_soon(what: str) -> Iterator[None]:
+    """A line for a log, unless it is done, or refused, before anybody could wonder."""
+    timer = threading.Timer(SOON, err.print, [what], {"soft_wrap": True})
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def table(title: str, header: list[str], rows: list[list[str]]) -> None:
