@@ -112,3 +112,17 @@ def test_the_search_for_a_ridge_finds_what_trying_all_finds(noise):
     fit = _largest_good(gram, cross, before)
     assert fit.ridge == max(ridge for ridge, error in left.items() if error <= NEARLY * min(left.values()))
     assert fit.held_out_error == left[fit.ridge]
+
+
+def test_a_refit_without_output_biases_can_be_dense_again():
+    recipe = moefy.Recipe(experts=6, shared=2, active=2, refit=True)
+    feed = tiny.inputs("llama")
+    model = tiny.tiny("llama")
+    moefy.convert(model, recipe, [feed])
+    with pytest.raises(moefy.MoefyError, match="output_bias: false"):
+        moefy.to_dense(model)
+    other = tiny.tiny("llama")
+    moefy.convert(other, moefy.Recipe.of(recipe, output_bias=False), [feed])
+    before = tiny.tiny("llama").state_dict()
+    for name, tensor in moefy.to_dense(other).state_dict().items():
+        assert torch.equal(tensor, before[name]) == ("down_proj" not in name)

@@ -196,10 +196,19 @@ def _is_slim(folder: Path) -> bool:
 
 
 def to_dense(model: PreTrainedModel) -> PreTrainedModel:
-    """The dense model again, with the weights that the converted one holds, in their own order."""
+    """The dense model again, with the weights that the converted one holds, in their own order.
+
+    MoefyError if a refit has added output biases that the architecture has no place for.
+    """
     dense = hf.bare_model(model)
     for site in find_sites(dense):
-        site.write(model.get_submodule(site.entry_name).to_dense())
+        ffn = model.get_submodule(site.entry_name).to_dense()
+        if ffn.down_bias is not None and site.read().down_bias is None:
+            raise MoefyError(
+                f"The refit has added an output bias to {site.name}, which a {type(dense).__name__} cannot hold; convert "
+                f"with output_bias: false for a model that can be dense again."
+            )
+        site.write(ffn)
     return dense.eval()
 
 

@@ -103,8 +103,9 @@ def stock(model: PreTrainedModel, spreads: Mapping[str, float]) -> Glm4MoeForCau
         state |= {f"{name}.{key}": tensor for key, tensor in _layer_state(moe, spreads[name]).items()}
     with torch.device("meta"):
         made = Glm4MoeForCausalLM(_config(model))
-    # Written out even where it is tied: vLLM's loader asks for it.
-    state.setdefault("lm_head.weight", state["model.embed_tokens.weight"])
+    # Written out even where it is tied, as vLLM's loader asks: a copy, since what shares memory is written once.
+    if model.config.tie_word_embeddings:
+        state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
     differ = [*state.keys() ^ made.state_dict().keys()]
     if differ:
         raise _refused(f"it has other weights than their model ({min(differ)})", "use --recipe slim")
