@@ -205,8 +205,8 @@ def to_dense(model: PreTrainedModel) -> PreTrainedModel:
         ffn = model.get_submodule(site.entry_name).to_dense()
         if ffn.down_bias is not None and site.read().down_bias is None:
             raise MoefyError(
-                f"The refit has added an output bias to {site.name}, which a {type(dense).__name__} cannot hold; convert "
-                f"with output_bias: false for a model that can be dense again."
+                f"The refit has added an output bias to {site.name}, which a {type(dense).__name__} cannot hold; "
+                f"convert with output_bias: false for a model that can be dense again."
             )
         site.write(ffn)
     return dense.eval()
