@@ -164,7 +164,7 @@ def inputs(family: str, batch: int = 2, length: int = 12, seed: int = 0) -> dict
     """Model inputs for the family; the second row ends in padding where the family has padding."""
     generator = torch.Generator().manual_seed(seed)
     kind = MORE[family].feed if family in MORE else _FEEDS.get(family, "text")
-    if kind in ("image", "masked image", "audio", "features"):
+    if kind in ("image", "masked image", "audio", "spectrogram", "features"):
         return _signals(kind, batch, generator)
     ids = torch.randint(3, VOCAB, (batch, length), generator=generator)
     if kind == "speech":
@@ -182,6 +182,8 @@ def inputs(family: str, batch: int = 2, length: int = 12, seed: int = 0) -> dict
 def _signals(kind: str, batch: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
     if kind == "audio":
         return {"input_values": torch.randn(batch, 320, generator=generator)}
+    if kind == "spectrogram":
+        return {"input_values": torch.randn(batch, 20, 16, generator=generator)}
     if kind == "features":
         return {"input_features": torch.randn(batch, 20, 8, generator=generator)}
     image = {"pixel_values": torch.randn(batch, 3, 16, 16, generator=generator)}

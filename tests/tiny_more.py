@@ -80,6 +80,11 @@ def _swin(name: str) -> More:
     return More(make, "image")
 
 
+def _funnel() -> nn.Module:
+    config = tf.FunnelConfig(vocab_size=VOCAB, d_model=WIDTH, n_head=4, d_head=8, d_inner=NEURONS, block_sizes=[1, 1])
+    return tf.FunnelForMaskedLM(config)
+
+
 def _prophetnet() -> nn.Module:
     config = tf.ProphetNetConfig(
         vocab_size=VOCAB,
@@ -168,6 +173,9 @@ DECODERS = {
     "ministral": _decoder("Ministral", head_dim=8),
     "ministral3": _decoder("Ministral3", head_dim=8),
     "cwm": _decoder("Cwm", head_dim=8),
+    "minicpm3": _decoder(
+        "MiniCPM3", num_key_value_heads=4, q_lora_rank=8, kv_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=8
+    ),
     "hyperclovax": _decoder("HyperCLOVAX", head_dim=8),
     "olmo": _decoder("Olmo"),
     "olmo3": _decoder("Olmo3"),
@@ -238,6 +246,8 @@ ENCODERS = {
     "markuplm": _encoder("MarkupLM", "ForTokenClassification"),
     "splinter": _encoder("Splinter", "Model"),
     "canine": _encoder("Canine", "Model")._replace(sites=4),
+    "dpr": _encoder("DPR", "ContextEncoder"),
+    "funnel": More(_funnel, sites=4),
     "fnet": _encoder("FNet"),
     "esm": _encoder("Esm", pad_token_id=1, mask_token_id=4),
     "modernbert": _encoder("ModernBert"),
@@ -265,6 +275,16 @@ SEQ2SEQ = {
 IMAGES_AND_SOUND = {
     "deit": _image("DeiT"),
     "beit": _image("Beit"),
+    "yolos": _image("Yolos", "ForObjectDetection", num_detection_tokens=3, image_size=[16, 16]),
+    "audio-spectrogram-transformer": _image(
+        "AST",
+        "ForAudioClassification",
+        feed="spectrogram",
+        max_length=20,
+        num_mel_bins=16,
+        time_stride=4,
+        frequency_stride=4,
+    ),
     "vit_msn": _image("ViTMSN"),
     "ijepa": _image("IJepa"),
     "vit_mae": _image(

@@ -58,10 +58,11 @@ _BERT_LIKE = (
     *("bert", "roberta", "xlm-roberta", "camembert", "electra", "deberta", "deberta-v2", "ernie", "mpnet", "rembert"),
     *("data2vec-text", "xlm-roberta-xl", "xmod", "longformer", "big_bird", "nystromformer", "layoutlm", "layoutlmv3"),
     *("megatron-bert", "roformer", "luke", "tapas", "markuplm", "splinter", "canine", "fnet", "bert-generation"),
+    *("dpr", "yolos"),
 )
 _BART_LIKE = (
     *("whisper", "bart", "mbart", "m2m_100", "marian", "pegasus", "pegasus_x", "bigbird_pegasus", "blenderbot"),
-    *("blenderbot-small", "led", "plbart", "mvp", "speech_to_text"),
+    *("blenderbot-small", "led", "plbart", "mvp"),
 )
 _VIT_LIKE = ("vit", "deit", "beit", "vit_mae", "vit_msn", "ijepa", "audio-spectrogram-transformer")
 _T5_LIKE = ("t5", "mt5", "umt5", "longt5")
@@ -72,9 +73,9 @@ _WAV2VEC2_LIKE = (
 # Both towers of a model that compares texts with images.
 _CLIP_LIKE = (
     *("clip", "clip_text_model", "clip_vision_model", "metaclip_2", "metaclip_2_text_model"),
-    *("metaclip_2_vision_model", "siglip", "siglip_text_model", "siglip_vision_model", "siglip2"),
-    *("siglip2_text_model", "siglip2_vision_model"),
+    "metaclip_2_vision_model",
 )
+_SIGLIP_LIKE = ("siglip", "siglip_text_model", "siglip_vision_model")
 
 FAMILIES: tuple[Family, ...] = (
     Family(_LLAMA_LIKE, **_GATED),
@@ -135,6 +136,14 @@ FAMILIES: tuple[Family, ...] = (
     Family(_T5_LIKE, up="wi", down="wo", activation="dense_act_fn", sizes=("d_ff",)),
     Family(_T5_LIKE, gate="wi_0", up="wi_1", down="wo", activation="dense_act_fn", sizes=("d_ff",)),
     Family(_BERT_LIKE, **_SPLIT_IN_TWO),
+    Family(
+        ("funnel",),
+        up="linear_1",
+        down="linear_2",
+        mount="linear_1",
+        bypass=("activation_function", "linear_2"),
+        sizes=("d_inner",),
+    ),
     Family(("esm",), **_SPLIT_IN_TWO, fixed_activation="gelu"),
     # Its `intermediate` begins with the norm.
     Family(
@@ -152,8 +161,9 @@ FAMILIES: tuple[Family, ...] = (
     Family(("dinov2", "dinov2_with_registers", "swin"), **_TWO, sizes=()),
     Family(("dinov2", "dinov2_with_registers"), **_GATED, fixed_activation="silu", sizes=()),
     Family(("swin", "swinv2"), **_SPLIT_IN_TWO, sizes=()),
-    # The pooling head of SigLIP sees one token an image: too few to calibrate on.
-    Family(_CLIP_LIKE, **_TWO, stays_dense="head"),
+    Family(_CLIP_LIKE, **_TWO),
+    # The pooling head of SigLIP sees one token an image, too few to calibrate on; its width is the other FFNs'.
+    Family(_SIGLIP_LIKE, **_TWO, stays_dense="head", sizes=()),
     Family(_WAV2VEC2_LIKE, up="intermediate_dense", down="output_dense"),
 )
 

@@ -15,6 +15,8 @@ from moefy.sites.parts import base_model_type
 
 # What the families of mixtures of experts call their number of experts.
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+# Its projections may widen too.
+_ATTENTION = re.compile("att|self", re.IGNORECASE)
 
 
 def explain_unknown(model: nn.Module, parts: Mapping[str, Any]) -> str:
@@ -27,27 +29,35 @@ def explain_unknown(model: nn.Module, parts: Mapping[str, Any]) -> str:
         return f"moefy does not convert the architecture {known[0]!r}: {LEFT_OUT[known[0]]}."
     found: Counter[tuple[str, str, str]] = Counter()
     for name, module in model.named_modules():
+        if re.search(_ATTENTION, name):
+            continue
         where = re.sub(r"\b[0-9]+\b", "*", name) or "(top)"
         for ups, down in _pairs(module):
             found[types[name], where, f"{ups} -> {down}"] += 1
     if not found:
-        return f"The architecture {types['']!r} has no FFNs that moefy could find, so there is nothing to convert."
+        return (
+            f"The architecture {types['']!r} has no FFNs of two or three linears that moefy could find, "
+            f"so there is nothing to convert."
+        )
     listed = "; ".join(f"{where} ({what}) x{n}" for (_, where, what), n in found.most_common(6))
     return (
         f"The architecture {found.most_common(1)[0][0][0]!r} is not in moefy's table of families; FFN-like modules "
-        f"here: {listed}. Add a row for it to FAMILIES in moefy/sites/families.py (CONTRIBUTING.md shows how)."
+        f"here: {listed}. Where only an activation lies between the linears, add a row for it to FAMILIES in "
+        f"moefy/sites/families.py (CONTRIBUTING.md shows how)."
     )
 
 
 def _pairs(module: nn.Module) -> list[tuple[str, str]]:
     """The linears that widen and the one that narrows again, among the children and grandchildren of a module.
 
-    Those of one child are that child's, and attention is none, whose projections may widen too.
+    Those of one child are that child's.
     """
+    if isinstance(module, nn.ModuleList):
+        return []  # of layers
     shapes = {
         name: tuple(rows(m)[0].shape)
         for name, m in module.named_modules()
-        if is_linear(m) and name.count(".") <= 1 and not re.search("att|self", name, re.IGNORECASE)
+        if is_linear(m) and name.count(".") <= 1 and not re.search(_ATTENTION, name)
     }
     found = []
     for down, (width, neurons) in shapes.items():
