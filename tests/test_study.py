@@ -289,6 +289,19 @@ def test_a_full_disk_leaves_neither_file_of_a_study(exists, tmp_path, monkeypatc
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == ({"a": "old", "b": "old"} if exists else {})
 
 
+@pytest.mark.parametrize("routed", [True, False])
+def test_a_study_tells_how_far_it_is(routed):
+    model, feed = converted() if routed else (tiny.tiny("llama"), tiny.inputs("llama"))
+    steps = []
+    study(model, None, [feed] * 5, progress=lambda done, total: steps.append((done, total)))
+    layers = 2
+    total = layers * (7 if routed else 5)
+    assert {of for _, of in steps} == {total}
+    assert [done for done, _ in steps] == sorted(done for done, _ in steps)
+    assert steps[0][0] == 1
+    assert steps[-1][0] == total
+
+
 @pytest.mark.parametrize("active", [0, 6])
 def test_a_model_that_chooses_nothing_is_still_converted(active):
     model, feed = converted(active=2)

@@ -74,8 +74,9 @@ def inspect(
         batches, labels, names = tasks.task_batches(loaded, tokenizer, task, data, tokens=window * windows)
     else:
         batches, labels, names = text_batches(loaded, tokenizer, texts.read_text(text), window, windows), None, ()
-    with console.status("Studying"):
-        result = study(loaded, tokenizer, batches, labels, names)
+    with console.progress("Studying", counted=False) as update:
+        result = study(loaded, tokenizer, batches, labels, names, progress=update)
+    with console.status("Drawing"):
         made = report.write(result, output, f"moefy: {Path(model).name}")
     console.out.print(f"Wrote {made[0]} and {made[1]}.")
 

@@ -55,15 +55,20 @@ class Layer:
 
 
 def collect(
-    model: Any, batches: Iterable[Mapping[str, Any]], labels: Sequence[Tensor] | None = None
+    model: Any,
+    batches: Iterable[Mapping[str, Any]],
+    labels: Sequence[Tensor] | None = None,
+    step: Callable[[int, int], None] | None = None,
 ) -> tuple[dict[str, Layer], dict[str, Stream]]:
     """Run the model over the batches and note every FFN, dense or converted, and its tokens.
 
-    `labels` gives, for each batch, the label (N,) of each of its sequences.
+    `labels` gives, for each batch, the label (N,) of each of its sequences. `step(batch, layers)` is called each
+    time that one of so many layers has been looked at in a batch.
     """
     layers, watched = _layers(model)
     streams: dict[str, Stream] = {}
     batch: Mapping[str, Any] = {}
+    number = 0
 
     def watch(name: str, read: Callable[[], FFNWeights], moe: MoEFFN | None) -> Callable[..., None]:
         layer = layers[name]
@@ -83,6 +88,8 @@ def collect(
                 if moe is not None:
                     layer.chosen.append(moe.route(x.to(args[0].dtype)).to(torch.int32))
             layer.tokens += len(rows)
+            if step:
+                step(number, len(layers))
 
         return hook
 
