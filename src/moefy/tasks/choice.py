@@ -17,7 +17,7 @@ from moefy.sources import check_finite
 from moefy.tasks.base import Progress, Task, collate, head_of, longest_input, pad_id, refuse_head
 from moefy.tasks.likelihood import log_likelihoods
 from moefy.tasks.pairs import encode_pairs
-from moefy.tasks.rows import Row, column, label_text, text_of
+from moefy.tasks.rows import PlacedRow, Row, column, label_text, place_of, text_of
 from moefy.types import MoefyError
 
 
@@ -39,20 +39,21 @@ class MultipleChoice(Task):
     passage: tuple[str, ...] = ()
 
     def examples(self, rows: Sequence[Row]) -> list[Choices]:
-        rows = [flat for i, row in enumerate(rows) for flat in _flattened(row, i)]
+        rows = [flat for i, row in enumerate(rows) for flat in _flattened(row, place_of(row, i))]
         question, right = column(rows, self.question, self.name), column(rows, self.right, self.name)
         answers = [column(rows, names, self.name) for names in self.answers]
         passage = column(rows, self.passage, self.name) if self.passage else None
         found = []
         for i, row in enumerate(rows):
-            texts, keys = self._answers(row, answers, i)
-            prompt = f"Question: {text_of(row, question, i)}\nAnswer:"
+            place = place_of(row, i)
+            texts, keys = self._answers(row, answers, place)
+            prompt = f"Question: {text_of(row, question, place)}\nAnswer:"
             if passage:
-                prompt = f"Article: {text_of(row, passage, i)}\n\n{prompt}"
-            found.append(Choices(prompt, texts, self._right(row[right], keys, i)))
+                prompt = f"Article: {text_of(row, passage, place)}\n\n{prompt}"
+            found.append(Choices(prompt, texts, self._right(row[right], keys, place)))
         return found
 
-    def _answers(self, row: Row, columns: list[str], number: int) -> tuple[tuple[str, ...], list[str]]:
+    def _answers(self, row: Row, columns: list[str], place: str) -> tuple[tuple[str, ...], list[str]]:
         """The answers and what names them: 0, 1, ... or the keys that the data gives."""
         value: Any = row[columns[0]] if len(columns) == 1 else [row[c] for c in columns]
         keys: Any = []
@@ -61,21 +62,21 @@ class MultipleChoice(Task):
         elif isinstance(value, list) and value and all(isinstance(v, dict) for v in value):  # ARC's own
             keys, value = [v.get("label") for v in value], [v.get("text") for v in value]
         if not isinstance(value, (list, tuple)) or len(value) < 2 or not isinstance(keys, (list, tuple)):
-            raise MoefyError(f"Row {number + 1} has no list of answers in {columns[0]!r}, which {self.name} needs.")
+            raise MoefyError(f"{place} has no list of answers in {columns[0]!r}, which {self.name} needs.")
         if keys and len(keys) != len(value):
-            raise MoefyError(f"Row {number + 1} has {len(value)} answers and {len(keys)} labels for them.")
-        texts = tuple(text_of({columns[0]: v}, columns[0], number) for v in value)
+            raise MoefyError(f"{place} has {len(value)} answers and {len(keys)} labels for them.")
+        texts = tuple(text_of({columns[0]: v}, columns[0], place) for v in value)
         if not all(text.strip() for text in texts):
-            raise MoefyError(f"Row {number + 1} has an empty answer in {columns[0]!r}; mend or remove it.")
+            raise MoefyError(f"{place} has an empty answer in {columns[0]!r}; mend or remove it.")
         return texts, [label_text(k) for k in keys] or [str(i) for i in range(len(value))]
 
-    def _right(self, value: Any, keys: list[str], number: int) -> int:
+    def _right(self, value: Any, keys: list[str], place: str) -> int:
         text = label_text(value)
         letters = [chr(ord("A") + i) for i in range(len(keys))]
         for names in (keys, letters):
             if text in names:
                 return names.index(text)
-        raise MoefyError(f"Row {number + 1} says that {text!r} is right; its answers are {', '.join(keys)}.")
+        raise MoefyError(f"{place} says that {text!r} is right; its answers are {', '.join(keys)}.")
 
     def check(self, model: Any) -> None:
         if head_of(model) not in ("choice", "causal", "seq2seq"):
@@ -129,17 +130,17 @@ class MultipleChoice(Task):
         return {"accuracy": whole / len(examples), "accuracy_per_byte": per_byte / len(examples)}
 
 
-def _flattened(row: Row, number: int) -> list[Row]:
+def _flattened(row: Row, place: str) -> list[Row]:
     """A row's questions: RACE's own files list a passage's, and ARC's keep a question's parts inside it."""
     question, lists = row.get("question"), [row.get(name) for name in ("questions", "options", "answers")]
     if isinstance(question, dict) and "stem" in question:
-        return [{**row, **question, "question": question["stem"]}]
+        return [PlacedRow({**row, **question, "question": question["stem"]}, place)]
     if "questions" not in row:
-        return [row]
+        return [PlacedRow(row, place)]
     if not all(isinstance(x, list) for x in lists) or len({len(x) for x in lists if x is not None}) != 1:
-        raise MoefyError(f"Row {number + 1} needs lists of one length in 'questions', 'options' and 'answers'.")
+        raise MoefyError(f"{place} needs lists of one length in 'questions', 'options' and 'answers'.")
     together = zip(*(x for x in lists if x is not None), strict=True)
-    return [{**row, "question": q, "options": o, "answer": a} for q, o, a in together]
+    return [PlacedRow({**row, "question": q, "options": o, "answer": a}, place) for q, o, a in together]
 
 
 def _best(scores: Sequence[float]) -> int:

@@ -17,7 +17,7 @@ from moefy.sources import check_finite
 from moefy.tasks.base import Progress, Task, by_length, collate, head_of, longest_input, padding, refuse_head
 from moefy.tasks.likelihood import log_likelihoods
 from moefy.tasks.pairs import encode_pairs
-from moefy.tasks.rows import Row, column, label_text, text_of
+from moefy.tasks.rows import Row, column, label_text, place_of, text_of
 from moefy.types import MoefyError
 
 
@@ -43,17 +43,19 @@ class Classification(Task):
         columns = [column(rows, names, self.name) for names in self.fields]
         label = column(rows, self.label, self.name)
         return [
-            Labelled(tuple(text_of(row, c, i) for c in columns), self._label(row[label], i))
+            Labelled(
+                tuple(text_of(row, c, place_of(row, i)) for c in columns), self._label(row[label], place_of(row, i))
+            )
             for i, row in enumerate(rows)
         ]
 
-    def _label(self, value: Any, row: int) -> int:
+    def _label(self, value: Any, place: str) -> int:
         text = label_text(value)
         known = [*self.labels, *map(str, range(len(self.labels)))]
         if text.lower() in known:
             return known.index(text.lower()) % len(self.labels)
         raise MoefyError(
-            f"Row {row + 1} has the label {text!r}; the task {self.name} knows {', '.join(self.labels)} "
+            f"{place} has the label {text!r}; the task {self.name} knows {', '.join(self.labels)} "
             f"or 0 to {len(self.labels) - 1}."
         )
 

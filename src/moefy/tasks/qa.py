@@ -19,7 +19,7 @@ import torch
 from moefy.sources import check_finite
 from moefy.tasks.base import Progress, Task, head_of, longest_input, refuse_head
 from moefy.tasks.pairs import encode_pairs
-from moefy.tasks.rows import Row, column, text_of
+from moefy.tasks.rows import PlacedRow, Row, column, place_of, text_of
 from moefy.tasks.text_to_text import generate
 from moefy.types import MoefyError
 
@@ -39,13 +39,17 @@ class ExtractiveQA(Task):
     name: str = "squad"
 
     def examples(self, rows: Sequence[Row]) -> list[Question]:
-        flat = [q for row in rows for q in _flatten(row)] if "paragraphs" in rows[0] else list(rows)
+        flat = (
+            [q for i, row in enumerate(rows) for q in _flatten(row, place_of(row, i))]
+            if "paragraphs" in rows[0]
+            else list(rows)
+        )
         for names in (("question",), ("context",), ("answers",)):
             column(flat, names, self.name)
-        return [self._question(row, i) for i, row in enumerate(flat)]
+        return [self._question(row, place_of(row, i)) for i, row in enumerate(flat)]
 
-    def _question(self, row: Row, number: int) -> Question:
-        context, answers = text_of(row, "context", number), row["answers"]
+    def _question(self, row: Row, place: str) -> Question:
+        context, answers = text_of(row, "context", place), row["answers"]
         if isinstance(answers, dict):  # the hub's layout, lists of texts and starts
             texts, starts = _listed(answers.get("text")), _listed(answers.get("answer_start"))
         else:
@@ -53,15 +57,15 @@ class ExtractiveQA(Task):
             texts, starts = [a.get("text") for a in found], [a.get("answer_start") for a in found]
         written_out = isinstance(answers, str) and answers not in context  # a table's rendering of a list, say
         if written_out or not texts or not all(isinstance(text, str) and text for text in texts):
-            raise MoefyError(f"Row {number + 1} has no answers with a text, which the task {self.name} needs.")
+            raise MoefyError(f"{place} has no answers with a text, which the task {self.name} needs.")
         if starts and len(starts) != len(texts):
-            raise MoefyError(f"Row {number + 1} has {len(texts)} answers and {len(starts)} starts of answers.")
+            raise MoefyError(f"{place} has {len(texts)} answers and {len(starts)} starts of answers.")
         if not all(start is None or isinstance(start, int) for start in starts):
-            raise MoefyError(f"Row {number + 1} has an answer_start that is no whole number.")
+            raise MoefyError(f"{place} has an answer_start that is no whole number.")
         # Data may lack the place or count it otherwise (in bytes).
         start = starts[0] if starts and starts[0] is not None else -1
         start = start if start >= 0 and context.startswith(texts[0], start) else context.find(texts[0])
-        return Question(text_of(row, "question", number), context, tuple(texts), start)
+        return Question(text_of(row, "question", place), context, tuple(texts), start)
 
     def check(self, model: Any) -> None:
         if head_of(model) not in ("qa", "seq2seq", "causal"):
@@ -116,10 +120,10 @@ def _listed(value: Any) -> list[Any]:
     return list(value) if isinstance(value, (list, tuple)) else [] if value is None else [value]
 
 
-def _flatten(article: Row) -> list[Row]:
+def _flatten(article: Row, place: str) -> list[Row]:
     """The questions of one article of SQuAD's own JSON."""
     try:
-        return [{**q, "context": p["context"]} for p in article["paragraphs"] for q in p["qas"]]
+        return [PlacedRow({**q, "context": p["context"]}, place) for p in article["paragraphs"] for q in p["qas"]]
     except (KeyError, TypeError):
         raise MoefyError("A SQuAD file needs paragraphs with a context and qas in each article.") from None
 

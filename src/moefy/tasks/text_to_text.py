@@ -23,7 +23,7 @@ from moefy.tasks.base import (
     refuse_head,
 )
 from moefy.tasks.pairs import encode_pair, encode_pairs, prompt_ids
-from moefy.tasks.rows import Row, column, text_of
+from moefy.tasks.rows import Row, column, place_of, text_of
 from moefy.types import MoefyError
 
 INPUTS, TARGETS = ("input", "source", "inputs", "text", "question"), ("target", "output", "targets", "label", "answer")
@@ -35,14 +35,17 @@ class TextToText(Task):
 
     def examples(self, rows: Sequence[Row]) -> list[tuple[str, str]]:
         if all(set(row) == {"line"} for row in rows):
-            return [self._line(row["line"], i) for i, row in enumerate(rows)]
+            return [self._line(row["line"], place_of(row, i)) for i, row in enumerate(rows)]
         source, target = column(rows, INPUTS, self.name), column(rows, TARGETS, self.name)
-        return [(text_of(row, source, i), text_of(row, target, i)) for i, row in enumerate(rows)]
+        return [
+            (text_of(row, source, place_of(row, i)), text_of(row, target, place_of(row, i)))
+            for i, row in enumerate(rows)
+        ]
 
-    def _line(self, line: str, number: int) -> tuple[str, str]:
+    def _line(self, line: str, place: str) -> tuple[str, str]:
         source, mark, target = line.strip().removeprefix("IN: ").partition(" OUT: ")
         if not mark or not line.startswith("IN: "):
-            raise MoefyError(f'Line {number + 1} is not of the form "IN: ... OUT: ...", which a .txt file needs.')
+            raise MoefyError(f'{place} is not of the form "IN: ... OUT: ...", which a .txt file needs.')
         return source, target
 
     def check(self, model: Any) -> None:
