@@ -11,6 +11,7 @@ ORDER = [
     "version",
     "errors",
     "types",
+    "hub",
     "texts",
     "sites",
     "stats",

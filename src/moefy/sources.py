@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import HfApi, try_to_load_from_cache
+from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from moefy import hub
 from moefy.hf import MODEL_TYPE
 from moefy.quiet import quiet_transformers
 from moefy.types import MoefyError
@@ -53,8 +54,7 @@ def load_source(source: str | os.PathLike[str], *, dtype: str = "auto", remote_c
         elif name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith(".gguf"):
             raise MoefyError(f"There is no model at {name}; give a directory, a .gguf file or a hub name.")
         else:
-            _check_hub(name)
-            model, tokenizer = _load_pretrained(name, dtype, remote_code)
+            model, tokenizer = _load_hub(name, dtype, remote_code)
     check_weights(model)
     return model.eval(), tokenizer
 
@@ -191,17 +191,23 @@ def check_finite(model: nn.Module, scores: Tensor) -> None:
         )
 
 
-def _check_hub(name: str) -> None:
-    """Ask once whether the hub has the model, so that a mistyped path is told at once and not after retries."""
-    try:
-        if isinstance(try_to_load_from_cache(name, "config.json"), str):
-            return
-        HfApi().model_info(name, timeout=20)
-    except Exception as error:  # whatever the HTTP client raises: unreachable, unknown, gated, no such name
+def _load_hub(name: str, dtype: str, remote_code: bool) -> tuple[Any, Any]:
+    """A model of the hub; from the cache alone if the hub cannot be reached."""
+    failure = hub.failure(name)
+    if failure is not None and not _is_cached(name):
         raise MoefyError(
             f"There is no directory or file {name!r} here, and the hub does not give a model of that name "
-            f"({reason(error).rstrip('.')})."
-        ) from None
+            f"({reason(failure).rstrip('.')})."
+        )
+    with hub.quiet(cached_only=failure is not None):
+        return _load_pretrained(name, dtype, remote_code)
+
+
+def _is_cached(name: str) -> bool:
+    try:
+        return isinstance(try_to_load_from_cache(name, "config.json"), str)
+    except ValueError:  # no name of the hub
+        return False
 
 
 def _load_pretrained(name: str, dtype: str, remote_code: bool) -> tuple[Any, Any]:

@@ -10,6 +10,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+from moefy import hub
 from moefy.errors import MoefyError
 
 BUILTIN = "pydoc"
@@ -120,8 +121,15 @@ def hub_rows(name: str) -> list[dict[str, Any]]:
     if not path.strip("/"):
         raise MoefyError("hf: needs the name of a data set, such as hf:NAME or hf:OWNER/NAME:SPLIT.")
     owner_and_name, config = (path, None) if path.count("/") < 2 else path.rsplit("/", 1)
+    failure = None if Path(owner_and_name).exists() else hub.failure(owner_and_name, "dataset")
     try:
-        return [dict(row) for row in datasets.load_dataset(owner_and_name, config, split=split or "train")]
+        with hub.quiet(cached_only=failure is not None):
+            return [dict(row) for row in datasets.load_dataset(owner_and_name, config, split=split or "train")]
     except Exception as error:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise MoefyError(f"The data set {name!r} cannot be read: {first.rstrip('.')}.") from None
+        said = str(error if failure is None else failure).strip().splitlines() or [type(error).__name__]
+        if failure is None:
+            raise MoefyError(f"The data set {name!r} cannot be read: {said[0].rstrip('.')}.") from None
+        raise MoefyError(
+            f"The hub does not give the data set {name!r} ({said[0].rstrip('.')}), and it is not in the cache; "
+            f"correct the name, name a file, or see to the network."
+        ) from None

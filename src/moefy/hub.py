@@ -1,0 +1,49 @@
+"""The Hugging Face hub, asked once and quickly: without a network its own way is to retry for minutes, line by line."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+# Seconds to wait for the hub's answer.
+PATIENCE = 10.0
+
+
+def failure(name: str, kind: str = "model") -> Exception | None:
+    """What the hub, or the way to it, says against reading a "model" or "dataset" of that name; None if nothing."""
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi().repo_info(name, repo_type=kind, timeout=PATIENCE)
+    except Exception as error:  # whatever the HTTP client raises: unreachable, unknown, gated, no such name
+        return error
+    return None
+
+
+@contextmanager
+def quiet(cached_only: bool = False) -> Iterator[None]:
+    """Keep the lines and bars of the hub's packages off the terminal; with `cached_only`, off the network too."""
+    import huggingface_hub
+    from huggingface_hub import constants
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    level, bars = huggingface_hub.logging.get_verbosity(), not are_progress_bars_disabled()
+    datasets: Any = sys.modules.get("datasets")
+    with ExitStack() as undo:
+        undo.callback(huggingface_hub.logging.set_verbosity, level)
+        huggingface_hub.logging.set_verbosity_error()
+        if bars:
+            undo.callback(enable_progress_bars)
+            disable_progress_bars()
+        if datasets is not None:
+            undo.callback(datasets.logging.set_verbosity, datasets.logging.get_verbosity())
+            datasets.logging.set_verbosity_error()
+            if datasets.is_progress_bar_enabled():
+                undo.callback(datasets.enable_progress_bars)
+                datasets.disable_progress_bars()
+        for settings in (constants, *([datasets.config] if datasets is not None else [])):
+            undo.callback(setattr, settings, "HF_HUB_OFFLINE", settings.HF_HUB_OFFLINE)
+            settings.HF_HUB_OFFLINE = settings.HF_HUB_OFFLINE or cached_only
+        yield

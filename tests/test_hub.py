@@ -1,0 +1,89 @@
+"""The hub out of reach: asked once, quietly; what is cached still loads, and what is not is a sentence."""
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+from huggingface_hub import HfApi, constants
+
+import tiny
+from moefy import hub, sources, texts
+from moefy.types import MoefyError
+from words import pydoc_tokenizer
+
+datasets = pytest.importorskip("datasets")
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """A hub that is out of reach, and what it was asked for."""
+    names = []
+
+    def repo_info(self, name, **options):
+        names.append(name)
+        raise ConnectionError("No way there.\nThe details.")
+
+    monkeypatch.setattr(HfApi, "repo_info", repo_info)
+    return names
+
+
+def test_a_data_set_that_is_not_cached_is_a_sentence(asked, monkeypatch):
+    def load_dataset(*_, **__):
+        assert constants.HF_HUB_OFFLINE
+        assert datasets.config.HF_HUB_OFFLINE
+        raise ValueError("is not cached")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(MoefyError, match=r"data set 'acme/set:dev' \(No way there\), and it is not in the cache; "):
+        texts.hub_rows("acme/set:dev")
+    assert asked == ["acme/set"]
+    assert not constants.HF_HUB_OFFLINE
+    assert not datasets.config.HF_HUB_OFFLINE
+
+
+def test_a_data_set_that_is_cached_or_a_folder_is_read(asked, monkeypatch, tmp_path):
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: [{"text": "words"}])
+    assert texts.read_text("hf:acme/set") == "words"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    assert texts.read_text("hf:folder") == "words"
+    assert asked == ["acme/set"]
+
+
+def test_what_the_hub_gives_may_fail_otherwise(monkeypatch):
+    monkeypatch.setattr(hub, "failure", lambda *_: None)
+
+    def load_dataset(*_, **__):
+        assert not constants.HF_HUB_OFFLINE
+        raise ValueError("Unknown split.\nDetails.")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(MoefyError, match=r"^The data set 'acme/set' cannot be read: Unknown split\.$"):
+        texts.hub_rows("acme/set")
+
+
+def test_a_model_that_is_not_cached_is_a_sentence(asked):
+    with pytest.raises(MoefyError, match=r"the hub does not give a model of that name \(No way there\)\."):
+        sources.load_source("acme/no-such-model")
+    assert asked == ["acme/no-such-model"]
+
+
+def test_a_cached_model_loads_without_a_network(tmp_path):
+    place = tmp_path / "hub" / "models--acme--tiny"
+    tiny.tiny("llama").save_pretrained(place / "snapshots" / "1")
+    pydoc_tokenizer().save_pretrained(place / "snapshots" / "1")
+    (place / "refs").mkdir()
+    (place / "refs" / "main").write_text("1")
+    environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_ENDPOINT": "http://127.0.0.1:9"}
+    start = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", "moefy", "generate", "acme/tiny", "the value", "--tokens", "2"],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr
+    assert set(done.stderr.splitlines()) <= {"Loading acme/tiny"}  # said where that takes its time
+    assert time.monotonic() - start < 60  # 146 s with what the packages do
