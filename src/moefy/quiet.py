@@ -28,11 +28,15 @@ def loading(update: Callable[[int, int], None]) -> Iterator[None]:
             args = (counted(args[0], len(args[0])), *args[1:])
         return factory(*args, **options)
 
-    previous = transformers_logging.set_tqdm_hook(hook)
+    set_hook = getattr(transformers_logging, "set_tqdm_hook", None)
+    if set_hook is None:  # transformers 5.0 has none
+        yield
+        return
+    previous = set_hook(hook)
     try:
         yield
     finally:
-        transformers_logging.set_tqdm_hook(previous)
+        set_hook(previous)
 
 
 @contextmanager
