@@ -1,5 +1,6 @@
 """How a command starts: help and mistakes without torch, Ctrl-C at any time, and all of moefy where it is imported."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import pytest
 
 import moefy
 import moefy_cli
+from moefy import kernels
 from moefy.cli import app
 
 QUICK = [
@@ -113,3 +115,32 @@ def test_ctrl_c_at_any_moment(dense):
         assert running.returncode == 130, shown
         assert shown.endswith(f"{moefy_cli.INTERRUPTED}\n")
         assert "Traceback" not in shown
+
+
+def test_a_slow_kernel_is_one_line(dense):
+    environment = {**os.environ, "MOEFY_NATIVE": "0"}
+    made = dense.parent / "routed"
+    command = [sys.executable, "-m", "moefy", "convert", dense, made, "--recipe", "cmoe", "--window", "32"]
+    done = subprocess.run([*map(str, command), "--windows", "4"], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    command = [sys.executable, "-m", "moefy", "generate", str(made), "the value", "--tokens", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    told = "moefy runs on torch, slower: it is turned off with MOEFY_NATIVE=0."
+    assert [line for line in done.stderr.splitlines() if not line.startswith("Loading")] == [told]
+
+
+def test_a_mistyped_kernel_is_refused_before_anything_is_loaded():
+    environment = {**os.environ, "MOEFY_KERNEL": "ntive"}
+    command = [sys.executable, "-m", "moefy", "eval", "no/such/model"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 2
+    assert done.stderr == (
+        "moefy: In MOEFY_KERNEL: There is no kernel 'ntive'; choose one of auto, native, torch, reference, grouped.\n"
+    )
+
+
+def test_a_mistyped_kernel_is_refused_in_a_library_too(monkeypatch):
+    monkeypatch.setattr(kernels, "_choice", "ntive")
+    for ask in (kernels.native_wanted, lambda: kernels.pick(None, None)):
+        with pytest.raises(moefy.MoefyError, match="In MOEFY_KERNEL: There is no kernel 'ntive'"):
+            ask()

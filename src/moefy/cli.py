@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
@@ -18,7 +19,7 @@ import moefy
 import moefy_cli
 from moefy import cli_compare, cli_convert, cli_export, cli_run, cli_tasks
 from moefy.cli_common import Dtype, RemoteCode, TaskName, load_any, text_batches
-from moefy.errors import MoefyError
+from moefy.errors import MoefyError, MoefyWarning
 from moefy.version import __version__
 
 # Help is plain text: read as rich's markup, "hf:DATASET[/CONFIG]" is a tag that nothing opened.
@@ -61,6 +62,10 @@ def whole(command: Callable[..., None]) -> Callable[..., None]:
             with console.err.status("Starting"):  # in a log that is no news
                 importlib.reload(moefy)
         moefy_cli.on_stop(signal.default_int_handler)  # from here on what is temporary has to go
+        from moefy import kernels
+
+        kernels.check()
+        warnings.showwarning = _show_warning
         command(*args, **options)
 
     return run
@@ -160,6 +165,16 @@ def main() -> None:
             file=sys.stderr,
         )
         sys.exit(1)
+
+
+def _show_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: Any = None
+) -> None:
+    """Ours are a line; where in the source they arose is nothing to who runs a command."""
+    if issubclass(category, MoefyWarning):
+        print(message, file=sys.stderr)
+    else:
+        print(warnings.formatwarning(message, category, filename, lineno, line), file=sys.stderr, end="")
 
 
 def _fail(sentence: str) -> None:

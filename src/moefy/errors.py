@@ -1,5 +1,9 @@
-"""The one error of moefy, in a module of its own so that the command line has it without torch."""
+"""The one error of moefy and its one warning, apart from the rest: the command line has them without torch."""
 
 
 class MoefyError(Exception):
     """A mistake of input, told in one sentence that says what is wrong and what to do."""
+
+
+class MoefyWarning(UserWarning):
+    """What a user may want to change, in one sentence; the command line shows it as it shows a mistake."""

@@ -14,8 +14,9 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
+from moefy.errors import MoefyError, MoefyWarning
 from moefy.kernels import grouped, native, reference
-from moefy.types import MoefyError, MoEWeights
+from moefy.types import MoEWeights
 
 Kernel = Callable[[Tensor, MoEWeights, Tensor, "Tensor | None"], Tensor]
 
@@ -25,7 +26,7 @@ KERNELS: dict[str, Kernel] = {
 }
 
 _CHOICES = ("auto", "native", "torch", *KERNELS)
-_choice = os.environ.get("MOEFY_KERNEL", "auto")
+_choice = os.environ.get("MOEFY_KERNEL") or "auto"
 _told = False
 
 
@@ -40,14 +41,23 @@ def use(name: str) -> None:
     _choice = name
 
 
+def check() -> None:
+    """MoefyError if the kernel that MOEFY_KERNEL names does not exist or cannot be used."""
+    try:
+        use(_choice)
+    except MoefyError as error:
+        raise MoefyError(f"In MOEFY_KERNEL: {error}") from None
+
+
 def native_wanted() -> bool:
     """Whether inference on CPU should use the native kernel; says once if it would but cannot."""
     global _told
+    check()
     if _choice not in ("auto", "native"):
         return False
     if not native.available() and not _told:
         _told = True
-        warnings.warn(f"moefy runs on torch, slower: {native.why_not()}.", stacklevel=2)
+        warnings.warn(f"moefy runs on torch, slower: {native.why_not()}.", MoefyWarning, stacklevel=2)
     return native.available()
 
 
@@ -64,6 +74,7 @@ def using(name: str) -> Iterator[None]:
 
 def pick(x: Tensor, weights: MoEWeights) -> Kernel:
     """The kernel for this call."""
+    check()
     if _choice in KERNELS:
         return KERNELS[_choice]
     return grouped.moe_ffn if grouped.supports(x, weights) else reference.moe_ffn
