@@ -1,5 +1,6 @@
 """What is printed: help of every command, and names that look like markup."""
 
+import re
 import subprocess
 import sys
 import time
@@ -11,6 +12,10 @@ from rich.console import Console
 from moefy import console
 from moefy.cli import app
 from moefy.cli import main as run_cli
+from moefy.construct import CONSTRUCTIONS
+from moefy.recipe import RECIPES
+from moefy.routers import ROUTERS
+from moefy.tasks import TASKS
 
 COMMANDS = sorted(typer.main.get_command(app).commands)
 
@@ -26,6 +31,20 @@ def test_help_names_every_option(command, monkeypatch, capsys):
     for parameter in (found.commands[command[0]] if command else found).params:
         assert parameter.opts[0] in shown
         assert parameter.help
+
+
+def test_help_names_every_choice_and_no_option_of_another_command():
+    commands = typer.main.get_command(app).commands
+    helps = {name: {p.opts[0]: p.help for p in command.params} for name, command in commands.items()}
+    for option, choices in (("--recipe", RECIPES), ("--construction", CONSTRUCTIONS), ("--router", ROUTERS)):
+        for choice in choices:
+            assert choice in helps["convert"][option]
+    for name in TASKS:
+        assert name in helps["eval"]["--task"]
+    for name, options in helps.items():
+        for option, text in options.items():
+            own = re.sub(r"(convert|eval)\b[^.;()]* --[a-z-]+", "", text)
+            assert set(re.findall(r"--[a-z][a-z-]*", own)) <= options.keys(), (name, option)
 
 
 def test_names_are_printed_as_they_are(capsys):

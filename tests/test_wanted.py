@@ -37,6 +37,8 @@ MEANT = [
     ("moefication", {"active": 3}, {"active": 3, "shared": 0}),
     ("shared-only", {"active": 0.5}, {"budget": 0.5, "expert_size": 8}),
     ("shared-only", {"active": 0.5, "experts": 4}, {"budget": 0.5, "experts": 4}),
+    ("shared-only", {"active": 1}, {"budget": 1.0}),
+    ("cmoe", {"active": 1, "construction": "shared_only"}, {"budget": 1.0}),
     ("shared-only", {"active": 2, "shared": 1}, {"active": 2, "shared": 1, "budget": None}),
 ]
 
@@ -67,6 +69,7 @@ REFUSED = [
     ("reconstructed", {"shared": 3}, "leave out --shared"),
     ("slim", {"shared": 0.2}, "leave out --shared"),
     ("shared-only", {"shared": 3, "active": 0.5}, "leave out --shared"),
+    ("shared-only", {"shared": 3, "active": 1}, "leave out --shared"),
     ("cmoe", {"shared": 4, "active": 0.5}, "--shared 4 alone is 50.0%"),
     ("moefication", {"shared": 2, "active": 0.5}, "give --shared a share"),
     ("slim", {"router": "mlp"}, "leave out --router"),

@@ -83,7 +83,7 @@ def evaluate(
     data: Annotated[
         list[str] | None, typer.Option(help="The task's data: .tsv, .csv, .jsonl, .json, .txt (.gz) or hf:DATASET.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Examples at most, spread over the data.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="With --task: examples at most, over all the data.")] = None,
     against: Annotated[str | None, typer.Option(help="A dense model to measure beside it.")] = None,
     window: Annotated[int, typer.Option(min=1, help="Tokens in a window.")] = 1024,
     windows: Annotated[int, typer.Option(min=1, help="Windows at most.")] = 12,

@@ -11,13 +11,10 @@ import typer
 
 from moefy.errors import MoefyError
 
-Calibration = Annotated[
-    str,
-    typer.Option(
-        help="Text to calibrate on: a file (.txt, .txt.gz, .jsonl), hf:DATASET[/CONFIG][:SPLIT], the text itself, "
-        "or pydoc, the English text that ships with Python; with --task, that task's data."
-    ),
-]
+TEXT = (
+    "a file (.txt, .txt.gz, .jsonl), hf:DATASET[/CONFIG][:SPLIT], the text itself if it has over 200 characters, or "
+    "pydoc, the English text that ships with Python"
+)
 TaskName = Annotated[
     str | None, typer.Option(help="sst2, mnli, mrpc, rte, piqa, arc, race, squad or t2t (text to text).")
 ]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moefy.cli_common import Calibration, Dtype, RemoteCode, load_any, text_batches
+from moefy.cli_common import TEXT, Dtype, RemoteCode, load_any, text_batches
 from moefy.errors import MoefyError
 
 if TYPE_CHECKING:
@@ -23,12 +23,18 @@ def compare(
     output: Annotated[Path, typer.Argument(help="The directory for compare.jsonl and compare.html.")],
     text: Annotated[
         list[str] | None,
-        typer.Option(help="Text to measure on; repeat for more. One that is also --calibration is cut in halves."),
+        typer.Option(
+            help="Text to measure on, by default that of --calibration; repeat for more. One that is also --calibration is "
+            "cut in halves."
+        ),
     ] = None,
-    calibration: Calibration = "pydoc",
+    calibration: Annotated[str, typer.Option(help=f"Text to calibrate on: {TEXT}.")] = "pydoc",
     recipes: Annotated[
         str | None,
-        typer.Option(help="Recipes or YAML files, with commas; NAME:ROUTER for another router, NAME:control for none."),
+        typer.Option(
+            help="Recipes or YAML files, with commas; NAME:ROUTER for another router, NAME:control for none. By "
+            "default all but engine, and reconstructed as :control and :oracle too."
+        ),
     ] = None,
     active: Annotated[str, typer.Option(help="Shares of the FFNs' multiply-adds, with commas.")] = "0.75,0.5,0.25",
     seeds: Annotated[int, typer.Option(min=1, help="Conversions of each kind.")] = 3,

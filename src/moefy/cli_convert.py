@@ -7,22 +7,37 @@ from typing import Annotated, Any
 
 import typer
 
-from moefy.cli_common import Calibration, Dtype, RemoteCode, TaskName, gibibytes, loading, number, text_batches
+from moefy.cli_common import TEXT, Dtype, RemoteCode, TaskName, gibibytes, loading, number, text_batches
 from moefy.errors import MoefyError
 from moefy.texts import BUILTIN
 
 RecipeName = Annotated[
     str | None,
     typer.Option(
-        help="reconstructed (the default, and the best), cmoe (the default with --experts, --shared, "
-        "--construction or --router), moefication, slim, shared-only, or a YAML file."
+        help="reconstructed (the default, and the best), cmoe (the default with --experts, --shared, --construction, "
+        "--router or a count for --active), moefication, engine (for moefy export), slim, shared-only, or a YAML file."
+    ),
+]
+Construction = Annotated[
+    str | None,
+    typer.Option(
+        help="How neurons are grouped: activation, weights, coactivation, contribution, random, or shared_only, which "
+        "routes nothing."
+    ),
+]
+RouterName = Annotated[
+    str | None,
+    typer.Option(
+        help="How experts are picked: representative, similarity, mlp, linear, logistic, random; oracle and mass look "
+        "at the experts' outputs, to measure with."
     ),
 ]
 Active = Annotated[
     str | None,
     typer.Option(
-        help="0.5: the share of the FFNs' multiply-adds that runs, by any recipe (0.75 by default). 2: so many "
-        "routed experts for each token, where the recipe counts them. 1 is one expert there, elsewhere the whole."
+        help="0.5: the share of the FFNs' multiply-adds that runs, by any recipe; by default the recipe's own. 2: so "
+        "many routed experts for each token, where the recipe counts them (cmoe, moefication). 1 is one expert there, "
+        "elsewhere the whole."
     ),
 ]
 TargetLoss = Annotated[
@@ -44,11 +59,13 @@ def convert(
     shared: Annotated[str | None, typer.Option(help="Experts that always run, or their share such as 0.1.")] = None,
     active: Active = None,
     target_loss: TargetLoss = None,
-    construction: Annotated[str | None, typer.Option(help="How neurons are grouped.")] = None,
-    router: Annotated[str | None, typer.Option(help="How experts are picked.")] = None,
+    construction: Construction = None,
+    router: RouterName = None,
     refit: Annotated[bool | None, typer.Option(help="Fit the down-projections to the dense outputs.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of all that is random.")] = None,
-    calibration: Calibration = "pydoc",
+    calibration: Annotated[
+        str, typer.Option(help=f"Text to calibrate on: {TEXT}; with --task, that task's data, a file or hf:DATASET.")
+    ] = "pydoc",
     task: TaskName = None,
     window: Annotated[int, typer.Option(min=1, help="Tokens in a calibration window.")] = 1024,
     windows: Windows = None,

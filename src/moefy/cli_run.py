@@ -64,7 +64,7 @@ def bench(
     model: Annotated[str, typer.Argument(help="A converted directory, or any dense model that convert takes.")],
     against: Annotated[str | None, typer.Option(help="A dense model to time beside it.")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Interleaved runs; medians are printed.")] = 5,
-    text: Annotated[str, typer.Option(help="Text to run on, as for --calibration.")] = "pydoc",
+    text: Annotated[str, typer.Option(help="Text to run on; see convert --calibration.")] = "pydoc",
     int8: Annotated[bool, typer.Option(help="Also time the model with int8 expert weights.")] = False,
     dtype: Dtype = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,

@@ -15,7 +15,8 @@ def chosen(recipe: str | None, **options: Any) -> Recipe:
     """The recipe that options of the command line mean: by default the best one, and CMoE for who counts experts.
 
     `active` is a share of the FFNs' multiply-adds if it is a float, else a count of routed experts; 1 is the whole
-    where a recipe takes only shares. MoefyError for a share out of bounds and for options that would be ignored.
+    where a recipe takes only shares or routes nothing. MoefyError for a share out of bounds and for options that
+    would be ignored.
     """
     active = options.pop("active", None)
     if active is not None and not (0 < active <= 1 if isinstance(active, float) else active >= 1):
@@ -30,7 +31,7 @@ def chosen(recipe: str | None, **options: Any) -> Recipe:
         options["repair"] = 0.0  # it is a part of the refit
     if active is None:
         return Recipe.of(base, **options)
-    if isinstance(active, float) or base.budget is not None:
+    if isinstance(active, float) or base.budget is not None or (active == 1 and _is_static(base, options)):
         return at_share(base, float(active), **options)
     return Recipe.of(base, active=active, **options)
 
@@ -63,7 +64,7 @@ def at_share(recipe: Recipe, share: float, **given: Any) -> Recipe:
 
 def _check(base: Recipe, options: dict[str, Any], active: int | float | None) -> None:
     """MoefyError if one of the options would be ignored."""
-    static = options.get("construction", base.construction) == "shared_only"
+    static = _is_static(base, options)
     if "experts" in options and "expert_size" in options:
         raise MoefyError("--experts and --expert-size both say how large experts are; give one of them.")
     if base.budget is not None and "shared" in options:
@@ -75,8 +76,13 @@ def _check(base: Recipe, options: dict[str, Any], active: int | float | None) ->
         raise MoefyError("Nothing is routed by this recipe; leave out --router, or use another recipe.")
     if base.budget is not None and isinstance(active, int) and active > 1:
         raise MoefyError(f"The recipe {base.name} takes a share such as --active 0.5, and not a count.")
-    if static and isinstance(active, float) and "shared" in options:
+    if static and (isinstance(active, float) or active == 1) and "shared" in options:
         raise MoefyError(f"Without routing --active {active} is all that runs; leave out --shared.")
+
+
+def _is_static(base: Recipe, options: dict[str, Any]) -> bool:
+    """Whether nothing is routed."""
+    return bool(options.get("construction", base.construction) == "shared_only")
 
 
 def _shared_share(recipe: Recipe, share: float, size: int | None, given: dict[str, Any]) -> float:
