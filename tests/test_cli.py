@@ -55,7 +55,12 @@ def test_eval_prints_every_figure(dense, converted):
     ("neurons", "options", "sentence"),
     [
         (100, ["--active", "0.5"], "Experts of 8 neurons do not divide this model's FFNs: they are of 10."),
-        (48, ["--expert-size", "1", "--router", "mlp", "--active", "0.5"], "more work than the dense one"),
+        (
+            48,
+            ["--expert-size", "1", "--router", "mlp", "--shared", "0", "--active", "40"],
+            "more work than the dense one",
+        ),
+        (48, ["--recipe", "cmoe", "--experts", "2", "--active", "0.3"], "multiply-adds, and 30.0% were asked for"),
     ],
 )
 def test_what_nobody_asked_for_is_said(neurons, options, sentence, tmp_path):

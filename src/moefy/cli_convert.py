@@ -11,6 +11,9 @@ from moefy.cli_common import TEXT, Dtype, RemoteCode, TaskName, gibibytes, loadi
 from moefy.errors import MoefyError
 from moefy.texts import BUILTIN
 
+# By how much of the FFNs' multiply-adds a conversion may miss what was asked for before it is said.
+TOO_MUCH = 0.05
+
 RecipeName = Annotated[
     str | None,
     typer.Option(
@@ -80,11 +83,12 @@ def convert(
     from moefy.wanted import chosen
 
     hold = gibibytes("--memory", memory)
+    asked = number("--active", active)
     changes = {
         "experts": experts,
         "expert_size": expert_size,
         "shared": number("--shared", shared),
-        "active": number("--active", active),
+        "active": asked,
         "construction": construction,
         "router": router,
         "refit": refit,
@@ -103,6 +107,7 @@ def convert(
     with console.status(f"Saving {output}"):
         checkpoint.save(model, output, tokenizer, overwrite=overwrite, source=source)
     _show_conversion(model, output, wanted, report, trials)
+    _say_surprises(wanted, report, None if trials else asked if isinstance(asked, float) else wanted.budget)
 
 
 def _check_together(task: str | None, calibration: str, target_loss: float | None, active: str | None) -> None:
@@ -178,14 +183,13 @@ def _show_conversion(model: Any, output: Path, wanted: Any, report: Any, trials:
         ["peak memory", f"{report.peak_bytes / 2**30:.2f} GiB"],
     ]
     console.table(f"{output}", ["", ""], rows)
-    _say_surprises(wanted, report)
     if wanted.slim:
         note = slim.summary(model.config.moefy)["output_bias"]
         console.out.print(f"{output} is an ordinary model of its architecture. {note}")
 
 
-def _say_surprises(wanted: Any, report: Any) -> None:
-    """What nobody asked for, on standard error: experts of another size, and more work than the dense model's."""
+def _say_surprises(wanted: Any, report: Any, share: float | None) -> None:
+    """What nobody asked for, on standard error: experts of another size, more work than the share or the dense model."""
     from moefy import console
 
     if report.recipe.expert_size != wanted.expert_size:
@@ -193,7 +197,13 @@ def _say_surprises(wanted: Any, report: Any) -> None:
             f"Experts of {wanted.expert_size} neurons do not divide this model's FFNs: they are of "
             f"{report.recipe.expert_size}. Choose another size with --expert-size."
         )
-    if report.active_fraction > 1:
+    if share is not None and report.active_fraction > share + TOO_MUCH:
+        console.err.print(
+            f"This model runs {report.active_fraction:.1%} of the FFNs' multiply-adds, and {share:.1%} were asked for: "
+            f"its experts are too few to be cut finer, or its router is dear. Use smaller experts (--expert-size), or "
+            f"another --router or --recipe."
+        )
+    elif report.active_fraction > 1:
         console.err.print(
             "This model does more work than the dense one: the routers cost more than they save. Use larger experts "
             "(--expert-size) or another --router."
