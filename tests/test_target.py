@@ -51,7 +51,8 @@ def test_the_target_is_kept_and_less_would_not_be_found_to_keep_it(model):
         model, recipe, kept, held_out, 0.1, progress=lambda done, total, name: seen.append((done, total))
     )
     assert len({total for _, total in seen}) == 1
-    assert [done for done, _ in seen] == sorted({done for done, _ in seen})
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+    assert seen[-1][0] == seen[-1][1]
     assert not getattr(model.config, "moefy", None)
     rise = perplexity(converted, held_out).perplexity / perplexity(model, held_out).perplexity - 1
     best = min((t for t in trials if t.rise <= 0.1), key=lambda t: t.budget)

@@ -81,6 +81,8 @@ def smallest_budget(
             low = budget
     if best is None:
         raise _none_keeps(target, trials)
+    if progress:
+        progress(before + total, before + total, "done")  # mostly it takes fewer trials
     return *best, trials
 
 
