@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import transformers
 from moefy.recipe import Recipe
 from moefy.slim import is_slim, summary
 
+_HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 _AUTO = {
     "ForCausalLM": "AutoModelForCausalLM",
     "LMHeadModel": "AutoModelForCausalLM",
@@ -33,14 +36,14 @@ def model_card(model: Any, source: str | None, figures: dict[str, float]) -> str
         (f"Share of the FFN multiply-adds {what}", f"{record['active_fraction']:.1%}"),
         ("Calibration tokens", f"{record['calibration']['tokens']:,}"),
         ("Calibration fingerprint", record["calibration"]["fingerprint"]),
-        *((name, f"{value:.4g}") for name, value in figures.items()),
+        *((_plain(name), f"{value:.4g}") for name, value in figures.items()),
     ]
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     plain = slim and hasattr(transformers, architecture)
     imports = "" if plain else "import moefy  # makes transformers able to load this directory\n"
     library = f"library_name: {'transformers' if slim else 'moefy'}"
-    metadata = "\n".join([*([f"base_model: {base}"] if base and "/" in base else []), library])
+    metadata = "\n".join([*([f"base_model: {base}"] if _HUB_NAME.fullmatch(base or "") else []), library])
     made = _slim(architecture, versions, record) if slim else _mixture(architecture, versions)
     return f"""---
 {metadata}
@@ -49,9 +52,9 @@ tags:
 - moefy
 ---
 
-# {base or architecture} {"with narrower feed-forward networks" if slim else "as a mixture of experts"}
+# {_plain(base or architecture)} {"with narrower feed-forward networks" if slim else "as a mixture of experts"}
 
-{made}Base model: {base or "not recorded"}.
+{made}Base model: {_plain(base or "not recorded")}.
 
 | | |
 |---|---|
@@ -59,9 +62,7 @@ tags:
 
 ## Recipe
 
-```yaml
-{recipe.to_yaml().rstrip()}
-```
+{_fenced("yaml", recipe.to_yaml().rstrip())}
 
 ## Use
 
@@ -71,6 +72,18 @@ tags:
 model = {auto}.from_pretrained("path/to/this/directory")
 ```
 """
+
+
+def _plain(text: str) -> str:
+    """Text as Markdown that shows it as it is, on one line: a name may hold anything."""
+    line = " ".join(text.encode(errors="replace").decode().split())
+    return re.sub(r"([\\`*_{}\[\]<>#|&!~$])", r"\\\1", line)
+
+
+def _fenced(language: str, text: str) -> str:
+    """A code block that nothing in the text ends."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence}{language}\n{text}\n{fence}"
 
 
 def _mixture(architecture: str, versions: str) -> str:
@@ -95,4 +108,8 @@ def _base_name(source: str | None) -> str | None:
     """The source's name without the path of the machine it was converted on."""
     if not source:
         return None
-    return Path(source).name if Path(source).expanduser().exists() else source
+    try:
+        path = Path(source).expanduser()
+        return os.path.basename(os.path.abspath(path)) if path.exists() else source
+    except (OSError, RuntimeError, ValueError):  # no path
+        return source
