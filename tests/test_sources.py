@@ -1,5 +1,6 @@
 """Dense sources that are damaged or unusual: what is incomplete is refused in a sentence, what is merely bare loads."""
 
+import importlib.util
 import json
 
 import pytest
@@ -96,7 +97,11 @@ UNFIT = {
     "config that is a list": (no_object(b"[]"), "config.json is damaged"),
     "no class of a model": (lambda f: with_config(f, architectures=["Trainer"]), "is a Trainer, which is no model"),
     "width that is no number": (lambda f: with_config(f, hidden_size="x"), "Field 'hidden_size' expected int, got str"),
-    "heads that do not divide": (lambda f: with_config(f, num_attention_heads=0), "cannot be loaded: "),
+    "no heads": (lambda f: with_config(f, num_attention_heads=0), "config.json says num_attention_heads: 0, which no"),
+    "negative width": (lambda f: with_config(f, hidden_size=-32), "config.json says hidden_size: -32, which no"),
+    "no layers": (lambda f: with_config(f, num_hidden_layers=0), "config.json says num_hidden_layers: 0, which no"),
+    "a part's size": (lambda f: with_config(f, text_config={"vocab_size": -1}), "config.json says vocab_size: -1, "),
+    "type that is none": (lambda f: with_config(f, dtype="zork"), "cannot be loaded as its config.json describes it: "),
     "activation": (
         lambda f: with_config(f, hidden_act="zork"),
         "its config.json names 'zork', which this transformers",
@@ -227,6 +232,20 @@ def test_a_damaged_tokenizer_is_a_sentence(file, junk, tmp_path):
     assert str(refused.value).startswith(f"The tokenizer of {folder} cannot be loaded (")
     assert str(refused.value).endswith("copy or download tokenizer.json and tokenizer_config.json again.")
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("file", ["tokenizer.model", "spiece.model"])
+def test_a_tokenizer_that_takes_a_package_says_which(file, tmp_path, monkeypatch):
+    folder = saved(tmp_path / "source")
+    (folder / file).write_bytes(b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02")
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "T5Tokenizer"}')
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if name == "sentencepiece" else find(name, *a)
+    )
+    with pytest.raises(moefy.MoefyError) as refused:
+        load_source(folder)
+    assert f"({file}), which takes a package to read: pip install sentencepiece" in str(refused.value)
 
 
 @pytest.mark.parametrize("family", ["llama", "vit"])

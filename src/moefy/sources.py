@@ -26,6 +26,12 @@ from moefy.types import MoefyError
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack")
 # Where a tokenizer is, if a directory has one.
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+_SENTENCEPIECE = ("tokenizer.model", "spiece.model")
+# Sizes in a config, by the names of several families, that are above 0 or not given.
+_SIZES = {
+    *("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size"),
+    *("n_embd", "n_layer", "n_head", "d_model", "d_ff", "num_layers", "num_heads", "intermediate_size"),
+}
 # Quantisations that transformers undoes when it loads them without a GPU for them.
 _DEQUANTISED = ("fp8", "mxfp4")
 # What transformers raises for a damaged checkpoint: a config with wrong values fails wherever they are first used.
@@ -115,7 +121,17 @@ def read_config(folder: Path) -> dict[str, Any]:
         config = None
     if not isinstance(config, dict):
         raise MoefyError(f"{file} is damaged (it is not a JSON object); copy or download it again.")
+    _check_sizes(config, file)
     return config
+
+
+def _check_sizes(config: dict[str, Any], file: Path) -> None:
+    """MoefyError for a size that no model has; a library would divide by it, or ask for so many numbers."""
+    for name, value in config.items():
+        if isinstance(value, dict) and name == "text_config":
+            _check_sizes(value, file)
+        if name in _SIZES and isinstance(value, (int, float)) and not value > 0:
+            raise MoefyError(f"{file} says {name}: {json.dumps(value)}, which no model can have; correct it.")
 
 
 def check_complete(model: Any, info: dict[str, Any], name: str, config: str = "config.json") -> None:
@@ -222,7 +238,10 @@ def _load_pretrained(name: str, dtype: str, remote_code: bool) -> tuple[Any, Any
             # The config does not name the class: without a head it is a bare model.
             model, info = weights_of(AutoModel, name, dtype=kind, **options)
     except LOAD_ERRORS as error:
-        raise MoefyError(f"The model {name!r} cannot be loaded: {reason(error)}") from None
+        # What a library's arithmetic stumbles on comes from a wrong number or type there.
+        known = isinstance(error, (OSError, ImportError, KeyError, ValueError, SafetensorError))
+        how = "" if known else " as its config.json describes it"
+        raise MoefyError(f"The model {name!r} cannot be loaded{how}: {reason(error)}") from None
     if getattr(model, "is_quantized", False):  # with a GPU for them, transformers leaves the formats above as they are
         raise _quantised(name, str(model.quantization_method))
     check_complete(model, info, name)
@@ -283,6 +302,12 @@ def load_tokenizer(name: str, **options: Any) -> Any:
         files = [file for file in _TOKENIZERS if (Path(name) / file).is_file()]
         if not files:
             return None
+        pieces = [file for file in files if file in _SENTENCEPIECE]
+        if pieces and "tokenizer.json" not in files and importlib.util.find_spec("sentencepiece") is None:
+            raise MoefyError(
+                f"The tokenizer of {name} is a SentencePiece file ({pieces[0]}), which takes a package to read: "
+                f"pip install sentencepiece protobuf."
+            ) from None
         first = next(iter(str(error).splitlines()), "").rstrip(" .:")
         raise MoefyError(
             f"The tokenizer of {name} cannot be loaded ({type(error).__name__}: {first}); "
