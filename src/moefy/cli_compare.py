@@ -24,8 +24,8 @@ def compare(
     text: Annotated[
         list[str] | None,
         typer.Option(
-            help="Text to measure on, by default that of --calibration; repeat for more. One that is also --calibration is "
-            "cut in halves."
+            help="Text to measure on, by default --calibration's; repeat for more. One that is also --calibration "
+            "is cut in halves."
         ),
     ] = None,
     calibration: Annotated[str, typer.Option(help=f"Text to calibrate on: {TEXT}.")] = "pydoc",

@@ -189,7 +189,7 @@ def _show_conversion(model: Any, output: Path, wanted: Any, report: Any, trials:
 
 
 def _say_surprises(wanted: Any, report: Any, share: float | None) -> None:
-    """What nobody asked for, on standard error: experts of another size, more work than the share or the dense model."""
+    """What nobody asked for, on standard error: experts of another size, more work than wanted or than dense."""
     from moefy import console
 
     if report.recipe.expert_size != wanted.expert_size:
