@@ -199,6 +199,14 @@ def test_study_is_plain_data_and_a_page_without_links(family, tmp_path):
     assert page.count("<details") == page.count("</details>")
 
 
+def test_a_model_of_many_layers_has_a_page(tmp_path):
+    model, feed = converted("bert")
+    result = study(model, words.tokenizer("bert"), [feed], [torch.arange(24) % 2], ["negative", "positive"])
+    layers = list(result["layers"].values())
+    result["layers"] = {f"layer.{i}": layers[i % len(layers)] for i in range(30)}
+    assert report.write(result, tmp_path / "out", "A model")[1].is_file()
+
+
 def test_tokens_and_names_are_escaped(tmp_path):
     model, feed = converted()
     evil = '<script>alert("x")</script>'

@@ -200,8 +200,7 @@ class Recipe(BaseModel):
             up_bias=ffn.up_bias is not None,
             gate_bias=ffn.gate_bias is not None,
             # A refit may add one, except in a layer that stays dense and where the architecture must hold it.
-            down_bias=ffn.down_bias is not None
-            or (self.refit and self.output_bias and experts > 0 and not self.slim),
+            down_bias=ffn.down_bias is not None or (self.refit and self.output_bias and experts > 0 and not self.slim),
             activate_up=ffn.activate_up,
         )
         return slim_spec(spec, site) if self.slim else spec
@@ -351,8 +350,8 @@ RECIPES: dict[str, Recipe] = {
         allocation="sensitivity",
         selection="threshold",
     ),
-    # What `moefy export` can write for other engines: the same count of large experts for every token and layer, and
-    # no output bias. Experts of 128 neurons, since engines without our kernel lose with small ones (docs/engines.md).
+    # What `moefy export` can write for other engines: the same count of experts for every token and layer, no output
+    # bias. Experts of 32 neurons: those of 128 are no better than none (docs/engines.md).
     "engine": Recipe(
         name="engine",
         construction="weights",
@@ -361,7 +360,7 @@ RECIPES: dict[str, Recipe] = {
         refit=True,
         repair=0.5,
         output_bias=False,
-        expert_size=128,
+        expert_size=32,
         budget=0.75,
     ),
     "shared-only": Recipe(name="shared-only", construction="shared_only"),

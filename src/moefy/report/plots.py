@@ -39,6 +39,12 @@ def _png(figure: Any) -> bytes:
     return out.getvalue()
 
 
+def _tick_layers(axes: Any, layers: range) -> None:
+    """A tick a layer, unless they are too many to read."""
+    if len(layers) < 25:
+        axes.set_xticks(layers)
+
+
 def bands(layers: Sequence[dict[str, Any]]) -> bytes:
     """The share of neurons that a token activates, layer by layer: median, the middle half, 5 to 95 %."""
     figure, axes = _figure(3.2)
@@ -47,7 +53,8 @@ def bands(layers: Sequence[dict[str, Any]]) -> bytes:
     axes.fill_between(x, [v["0.05"] for v in q], [v["0.95"] for v in q], color=_BLUE, alpha=0.15, label="5 to 95 %")
     axes.fill_between(x, [v["0.25"] for v in q], [v["0.75"] for v in q], color=_BLUE, alpha=0.35, label="middle half")
     axes.plot(x, [v["0.5"] for v in q], color=_BLUE, marker="o", markersize=3, label="median")
-    axes.set(xlabel="layer", ylabel="share of neurons a token activates", xticks=list(x) if len(layers) < 25 else None)
+    axes.set(xlabel="layer", ylabel="share of neurons a token activates")
+    _tick_layers(axes, x)
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False)
     return _png(figure)
@@ -111,7 +118,8 @@ def overlaps(layers: Sequence[dict[str, Any]]) -> bytes:
         ("chance", "chance", {"color": "grey", "linestyle": ":"}),
     ):
         axes.plot(x, [layer["between_inputs"][key] for layer in layers], label=label, markersize=3, **style)
-    axes.set(xlabel="layer", ylabel="share of experts in common", xticks=list(x) if len(layers) < 25 else None)
+    axes.set(xlabel="layer", ylabel="share of experts in common")
+    _tick_layers(axes, x)
     axes.set_ylim(0, 1)
     axes.legend(frameon=False)
     return _png(figure)
