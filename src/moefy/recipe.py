@@ -370,6 +370,7 @@ RECIPES: dict[str, Recipe] = {
         construction="shared_only",
         sharing="reconstruction",
         refit=True,
+        repair=0.5,
         slim=True,
         expert_size=1,
         budget=0.5,

@@ -27,9 +27,9 @@ from moefy.types import MoefyError
 #: How to write a stock model, by the name of the format.
 EXPORTERS: dict[str, Callable[..., None]] = {"transformers": directory.write, "gguf": gguf.write}
 # The stock model's logits may be so far from the converted one's, as a share of their norm: in float32 SmolLM2 comes to
-# 0.001 to 0.005, by the experts' weights and by choices that were near ties. Half types round on top of that.
-FARTHEST = {torch.float32: 0.03}
-FARTHEST_HALF = 0.1
+# 0.004 to 0.014, by choices that were near ties; what is wrong is as far as the logits are long. Half types round too.
+FARTHEST = {torch.float32: 0.1}
+FARTHEST_HALF = 0.2
 
 
 @dataclass(frozen=True)
