@@ -52,13 +52,13 @@ def check() -> None:
 def native_wanted() -> bool:
     """Whether inference on CPU should use the native kernel; says once if it would but cannot."""
     global _told
+    if native.available() and _choice in ("auto", "native"):  # first: asked in every call of a layer
+        return True
     check()
-    if _choice not in ("auto", "native"):
-        return False
-    if not native.available() and not _told:
+    if _choice == "auto" and not _told:
         _told = True
         warnings.warn(f"moefy runs on torch, slower: {native.why_not()}.", MoefyWarning, stacklevel=2)
-    return native.available()
+    return False
 
 
 @contextmanager
