@@ -1,6 +1,7 @@
 """Exports: the same experts, chosen and weighted alike, in architectures and engines that know nothing of moefy."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -76,6 +77,9 @@ def test_stock_transformers_computes_the_same(family, written):
     with torch.no_grad():
         dense = moefy.to_dense(converted(family))(input_ids=IDS).logits
     assert (dense - wanted).norm() > 2**-6 * wanted.norm()
+    config = json.loads((folder / family / "config.json").read_text())
+    assert config["partial_rotary_factor"] == 1.0  # for engines on transformers 4
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"]
     assert tf.AutoTokenizer.from_pretrained(folder / family)("the")["input_ids"]
 
 
@@ -257,7 +261,7 @@ def test_a_gguf_that_cannot_be_is_not_written(like, tmp_path):
     cases = [
         (converted("llama"), smollm2_gguf(), "tokenizer of 49152 tokens, and the model 97"),
         (converted("llama"), cut, "cut short"),
-        (scaled, like, "no rotary positions of the type yarn"),
+        (scaled, like, "Rotary positions of the type yarn"),
     ]
     for model, file, message in cases:
         with pytest.raises(MoefyError, match=message):
@@ -280,7 +284,9 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     mistakes = {
         ("moe", "moe", "--overwrite"): "would be lost",
         ("moe", "other.gguf", "--like", smollm2_gguf()): "exists already",
-        ("moe", "out", "--like", "other.gguf"): "--like is for a GGUF file",
+        ("moe", "out", "--like", "other.gguf"): "are for a GGUF file",
+        ("moe", "out", "--weights", "q4_0"): "are for a GGUF file",
+        ("moe", smollm2_gguf(), "--like", smollm2_gguf(), "--overwrite"): "would be lost",
         ("moe", "out.gguf"): "with --like",
         ("moe", "out.gguf", "--like", "other.gguf"): "is no GGUF file",
         ("moe", "out.gguf", "--like", smollm2_gguf(), "--weights", "q9"): "There is no type 'q9'",
@@ -292,7 +298,9 @@ def test_the_command(tmp_path, monkeypatch, capsys):
         assert run("export", *args) == 2, args
         assert message in capsys.readouterr().err
     assert sorted(tmp_path.iterdir()) == before
+    (tmp_path / f".out.partial-{os.getpid()}").write_text("of an export that was killed")
     assert run("export", "moe", "out") == 0
+    assert not list(tmp_path.glob(".out.partial-*"))
     assert "needs no moefy to run" in capsys.readouterr().out
     assert run("export", "moe", "out", "--overwrite") == 0
     assert (tmp_path / "out" / "README.md").read_text().count("Glm4Moe")

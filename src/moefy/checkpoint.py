@@ -105,9 +105,7 @@ def written(out: Path) -> Iterator[Path]:
     partial = _partial(out)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        for stale in out.parent.glob(f".{glob.escape(out.name)}.partial-*"):
-            if not _in_use(stale):
-                shutil.rmtree(stale)
+        _clear_stale(out)
         partial.mkdir()
         yield partial
         _sync(partial)
@@ -127,6 +125,7 @@ def written_file(out: Path) -> Iterator[Path]:
     partial = _partial(out)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
+        _clear_stale(out)
         yield partial
         _sync_one(partial)
         os.replace(partial, out)
@@ -261,8 +260,16 @@ def _in_use(partial: Path) -> bool:
     return True
 
 
+def _clear_stale(out: Path) -> None:
+    """Remove what processes that were killed have left beside `out`."""
+    for stale in out.parent.glob(f".{glob.escape(out.name)}.partial-*"):
+        if not _in_use(stale):
+            shutil.rmtree(stale) if stale.is_dir() else stale.unlink(missing_ok=True)
+
+
 def _probe(out: Path) -> None:
     """Make what `written` will make and take it away again, the parents too; OSError if that is not possible."""
+    _clear_stale(out)
     made = [folder for folder in out.parents if not folder.exists()]
     try:
         _partial(out).mkdir(parents=True, exist_ok=True)
@@ -310,7 +317,12 @@ def _sync_one(path: Path) -> None:
 def why_not_written(error: Exception, out: Path) -> str:
     """The sentence for an output that could not be written; what was there before still is."""
     text = str(error)
-    if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in text or "os error 28" in text:
+    if (
+        getattr(error, "errno", None) == errno.ENOSPC
+        or "No space left" in text
+        or "os error 28" in text
+        or "requested and" in text
+    ):
         left = "what was there before is unchanged" if out.exists() or _old(out).exists() else "nothing is left of it"
         return f"The disk is full: {out} was not written, and {left}; free some space and try again."
     why = getattr(error, "strerror", None) or reason(error)

@@ -21,8 +21,12 @@ def export(
         Path | None, typer.Option(help="For a GGUF: one of the dense model, whose tokenizer is copied.")
     ] = None,
     weights: Annotated[
-        str, typer.Option(help="For a GGUF: the type of its matrices, f32, f16, bf16, q8_0 or q4_0.")
-    ] = "q8_0",
+        str | None,
+        typer.Option(
+            help="For a GGUF: the type of its matrices, f32, f16, bf16, q8_0 (the default) or q4_0; rows that are no "
+            "whole blocks are f16."
+        ),
+    ] = None,
     text: Annotated[str, typer.Option(help="Text to compare the two models on; see convert --calibration.")] = "pydoc",
     dtype: Dtype = "auto",
     overwrite: Annotated[bool, typer.Option(help="Replace the output if it is a model.")] = False,
@@ -35,10 +39,10 @@ def export(
     form = "gguf" if output.suffix == ".gguf" else "transformers"
     options: dict[str, Any] = {}
     if form == "gguf":
-        options = {"like": like, "weights": weights}
-        check_options(**options)
-    elif like is not None:
-        raise MoefyError("--like is for a GGUF file; give an output whose name ends in .gguf.")
+        options = {"like": like, "weights": weights or "q8_0"}
+        checkpoint.check_output(output, overwrite, check_options(**options), gguf=True)
+    elif like is not None or weights is not None:
+        raise MoefyError("--like and --weights are for a GGUF file; give an output whose name ends in .gguf.")
     checkpoint.check_output(output, overwrite, model, gguf=form == "gguf")
     body = texts.read_text(text)
     loaded, tokenizer = load_any(model, dtype, False)

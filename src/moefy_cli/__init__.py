@@ -37,5 +37,6 @@ def on_stop(handler: Callable[..., Any]) -> None:
 
 def _leave(*_: Any) -> None:
     """End at once: an exception amid the import of an extension may end up as another one, or as none."""
-    os.write(sys.stderr.fileno(), f"{INTERRUPTED}\n".encode())
+    shown = "\r\x1b[2K\x1b[?25h" if os.isatty(sys.stderr.fileno()) else ""  # the line and the cursor of "Starting"
+    os.write(sys.stderr.fileno(), f"{shown}{INTERRUPTED}\n".encode())
     os._exit(130)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ def write(made: PreTrainedModel, out: Path, tokenizer: Any) -> None:
     config = made.config
     with written(out) as folder, quiet_transformers():
         made.save_pretrained(folder)
+        _say_rope_twice(folder / "config.json")
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         card = _CARD.format(
@@ -46,3 +48,13 @@ def write(made: PreTrainedModel, out: Path, tokenizer: Any) -> None:
             size=config.moe_intermediate_size,
         )
         (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def _say_rope_twice(path: Path) -> None:
+    """Repeat the rotary positions as engines on transformers 4 read them: without, those rotate half of a head."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    rope = config["rope_parameters"]
+    config |= {"rope_theta": rope["rope_theta"], "partial_rotary_factor": rope["partial_rotary_factor"]}
+    if rope.get("rope_type", "default") != "default":
+        config["rope_scaling"] = {k: v for k, v in rope.items() if k not in ("rope_theta", "partial_rotary_factor")}
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

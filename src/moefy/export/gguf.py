@@ -59,16 +59,18 @@ def write(
         sizes = [_size(tensor, kind) for _, tensor, kind in tensors]
         for (name, tensor, kind), size in zip(tensors, sizes, strict=True):
             writer.add_tensor_info(name, list(tensor.shape), np.dtype(np.float32), size, raw_dtype=kind)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        done = 0
-        for (_, tensor, kind), size in zip(tensors, sizes, strict=True):
-            writer.write_tensor_data(quantize(tensor.float().numpy(), kind))
-            done += size
-            if progress:
-                progress(done, sum(sizes))
-        writer.close()
+        try:
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            done = 0
+            for (_, tensor, kind), size in zip(tensors, sizes, strict=True):
+                writer.write_tensor_data(quantize(tensor.float().cpu().numpy(), kind))
+                done += size
+                if progress:
+                    progress(done, sum(sizes))
+        finally:
+            writer.close()
 
 
 def check_options(like: Path | None, weights: str) -> Path:
@@ -127,8 +129,7 @@ def _add_rope(writer: gguf.GGUFWriter, rope: dict[str, Any], head: int) -> None:
     if kind == "default":
         return
     if kind != "linear":
-        # Their factors differ by frequency; llama.cpp's glm4moe takes no table of them.
-        raise MoefyError(f"llama.cpp's glm4moe has no rotary positions of the type {kind}; write a directory instead.")
+        raise MoefyError(f"Rotary positions of the type {kind} are not written to a GGUF; write a directory instead.")
     writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
     writer.add_rope_scaling_factor(rope["factor"])
 

@@ -64,12 +64,13 @@ def native_wanted() -> bool:
 @contextmanager
 def using(name: str) -> Iterator[None]:
     """`use(name)` for the length of a with block."""
+    global _choice
     before = _choice
     use(name)
     try:
         yield
     finally:
-        use(before)
+        _choice = before
 
 
 def pick(x: Tensor, weights: MoEWeights) -> Kernel:

@@ -24,7 +24,10 @@ def config_by_module(model: nn.Module) -> dict[str, Any]:
 
 
 def text_config(config: Any) -> Any:
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
+    try:
+        return config.get_text_config() if hasattr(config, "get_text_config") else config
+    except ValueError:  # it has several (MusicGen)
+        return config
 
 
 def config_path(whole: Any, part: Any) -> str | None:
