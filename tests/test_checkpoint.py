@@ -231,3 +231,15 @@ def test_save_pretrained_alone_is_safe_too(tmp_path):
     assert torch.equal(
         tiny.output(moefy.load(tmp_path / "out"), tiny.inputs("llama")), tiny.output(model, tiny.inputs("llama"))
     )
+
+
+@pytest.mark.parametrize("settings", [{"temperature": 0.6}, {"num_beams": 1, "num_return_sequences": 2}])
+def test_generation_settings_that_transformers_refuses_lose_no_conversion(settings, tmp_path):
+    model = tiny.tiny("llama")
+    moefy.convert(model, moefy.Recipe(experts=6, shared=2, active=2), [tiny.inputs("llama")])
+    for name, value in settings.items():
+        setattr(model.generation_config, name, value)
+    moefy.save(model, tmp_path / "out")
+    again = moefy.load(tmp_path / "out").generation_config
+    assert again.do_sample
+    assert all(getattr(again, name) == value for name, value in settings.items())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import glob
 import json
@@ -14,7 +15,7 @@ from typing import Any
 
 import transformers
 from safetensors import SafetensorError
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from moefy import hf, slim
 from moefy.model_card import model_card
@@ -102,18 +103,11 @@ def written(out: Path) -> Iterator[Path]:
 
     Raises MoefyError if the disk is full or the folder cannot be written.
     """
-    partial = _partial(out)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        _clear_stale(out)
+    with _beside(out) as partial:
         partial.mkdir()
         yield partial
         _sync(partial)
         _rename(partial, out)
-    except (OSError, SafetensorError) as error:
-        raise MoefyError(why_not_written(error, out)) from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 @contextmanager
@@ -122,18 +116,26 @@ def written_file(out: Path) -> Iterator[Path]:
 
     Raises MoefyError if the disk is full or the file cannot be written.
     """
+    with _beside(out) as partial:
+        yield partial
+        _sync_one(partial)
+        os.replace(partial, out)
+        _sync_one(out.parent)
+
+
+@contextmanager
+def _beside(out: Path) -> Iterator[Path]:
+    """The path beside `out` to write first; what is there at the end of a with block is removed."""
     partial = _partial(out)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         _clear_stale(out)
         yield partial
-        _sync_one(partial)
-        os.replace(partial, out)
-        _sync_one(out.parent)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise MoefyError(why_not_written(error, out)) from None
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            _remove(partial)
 
 
 def recover(name: str | os.PathLike[str]) -> None:
@@ -219,6 +221,7 @@ def _write(
     figures: dict[str, float] | None,
     record: dict[str, Any],
 ) -> None:
+    mend_generation(model)
     with quiet_transformers():
         (slim.ordinary(model) if slim.is_slim(record) else model).save_pretrained(folder)
         if tokenizer is not None:
@@ -231,6 +234,28 @@ def _write(
     report = {**record, **({"slim": slim.summary(record)} if slim.is_slim(record) else {}), "figures": figures or {}}
     (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     (folder / "README.md").write_text(model_card(model, source, figures or {}), encoding="utf-8")
+
+
+def mend_generation(model: Any) -> None:
+    """A model's generation settings as transformers will save them: it refuses some that it loads.
+
+    The commonest, a temperature without `do_sample`, is meant to sample; others give way to the config's own.
+    """
+    settings = getattr(model, "generation_config", None)
+    if settings is None or _valid(settings):
+        return
+    model.generation_config = copy.deepcopy(settings)
+    model.generation_config.do_sample = True
+    if not _valid(model.generation_config):
+        model.generation_config = GenerationConfig.from_model_config(model.config)
+
+
+def _valid(settings: GenerationConfig) -> bool:
+    try:
+        settings.validate(strict=True)
+    except ValueError:
+        return False
+    return True
 
 
 def _place(path: str | os.PathLike[str]) -> Path:
@@ -264,7 +289,11 @@ def _clear_stale(out: Path) -> None:
     """Remove what processes that were killed have left beside `out`."""
     for stale in out.parent.glob(f".{glob.escape(out.name)}.partial-*"):
         if not _in_use(stale):
-            shutil.rmtree(stale) if stale.is_dir() else stale.unlink(missing_ok=True)
+            _remove(stale)
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def _probe(out: Path) -> None:

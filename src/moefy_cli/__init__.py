@@ -26,6 +26,8 @@ def main() -> None:
         if stop.code == 130:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # who is impatient shall not see how Python ends
         raise
+    finally:
+        starting = False
 
 
 def on_stop(handler: Callable[..., Any]) -> None:

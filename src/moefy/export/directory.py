@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from moefy.checkpoint import written
+from moefy.checkpoint import mend_generation, written
 from moefy.sources import quiet_transformers
 
 _CARD = """---
@@ -35,6 +35,7 @@ model = AutoModelForCausalLM.from_pretrained("path/to/this/directory")
 def write(made: PreTrainedModel, out: Path, tokenizer: Any) -> None:
     """Write safetensors shards, config, tokenizer and a card."""
     config = made.config
+    mend_generation(made)
     with written(out) as folder, quiet_transformers():
         made.save_pretrained(folder)
         _say_rope_twice(folder / "config.json")

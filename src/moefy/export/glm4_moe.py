@@ -12,6 +12,7 @@ that scaling rounds nothing.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -112,7 +113,7 @@ def stock(model: PreTrainedModel, spreads: Mapping[str, float]) -> Glm4MoeForCau
     made.load_state_dict(state, assign=True)
     made.model.rotary_emb = type(made.model.rotary_emb)(made.config)  # its frequencies are no weights
     if getattr(model, "generation_config", None) is not None:
-        made.generation_config = model.generation_config
+        made.generation_config = copy.deepcopy(model.generation_config)
     return made.eval()
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from moefy.sites.families import LEFT_OUT
+from moefy.sites.families import FAMILIES, LEFT_OUT
 from moefy.sites.linears import is_linear, rows
 from moefy.sites.parts import base_model_type
 
@@ -27,9 +27,10 @@ def explain_unknown(model: nn.Module, parts: Mapping[str, Any]) -> str:
     known = [name for name in dict.fromkeys(types.values()) if name in LEFT_OUT]
     if known:
         return f"moefy does not convert the architecture {known[0]!r}: {LEFT_OUT[known[0]]}."
+    in_table = {name for family in FAMILIES for name in family.model_types}  # of another part, which stays as it is
     found: Counter[tuple[str, str, str]] = Counter()
     for name, module in model.named_modules():
-        if re.search(_ATTENTION, name):
+        if re.search(_ATTENTION, name) or types[name] in in_table:
             continue
         where = re.sub(r"\b[0-9]+\b", "*", name) or "(top)"
         for ups, down in _pairs(module):
