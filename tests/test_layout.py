@@ -12,6 +12,7 @@ ORDER = [
     "errors",
     "types",
     "hub",
+    "gguf_file",
     "texts",
     "sites",
     "stats",

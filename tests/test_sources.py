@@ -2,7 +2,9 @@
 
 import importlib.util
 import json
+from concurrent.futures import ThreadPoolExecutor
 
+import gguf
 import pytest
 import torch
 import transformers as tf
@@ -11,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import moefy
 import tiny
+from moefy import gguf_file
 from moefy.quiet import loading
 from moefy.sources import load_source
 from words import pydoc_tokenizer
@@ -201,6 +204,42 @@ def test_a_gguf_must_be_complete_too(tmp_path):
     for message, changes in cases.items():
         with pytest.raises(moefy.MoefyError, match=message):
             load_source(write_gguf(tmp_path / "damaged.gguf", **changes))
+
+
+def test_a_gguf_is_read_once_and_as_transformers_reads_it(tmp_path, monkeypatch):
+    whole, other = write_gguf(tmp_path / "whole.gguf"), write_gguf(tmp_path / "other.gguf", layers=1)
+    expected = tf.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=whole.name, dtype=torch.float32).state_dict()
+    read = []
+    monkeypatch.setattr(gguf_file.Reader, "_build_fields", counting(gguf.GGUFReader._build_fields, read))
+    originals = gguf.GGUFReader, gguf.get_tensor_name_map
+    model, tokenizer = load_source(whole)
+    assert len(read) == 1
+    assert (gguf.GGUFReader, gguf.get_tensor_name_map) == originals
+    found = model.state_dict()
+    assert list(found) == list(expected)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert tokenizer("A").input_ids == tf.AutoTokenizer.from_pretrained(tmp_path, gguf_file=whole.name)("A").input_ids
+    with gguf_file.read_once(whole, gguf_file.read_gguf(whole)):
+        assert gguf.GGUFReader(other).fields["llama.block_count"].contents() == 1
+        assert gguf.GGUFReader(whole, "c").data.flags.writeable  # another mode is another reader
+
+
+def counting(function, calls):
+    def counted(*args):
+        calls.append(args)
+        return function(*args)
+
+    return counted
+
+
+def test_ggufs_load_in_threads(tmp_path):
+    files = [write_gguf(tmp_path / f"{i}.gguf", layers=2) for i in range(4)]
+    originals = gguf.GGUFReader, gguf.get_tensor_name_map
+    with ThreadPoolExecutor(4) as pool:
+        models = [model for model, _ in pool.map(load_source, files)]
+    assert (gguf.GGUFReader, gguf.get_tensor_name_map) == originals
+    first = models[0].state_dict()
+    assert all(torch.equal(tensor, first[name]) for m in models for name, tensor in m.state_dict().items())
 
 
 def test_a_model_is_counted_while_it_loads_and_nobody_elses_bar_is_shown(tmp_path, capsys):

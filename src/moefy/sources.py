@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from moefy import hub
+from moefy.gguf_file import is_gguf, layers_of, read_gguf, read_once
 from moefy.hf import MODEL_TYPE
 from moefy.quiet import quiet_transformers
 from moefy.types import MoefyError
@@ -315,22 +316,16 @@ def load_tokenizer(name: str, **options: Any) -> Any:
         ) from None
 
 
-def is_gguf(path: Path) -> bool:
-    """Whether there is a file that starts as GGUF files do."""
-    if not path.is_file():
-        return False
-    with path.open("rb") as file:
-        return file.read(4) == b"GGUF"
-
-
 def _load_gguf(path: Path, dtype: str) -> tuple[Any, Any]:
-    layers = check_gguf(path)
+    reader = read_gguf(path)
+    layers = layers_of(reader)
     kind = torch.float32 if dtype == "auto" else torch_dtype(dtype)
     options: dict[str, Any] = {"gguf_file": path.name}
     model: Any
     try:
-        model, info = weights_of(AutoModelForCausalLM, path.parent, dtype=kind, **options)
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, **options)
+        with read_once(path, reader):
+            model, info = weights_of(AutoModelForCausalLM, path.parent, dtype=kind, **options)
+            tokenizer = AutoTokenizer.from_pretrained(path.parent, **options)
     except LOAD_ERRORS as error:
         raise MoefyError(f"The GGUF file {path} cannot be loaded: {reason(error)}") from None
     check_complete(model, info, f"The GGUF file {path}", "metadata")
@@ -344,21 +339,6 @@ def _load_gguf(path: Path, dtype: str) -> tuple[Any, Any]:
         del model.config.quantization_config
     model.is_quantized, model.hf_quantizer, model.quantization_method = False, None, None
     return model, tokenizer
-
-
-def check_gguf(path: Path) -> int:
-    """The number of layers that a GGUF file holds; MoefyError unless it is whole."""
-    from gguf import GGUFReader
-
-    try:
-        reader = GGUFReader(path)
-        end = max((int(t.data_offset) + int(t.n_bytes) for t in reader.tensors), default=0)
-    except Exception:  # a cut file fails wherever the reader happens to be
-        raise MoefyError(f"The GGUF file {path} is cut short or corrupt; copy or download it again.") from None
-    if end == 0 or end > path.stat().st_size:
-        raise MoefyError(f"The GGUF file {path} is cut short; copy or download it again.")
-    blocks = [re.match(r"blk\.(\d+)\.", tensor.name) for tensor in reader.tensors]
-    return 1 + max((int(block[1]) for block in blocks if block), default=-1)
 
 
 def torch_dtype(name: str) -> Any:

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from moefy.checkpoint import written_file
-from moefy.sources import check_gguf, is_gguf
+from moefy.gguf_file import is_gguf, read_gguf
 from moefy.types import MoefyError
 
 #: Types of matrices, by name: as GGUF calls the tensor's and the file's.
@@ -81,13 +81,13 @@ def check_options(like: Path | None, weights: str) -> Path:
         raise MoefyError("A GGUF needs a tokenizer in llama.cpp's form; name a GGUF of the dense model with --like.")
     if not is_gguf(like):
         raise MoefyError(f"{like} is no GGUF file; name a GGUF of the dense model with --like.")
-    check_gguf(like)
+    read_gguf(like)
     return like
 
 
 def _vocabulary(like: Path, size: int) -> list[Any]:
     """The fields of a GGUF that are its tokenizer; MoefyError unless it has one of the model's size."""
-    fields = gguf.GGUFReader(like).fields
+    fields = read_gguf(like).fields
     tokens = fields.get("tokenizer.ggml.tokens")
     found = len(tokens.data) if tokens is not None else 0
     if found != size:

@@ -1,0 +1,83 @@
+"""GGUF files: whether one is whole, and its metadata read once where it would be read four times."""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+
+from moefy.types import MoefyError
+
+_loading = threading.RLock()
+
+
+class Reader(gguf.GGUFReader):
+    """GGUFReader on a plain view of the mapped file.
+
+    Each piece of the metadata is a slice, and slicing numpy's memmap takes longer than slicing an array: SmolLM2's
+    vocabulary of 49,000 takes 0.7 s instead of 2.3 to 2.8.
+    """
+
+    @property
+    def data(self) -> Any:
+        return self._data
+
+    @data.setter
+    def data(self, mapped: np.memmap) -> None:
+        self._data = mapped.view(np.ndarray)
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether there is a file that starts as GGUF files do."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(4) == b"GGUF"
+
+
+def read_gguf(path: Path) -> Reader:
+    """The metadata of a GGUF file and where its tensors are; MoefyError unless it is whole."""
+    try:
+        reader = Reader(path)
+        end = max((int(t.data_offset) + int(t.n_bytes) for t in reader.tensors), default=0)
+    except Exception:  # a cut file fails wherever the reader happens to be
+        raise MoefyError(f"The GGUF file {path} is cut short or corrupt; copy or download it again.") from None
+    if end == 0 or end > path.stat().st_size:
+        raise MoefyError(f"The GGUF file {path} is cut short; copy or download it again.")
+    return reader
+
+
+def layers_of(reader: Reader) -> int:
+    """The number of layers that the tensors are of."""
+    blocks = [re.match(r"blk\.(\d+)\.", tensor.name) for tensor in reader.tensors]
+    return 1 + max((int(block[1]) for block in blocks if block), default=-1)
+
+
+@contextmanager
+def read_once(path: Path, reader: Reader) -> Iterator[None]:
+    """What reads `path` with gguf's class in here gets `reader`, and the names of tensors are worked out once.
+
+    transformers reads the metadata for the config, for the weights and for the tokenizer, each time anew, and makes a
+    table of all names for each of a model's modules. SmolLM2 is loaded in 3 s instead of 18 with this and `Reader`.
+    """
+    with _loading:  # or what another thread puts back would be this one's
+        read, names = gguf.GGUFReader, gguf.get_tensor_name_map
+
+        def shared(file: str | os.PathLike[str], *args: Any, **options: Any) -> gguf.GGUFReader:
+            same = not args and not options and os.path.abspath(file) == os.path.abspath(path)
+            return reader if same else read(file, *args, **options)
+
+        # transformers looks both up in each call.
+        vars(gguf).update(GGUFReader=shared, get_tensor_name_map=functools.cache(names))
+        try:
+            yield
+        finally:
+            vars(gguf).update(GGUFReader=read, get_tensor_name_map=names)
