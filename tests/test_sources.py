@@ -210,7 +210,7 @@ def test_a_gguf_is_read_once_and_as_transformers_reads_it(tmp_path, monkeypatch)
     whole, other = write_gguf(tmp_path / "whole.gguf"), write_gguf(tmp_path / "other.gguf", layers=1)
     expected = tf.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=whole.name, dtype=torch.float32).state_dict()
     read = []
-    monkeypatch.setattr(gguf_file.Reader, "_build_fields", counting(gguf.GGUFReader._build_fields, read))
+    monkeypatch.setattr(gguf.GGUFReader, "_build_fields", counting(gguf.GGUFReader._build_fields, read))
     originals = gguf.GGUFReader, gguf.get_tensor_name_map
     model, tokenizer = load_source(whole)
     assert len(read) == 1

@@ -350,7 +350,7 @@ def why_not_written(error: Exception, out: Path) -> str:
         getattr(error, "errno", None) == errno.ENOSPC
         or "No space left" in text
         or "os error 28" in text
-        or "requested and" in text
+        or "requested and" in text  # "... items requested and ... written": numpy, for a GGUF
     ):
         left = "what was there before is unchanged" if out.exists() or _old(out).exists() else "nothing is left of it"
         return f"The disk is full: {out} was not written, and {left}; free some space and try again."

@@ -1,4 +1,4 @@
-"""GGUF files: whether one is whole, and its metadata read once where it would be read four times."""
+"""GGUF files: whether one is whole, and reading its metadata once, which transformers alone does three times more."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def read_once(path: Path, reader: Reader) -> Iterator[None]:
     """What reads `path` with gguf's class in here gets `reader`, and the names of tensors are worked out once.
 
     transformers reads the metadata for the config, for the weights and for the tokenizer, each time anew, and makes a
-    table of all names for each of a model's modules. SmolLM2 is loaded in 3 s instead of 18 with this and `Reader`.
+    table of all names for each of a model's modules. SmolLM2 is loaded in 2.7 s instead of 18 with this and `Reader`.
     """
     with _loading:  # or what another thread puts back would be this one's
         read, names = gguf.GGUFReader, gguf.get_tensor_name_map
