@@ -105,7 +105,7 @@ def test_unknown_architecture_is_named_with_its_ffns():
 
 
 @pytest.mark.parametrize(
-    ("config", "message"), [({"num_local_experts": 8}, "a mixture of experts already"), ({}, "has no FFNs")]
+    ("config", "message"), [({"num_local_experts": 8}, "a mixture of experts whose layout"), ({}, "has no FFNs")]
 )
 def test_what_has_nothing_to_convert_says_so(config, message):
     model = nn.Sequential(nn.Linear(8, 8))

@@ -12,6 +12,7 @@ from moefy.relufy import with_activation
 from moefy.sites import FAMILIES, find_sites
 from test_families import close
 from tiny_base import bert_like
+from tiny_mixtures import MIXTURES
 from tiny_more import MORE, SEEING
 
 SLIM = moefy.Recipe.of("slim", budget=0.5)
@@ -35,7 +36,7 @@ def test_every_ffn_is_found_and_nothing_else(family):
 
 
 def test_every_row_has_a_tiny_model():
-    models = [make() for make in tiny.ALL.values()]
+    models = [make() for make in (*tiny.ALL.values(), *(mixture.make for mixture in MIXTURES.values()))]
     types = {model.config.model_type for model in models}
     types |= {site.config.model_type for model in models for site in find_sites(model)}
     assert {name for family in FAMILIES for name in family.model_types} <= types

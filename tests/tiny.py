@@ -13,6 +13,7 @@ from moefy.sites import bamboo
 from tiny_base import NEURONS, VOCAB, WIDTH
 from tiny_base import bert_like as _bert_like
 from tiny_base import decoder as _decoder
+from tiny_mixtures import MIXTURES, WHOLE
 from tiny_more import MORE
 
 
@@ -145,13 +146,17 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
 
 
 _FEEDS = {"vit": "image", "whisper": "speech", "t5-v1.0": "seq2seq", "t5-v1.1": "seq2seq"}
-ALL = {**FAMILIES, **{family: more.make for family, more in MORE.items()}}
+ALL = {
+    **FAMILIES,
+    **{family: more.make for family, more in MORE.items()},
+    **{family: MIXTURES[family].make for family in WHOLE},
+}
 
 
 def tiny(family: str, seed: int = 0) -> nn.Module:
     """A tiny random model of the family, every parameter random (norms and biases too), in float32."""
     torch.manual_seed(seed)
-    model = ALL[family]().eval()
+    model = (MIXTURES[family].make if family in MIXTURES else ALL[family])().eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn_like(parameter) * 0.05
@@ -163,6 +168,8 @@ def tiny(family: str, seed: int = 0) -> nn.Module:
 def inputs(family: str, batch: int = 2, length: int = 12, seed: int = 0) -> dict[str, torch.Tensor]:
     """Model inputs for the family; the second row ends in padding where the family has padding."""
     generator = torch.Generator().manual_seed(seed)
+    if family in MIXTURES:
+        batch = max(batch, 40)  # for each expert to see some
     kind = MORE[family].feed if family in MORE else _FEEDS.get(family, "text")
     if kind in ("image", "masked image", "audio", "spectrogram", "features"):
         return _signals(kind, batch, generator)

@@ -19,7 +19,7 @@ from moefy.calibrate import real_tokens, spread
 from moefy.construct.elimination import eliminate
 from moefy.one_pass import OnePass
 from moefy.sensitivity import output_metrics
-from moefy.sites import Site
+from moefy.sites import Site, join_experts
 from moefy.stats import NeuronStats
 
 # Shares that a layer may get. Below a twelfth the predictions, which are of second order, mean nothing.
@@ -33,10 +33,17 @@ METRIC_BATCHES, CURVE_BATCHES = 8, 12
 
 @dataclass(frozen=True)
 class Curve:
-    """Predicted rise of the loss `loss` (GRID,) when 0 ... 1 of a layer's neurons run; its multiply-adds `size`."""
+    """Predicted rise of the loss `loss` (GRID,) when 0 ... 1 of a layer's neurons run; its multiply-adds `size`.
+
+    Both are a mean over the layer's tokens, of which an expert of a mixture gets a share.
+    """
 
     loss: Tensor
-    size: int
+    size: float
+
+
+# That of an expert which hardly a token chooses: it stays as it is.
+_WHOLE = Curve(torch.tensor([torch.inf] * (GRID - 1) + [0.0], dtype=torch.float64), 0.0)
 
 
 @dataclass(frozen=True)
@@ -70,9 +77,11 @@ def measure(
     for arrival in OnePass(model, sites, spread(batches, CURVE_BATCHES), real_tokens, hold_bytes):
         name = arrival.name
         ffn = sites[name].read().to(torch.float32)
-        curves[name] = loss_curve(NeuronStats(ffn, arrival.inputs, chunk, name=name, metric=metrics.get(name)))
+        stats = NeuronStats(ffn, arrival.inputs, chunk, name=name, metric=metrics.get(name))
+        curves[name] = loss_curve(stats, arrival.share) if arrival.suffices and name in metrics else _WHOLE
         if progress:
             progress(total - (len(sites) - len(curves)) * min(CURVE_BATCHES, len(batches)), total, name)
+    join_experts(model)
     return Sensitivity(metrics, curves)
 
 
@@ -81,15 +90,18 @@ def measure_work(sites: Mapping[str, Site], batches: Sequence[Mapping[str, Any]]
     return len(sites) * (min(METRIC_BATCHES, len(batches)) + min(CURVE_BATCHES, len(batches)))
 
 
-def loss_curve(stats: NeuronStats) -> Curve:
-    """The curve of one FFN from its dense inputs; nats a token if `stats.metric` is the Fisher information."""
+def loss_curve(stats: NeuronStats, share: float = 1.0) -> Curve:
+    """The curve of one FFN from its dense inputs; nats a token if `stats.metric` is the Fisher information.
+
+    `share` of its layer's tokens come by.
+    """
     found, neurons = eliminate(stats), stats.ffn.neurons
     # With `kept` neurons the first F - kept are gone.
     cost = torch.cat([torch.zeros(1, dtype=torch.float64), found.cost]).flip(0)
     kept = torch.linspace(0, neurons, GRID, dtype=torch.float64)
     low = kept.floor().long().clamp_max(neurons - 1)
     loss = torch.lerp(cost[low], cost[low + 1], kept - low) / (2 * stats.gram[-1, -1])
-    return Curve(loss, neurons * stats.ffn.width * (2 if stats.ffn.gate is None else 3))
+    return Curve(share * loss, share * neurons * stats.ffn.width * (2 if stats.ffn.gate is None else 3))
 
 
 def allocate(curves: Mapping[str, Curve], budget: float, least: Mapping[str, float] | None = None) -> dict[str, float]:

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from moefy.sites import token_rows
 from moefy.types import MoefyError
 
 T = TypeVar("T")
@@ -196,3 +197,15 @@ def real_tokens(site: str, batch: Mapping[str, Any]) -> Tensor | None:
     mask, ids = batch.get("attention_mask"), batch.get("input_ids")
     dims = ids.ndim if isinstance(ids, Tensor) else 2  # 3 for a multiple-choice head, (N, answers, L)
     return mask if isinstance(mask, Tensor) and mask.ndim == dims else None
+
+
+def row_mask(model: nn.Module, site: str, batch: Mapping[str, Any], count: int) -> Tensor | None:
+    """The mask (count,) of real tokens among the rows that an FFN is given at this moment, None if every one counts.
+
+    None too where the batch's mask is of other tokens, as in the vision tower of a model that sees.
+    """
+    keep, rows = real_tokens(site, batch), token_rows(model, site)
+    if keep is None or keep.numel() != (count if rows is None else rows[1]):
+        return None
+    keep = keep.reshape(-1).bool()
+    return keep if rows is None else keep[rows[0]]

@@ -218,7 +218,8 @@ def _share_rows(layers: list[Any]) -> list[list[str]]:
     rows = [["most", most], ["least", least]]
     shown = [[f"{what} active", f"{x.active_fraction:.1%} ({x.name})"] for what, x in rows]
     dense = [x.name for x in layers if x.experts == 0]
-    return shown + ([["layers left dense", ", ".join(dense)]] if dense else [])
+    more = f" and {len(dense) - 8} more" if len(dense) > 8 else ""  # a mixture has thousands of experts
+    return shown + ([["layers left dense", ", ".join(dense[:8]) + more]] if dense else [])
 
 
 def _routing_rows(layers: list[Any]) -> list[list[str]]:

@@ -34,9 +34,9 @@ from moefy.reconstruct import refit
 from moefy.residuals import find_residuals
 from moefy.routers import ROUTERS
 from moefy.selection import held_out_parts, set_threshold
-from moefy.sites import Site, find_sites
+from moefy.sites import ExpertSite, Site, find_sites, join_experts
 from moefy.stats import NeuronStats, overflow
-from moefy.types import FFNWeights, LayerSpec, MoefyError
+from moefy.types import FFNWeights, LayerSpec, MoefyError, Partition
 
 Progress = Callable[[int, int, str], None]
 # Work of converting a layer, a batch, over that of measuring it: 5 with SmolLM2's widths and 12 windows of 512 tokens,
@@ -50,8 +50,9 @@ ERROR_TOKENS = 2048
 class LayerReport:
     """One converted FFN. `error` is ‖dense - converted‖² / ‖dense‖² on calibration tokens, its own inputs.
 
-    `mass` is the share of the activation mass that the chosen experts hold there and `overlap` the share of
-    MoEfication's ground truth that is chosen (both None if nothing is routed); `seconds` is what it all took.
+    `share` of its layer's tokens came by: 1, but for the experts of a model that is a mixture already. `mass` is the
+    share of the activation mass that the chosen experts hold there and `overlap` the share of MoEfication's ground
+    truth that is chosen (both None if nothing is routed); `seconds` is what it all took.
     """
 
     name: str
@@ -62,6 +63,7 @@ class LayerReport:
     top_k: int
     active_fraction: float
     error: float
+    share: float = 1.0
     mass: float | None = None
     overlap: float | None = None
     seconds: float = 0.0
@@ -85,8 +87,8 @@ class Report:
     @property
     def active_fraction(self) -> float:
         """Multiply-adds of the FFNs over the dense ones, routers included, over the whole model."""
-        total = sum(layer.neurons for layer in self.layers)
-        return sum(layer.active_fraction * layer.neurons for layer in self.layers) / total
+        total = sum(layer.neurons * layer.share for layer in self.layers)
+        return sum(layer.active_fraction * layer.neurons * layer.share for layer in self.layers) / total
 
     def stored(self) -> dict[str, Any]:
         """The part that a given recipe, source and calibration determine."""
@@ -154,7 +156,9 @@ def convert(
             specs = planned_specs(sites, recipe, shares)
             report.predicted_loss = sensitivity.predicted_loss(shares)
         metrics = sensitivity.metrics if planned and sensitivity else {}
-        residuals = find_residuals(model, sites, batches[0]) if recipe.repair else {}
+        # Experts are weighted before their sum is added to the stream.
+        alone = {name: site for name, site in sites.items() if not isinstance(site, ExpertSite)}
+        residuals = find_residuals(model, alone, batches[0]) if recipe.repair else {}
         for arrival in OnePass(model, sites, batches, real_tokens, hold_bytes, residuals):
             name, seed = arrival.name, recipe.seed + len(report.layers)
             report.layers.append(_convert_site(sites[name], specs[name], recipe, arrival, seed, metrics.get(name)))
@@ -164,6 +168,8 @@ def convert(
         # A model of which some FFNs are converted says so: it cannot be converted once more, and it can be saved.
         if moe_layers(model) and isinstance(model, PreTrainedModel):
             _mark(model, report)
+        else:
+            join_experts(model)
         raise
     finally:
         for moe in moe_layers(model).values():
@@ -222,6 +228,8 @@ def _convert_site(
     metric: Tensor | None,
 ) -> LayerReport:
     start, ffn, inputs = time.perf_counter(), site.read(), arrival.inputs
+    if not arrival.suffices:
+        return _kept_dense(site, ffn, specs[0], arrival)
     stats = NeuronStats(
         ffn.to(torch.float32), inputs, recipe.chunk_tokens, recipe.top_activated, site.name, metric, arrival.targets
     )
@@ -247,10 +255,20 @@ def _convert_site(
         top_k=spec.top_k,
         active_fraction=moe.active_fraction(),
         error=error,
+        share=arrival.share,
         mass=routing.mass if routing else None,
         overlap=routing.overlap if routing else None,
         seconds=time.perf_counter() - start,
     )
+
+
+def _kept_dense(site: Site, ffn: FFNWeights, spec: LayerSpec, arrival: Arrival) -> LayerReport:
+    """An expert of a mixture that too few tokens choose to measure it: all of its neurons always run."""
+    spec = spec.dense(ffn.down_bias is not None)
+    every = torch.arange(ffn.neurons)
+    moe = MoEFFN.from_dense(ffn, Partition(every, every.new_empty(0, 0)), spec, None).requires_grad_(False)
+    site.mount(moe)
+    return LayerReport(site.entry_name, ffn.neurons, ffn.neurons, 0, 0, 0, 1.0, 0.0, arrival.share)
 
 
 def _build(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moefy import kernels
-from moefy.calibrate import real_tokens
+from moefy.calibrate import row_mask
 from moefy.moe import Usage, moe_layers, realised_fraction, usage
 from moefy.quality import Routing, RoutingTally, routes
 from moefy.types import MoefyError
@@ -161,9 +161,9 @@ def routing(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> dict[str,
 
     def watch(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple, out: Tensor) -> None:
-            rows, keep = args[0].reshape(-1, args[0].shape[-1]), real_tokens(name, batch)
-            fits = keep is not None and keep.numel() == len(rows)
-            tallies[name].add(rows[keep.flatten().bool()] if fits else rows)  # type: ignore[union-attr]
+            rows = args[0].reshape(-1, args[0].shape[-1])
+            keep = row_mask(model, name, batch, len(rows))
+            tallies[name].add(rows if keep is None else rows[keep])
 
         return hook
 

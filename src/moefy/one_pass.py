@@ -32,11 +32,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from moefy.calibrate import without_cache
 from moefy.residuals import first_tensor
-from moefy.sites import Site
+from moefy.sites import ExpertList, Site, token_rows
 from moefy.types import MoefyError
 
 # Below this a tensor is not worth a file: norms, masks and rotary tables of a window.
 SMALLEST_SPILLED = 1 << 18
+# Tokens that an expert of a mixture must see: those of one window, less what a router and a refit hold out.
+EXPERT_TOKENS = 64
 
 
 class _Batch:
@@ -49,6 +51,7 @@ class _Batch:
         self.inputs: Tensor | None = None
         self.residual: Tensor | None = None
         self.output: Tensor | None = None
+        self.rows: tuple[Tensor, int] | None = None
         self.held = 0
         self.storages: dict[int, weakref.ref] = {}
         self.spilled: list[tuple[torch.UntypedStorage, Path, int]] = []
@@ -85,11 +88,24 @@ class Arrival:
     """All batches at one site. `inputs()` iterates over their inputs and `targets()` over what brings the converted
     model's residual stream back to the dense one's: FFN(x') + r' - r with the twin's x' and r' (None without twins,
     and where no residual stream is known). One (tokens, D) tensor a batch, without padding, as often as is asked.
+    Of the layer's `layer_tokens` an expert of a mixture gets `tokens`; every other FFN gets all.
     """
 
     name: str
     inputs: Rows
     targets: Rows | None = None
+    tokens: int = 0
+    layer_tokens: int = 0
+
+    @property
+    def share(self) -> float:
+        """The share of the layer's tokens that come by."""
+        return self.tokens / self.layer_tokens if self.layer_tokens else 1.0
+
+    @property
+    def suffices(self) -> bool:
+        """Whether there is enough to convert it by; an expert that fewer tokens choose stays as it is."""
+        return not self.layer_tokens or self.tokens >= EXPERT_TOKENS
 
 
 def _in_chunks(module: nn.Module) -> bool:
@@ -142,6 +158,7 @@ class OnePass:
         changes: list[tuple[nn.Module, str, Any]]
         changes = [(m, "chunk_size_feed_forward", 0) for m in self.model.modules() if _in_chunks(m)]
         changes += [(s.entry, "forward", self._parking_forward(n, s.entry)) for n, s in self.sites.items()]
+        changes += [(m, "visit_all", True) for m in self.model.modules() if isinstance(m, ExpertList)]
         hooks = [self._watch(site, self.model.get_submodule(name)) for site, name in self.residuals.items()]
         with tempfile.TemporaryDirectory(prefix="moefy-") as folder, torch.no_grad(), _changed(changes):
             self._folder = Path(folder)
@@ -187,7 +204,7 @@ class OnePass:
             batch = self._track.batch
             if batch is not None and name not in self._done:
                 batch.inputs = args[0] if args else kwargs["hidden_states"]
-                batch.waiting_at = name
+                batch.rows, batch.waiting_at = token_rows(self.model, name), name
                 self._root.switch()
             if batch is not None and batch.dense:
                 output, batch.output = batch.output, None
@@ -219,8 +236,14 @@ class OnePass:
             ffn = self.sites[name].read()  # before the caller replaces it; the twins of one site need no other
             self._dense = {name: lambda x: ffn.forward(x.reshape(-1, x.shape[-1])).view(x.shape)}
         known = twins and name in self.residuals
+        inputs = partial(self._inputs, batches, name)
+        targets = partial(self._targets, batches, twins, name) if known else None
+        if all(batch.rows is None for batch in batches):
+            return Arrival(name, inputs, targets)
+        kept = [(self._kept(name, batch, 0), *batch.rows) for batch in batches if batch.rows is not None]
+        tokens = sum(len(rows) if keep is None else int(keep[rows].sum()) for keep, rows, _ in kept)
         return Arrival(
-            name, partial(self._inputs, batches, name), partial(self._targets, batches, twins, name) if known else None
+            name, inputs, targets, tokens, sum(n if keep is None else int(keep.sum()) for keep, _, n in kept)
         )
 
     def _inputs(self, batches: list[_Batch], name: str) -> Iterator[Tensor]:
@@ -241,10 +264,15 @@ class OnePass:
         assert tensor is not None
         whole = _parked(batch, tensor)
         rows = whole.reshape(-1, whole.shape[-1])
-        keep = self.keep(name, self.batches[batch.number])
-        if keep is not None and keep.numel() == len(rows):
-            rows = rows[keep.reshape(-1).to(rows.device).bool()]
-        return rows
+        keep = self._kept(name, batch, len(rows))
+        if keep is not None and batch.rows is not None:
+            keep = keep[batch.rows[0]]
+        return rows if keep is None else rows[keep.to(rows.device)]
+
+    def _kept(self, name: str, batch: _Batch, tokens: int) -> Tensor | None:
+        """The mask (tokens,) of a batch's real tokens, None if all of them are or the mask is of other tokens."""
+        keep, tokens = self.keep(name, self.batches[batch.number]), batch.rows[1] if batch.rows else tokens
+        return None if keep is None or keep.numel() != tokens else keep.reshape(-1).bool()
 
     def _spill(self, batches: list[_Batch], common: Set[int]) -> None:
         """Move the activations of parked batches to disk, the longest parked first, until the rest fits.

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moefy.calibrate import real_tokens, without_cache
+from moefy.calibrate import row_mask, without_cache
 from moefy.sites import Site
 from moefy.types import MoefyError
 
@@ -43,9 +43,9 @@ def output_metrics(
             metrics[name] = metrics.get(name, 0) + rows.t() @ rows
 
         def hook(module: nn.Module, args: tuple, out: Tensor) -> Tensor:
-            keep = real_tokens(name, batch)
             rows = out.numel() // out.shape[-1]
-            counts[name] += int(keep.sum()) if keep is not None and keep.numel() == rows else rows
+            keep = row_mask(model, name, batch, rows)
+            counts[name] += rows if keep is None else int(keep.sum())
             zero = torch.zeros_like(out, requires_grad=True)
             zero.register_hook(add)
             return out + zero

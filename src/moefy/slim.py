@@ -45,7 +45,8 @@ def config_sizes(model: Any, specs: Mapping[str, LayerSpec]) -> dict[str, int]:
     found: dict[str, int] = {}
     parts = config_by_module(model)
     for name, spec in specs.items():
-        model_type, part = base_model_type(parts[name]), config_path(model.config, parts[name])
+        config = parts[name if name in parts else name.rpartition(".")[0]]  # an expert, before it is a module
+        model_type, part = base_model_type(config), config_path(model.config, config)
         sizes = next(family.sizes for family in FAMILIES if model_type in family.model_types)
         refused = f"A slim {model_type} cannot be saved as an ordinary model"
         if part is None or not sizes:

@@ -168,6 +168,19 @@ class LayerSpec:
     def neurons(self) -> int:
         return self.shared + self.experts * self.expert_size
 
+    def dense(self, down_bias: bool) -> LayerSpec:
+        """The shape of the same FFN with nothing routed or left out."""
+        return replace(
+            self,
+            shared=self.neurons,
+            experts=0,
+            expert_size=0,
+            top_k=0,
+            most=0,
+            router=None,
+            down_bias=down_bias,
+        )
+
 
 @dataclass(frozen=True)
 class Partition:

@@ -2,145 +2,50 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from torch import nn
 
-import torch
-from torch import Tensor, nn
-from transformers.activations import ACT2FN
-
+from moefy.sites.experts import Expert, ExpertList, ExpertSite, expert_names, join_experts, token_rows
 from moefy.sites.families import FAMILIES, Family
-from moefy.sites.linears import assign, child, is_linear, rows
+from moefy.sites.linears import child, is_linear, rows
 from moefy.sites.parts import base_model_type, config_by_module, config_path, text_config
+from moefy.sites.site import Site
 from moefy.sites.unknown import explain_unknown
-from moefy.types import FFNWeights, MoefyError
+from moefy.types import MoefyError
 
-__all__ = ["FAMILIES", "Family", "Site", "base_model_type", "config_by_module", "config_path", "find_sites"]
+__all__ = [
+    "FAMILIES",
+    "ExpertList",
+    "ExpertSite",
+    "Family",
+    "Site",
+    "base_model_type",
+    "config_by_module",
+    "config_path",
+    "find_sites",
+    "join_experts",
+    "token_rows",
+]
 
 
 def find_sites(model: nn.Module) -> list[Site]:
-    """Every dense FFN of a transformers model, in the order of its modules.
+    """Every dense FFN of a transformers model, in the order of its modules; each expert of a mixture is one.
 
     Of a model that sees or hears and writes text, such as LLaVA, those of the text part: text is what calibrates it.
     Raises MoefyError for an architecture that no row of FAMILIES describes.
     """
     text, parts = text_config(model.config), config_by_module(model)
     whole = any(base_model_type(model.config) in family.model_types for family in FAMILIES)
-    sites = [
-        Site(model, name, family, parts[name])
-        for name, module in model.named_modules()
-        if whole or isinstance(parts[name], type(text))
-        for family in FAMILIES
-        if base_model_type(parts[name]) in family.model_types and _fits(name, module, family)
-    ]
+    sites: list[Site] = []
+    for name, module in model.named_modules():
+        if isinstance(module, Expert) or not (whole or isinstance(parts[name], type(text))):
+            continue
+        for family in FAMILIES:
+            if base_model_type(parts[name]) in family.model_types:
+                sites += [Site(model, name, family, parts[name])] if _fits(name, module, family) else []
+                sites += [ExpertSite(model, n, family, parts[name]) for n in expert_names(name, module, family)]
     if not sites:
         raise MoefyError(explain_unknown(model, parts))
     return sites
-
-
-@dataclass(frozen=True)
-class Site:
-    """One dense FFN inside a model; `name` is the dotted path of the module that owns it.
-
-    `config` is that of the innermost model around it.
-    """
-
-    model: nn.Module
-    name: str
-    family: Family
-    config: Any
-
-    @property
-    def owner(self) -> nn.Module:
-        return self.model.get_submodule(self.name)
-
-    @property
-    def entry_name(self) -> str:
-        """Dotted path of the module that receives the FFN's input; the MoE is mounted there."""
-        return ".".join(part for part in (self.name, self.family.mount) if part)
-
-    @property
-    def entry(self) -> nn.Module:
-        return self.model.get_submodule(self.entry_name)
-
-    @property
-    def owner_dtype(self) -> torch.dtype:
-        return child(self.owner, self.family.up).weight.dtype  # type: ignore[union-attr,return-value]
-
-    def read(self) -> FFNWeights:
-        """The FFN's weights, neuron-major; views of the model's memory where the layout allows it."""
-        family, owner = self.family, self.owner
-        up, up_bias = rows(owner.get_submodule(family.up))
-        down = owner.get_submodule(family.down)
-        gate = gate_bias = None
-        if family.fused:
-            (gate, up), (gate_bias, up_bias) = (
-                up.chunk(2),
-                up_bias.chunk(2) if up_bias is not None else (None, None),
-            )
-        elif family.gate:
-            gate, gate_bias = rows(owner.get_submodule(family.gate))
-        return FFNWeights(
-            up=up,
-            down=rows(down)[0].t(),
-            gate=gate,
-            up_bias=up_bias,
-            gate_bias=gate_bias,
-            down_bias=rows(down)[1],
-            activation=self.activation,
-            activate_up=family.activate_up,
-            activation_state=self._activation_state(),
-        )
-
-    @torch.no_grad()
-    def write(self, ffn: FFNWeights) -> None:
-        """Put weights back into the dense modules (the inverse of `read`); meta tensors are materialised."""
-        family, owner = self.family, self.owner
-        if family.fused:
-            assert ffn.gate is not None
-            bias = None if ffn.up_bias is None else torch.cat([ffn.gate_bias, ffn.up_bias])  # type: ignore[list-item]
-            assign(owner.get_submodule(family.up), torch.cat([ffn.gate, ffn.up]), bias)
-        else:
-            assign(owner.get_submodule(family.up), ffn.up, ffn.up_bias)
-            if family.gate:
-                assert ffn.gate is not None
-                assign(owner.get_submodule(family.gate), ffn.gate, ffn.gate_bias)
-        assign(owner.get_submodule(family.down), ffn.down.t(), ffn.down_bias)
-        if ffn.activation_state:
-            self._activation_module().load_state_dict(dict(ffn.activation_state))
-
-    def _activation_state(self) -> dict[str, Tensor] | None:
-        """The learned parameters of the FFN's activation; most activations have none."""
-        if not ACT2FN[self.activation].state_dict():
-            return None
-        return {name: t.detach().clone() for name, t in self._activation_module().state_dict().items()}
-
-    def _activation_module(self) -> nn.Module:
-        found = [m for m in self.owner.modules() if type(m) is type(ACT2FN[self.activation])]
-        if not found:
-            raise MoefyError(f"{self.name} has no {self.activation} module, whose parameters the FFN needs.")
-        return found[0]
-
-    def mount(self, module: nn.Module) -> None:
-        """Replace the dense FFN by `module`, which maps (..., D) to (..., D)."""
-        for path in self.family.bypass:
-            # A call that is under way may hold the old module already: `act(self.fc1(x))` looks act up first.
-            self.owner.get_submodule(path).forward = _identity
-            _set_module(self.model, f"{self.name}.{path}", nn.Identity())
-        _set_module(self.model, self.entry_name, module)
-
-    @property
-    def activation(self) -> str:
-        if self.family.fixed_activation:
-            return self.family.fixed_activation
-        attribute = self.family.activation
-        name = getattr(self.config, attribute, None) or getattr(self.model.config, attribute, None)
-        if not isinstance(name, str) or name not in ACT2FN:
-            raise MoefyError(
-                f"The activation {name!r} of this model (config.{attribute}) is not one that "
-                f"transformers names, so its FFNs cannot be rebuilt; set it to one of ACT2FN's names."
-            )
-        return name
 
 
 def _fits(name: str, module: nn.Module, family: Family) -> bool:
@@ -152,12 +57,3 @@ def _fits(name: str, module: nn.Module, family: Family) -> bool:
     up, down = (rows(child(module, path))[0] for path in (family.up, family.down))  # type: ignore[arg-type]
     # The widths must chain: BERT's attention also has an `output.dense`, whose input is not the FFN's.
     return up.shape[0] == down.shape[1] * (2 if family.fused else 1) and up.shape[1] == down.shape[0]
-
-
-def _identity(x: Tensor) -> Tensor:
-    return x
-
-
-def _set_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, last = name.rpartition(".")
-    setattr(model.get_submodule(parent), last, module)

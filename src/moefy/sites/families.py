@@ -21,6 +21,7 @@ class Family:
     encoder-decoder may have two, the encoder's and the decoder's; none if the config has no such count); `fused`
     means that `up` holds the gate's rows and then the up rows in one matrix; `activate_up` is Bamboo's
     relu(gate) * relu(up). Modules below a child that `stays_dense` names are left alone.
+    Where a module has parameters (E, ...) and no children by these paths, they are E experts (`experts.py`).
     """
 
     model_types: tuple[str, ...]
@@ -54,6 +55,24 @@ _LLAMA_LIKE = (
     *("cwm", "minicpm3", "hyperclovax", "gemma", "qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text", "qwen3_5_text"),
     *("eurobert", "nomic_bert"),
 )
+# Mixtures of experts whose layers hold their experts in one module. Some have layers with one FFN, or an FFN beside the
+# experts that every token runs, in the layout of Llama.
+_MIXTURES = (
+    *(
+        "mixtral",
+        "qwen2_moe",
+        "qwen3_moe",
+        "qwen3_next",
+        "olmoe",
+        "flex_olmo",
+        "deepseek_v2",
+        "deepseek_v3",
+        "glm4_moe",
+    ),
+    *("glm4_moe_lite", "granitemoe", "granitemoeshared", "granitemoehybrid", "phimoe", "jamba", "hunyuan_v1_moe"),
+    *("ernie4_5_moe", "dots1", "minimax", "minimax_m2", "afmoe", "exaone_moe", "solar_open", "mimo_v2_flash", "mellum"),
+    *("cohere2_moe", "laguna", "hy_v3"),
+)
 _BERT_LIKE = (
     *("bert", "roberta", "xlm-roberta", "camembert", "electra", "deberta", "deberta-v2", "ernie", "mpnet", "rembert"),
     *("data2vec-text", "xlm-roberta-xl", "xmod", "longformer", "big_bird", "nystromformer", "layoutlm", "layoutlmv3"),
@@ -79,6 +98,12 @@ _SIGLIP_LIKE = ("siglip", "siglip_text_model", "siglip_vision_model")
 
 FAMILIES: tuple[Family, ...] = (
     Family(_LLAMA_LIKE, **_GATED),
+    Family(_MIXTURES, up="gate_up_proj", down="down_proj", fused=True, sizes=()),
+    Family(_MIXTURES, **_GATED, sizes=()),
+    Family(("granitemoeshared", "granitemoehybrid"), up="input_linear", down="output_linear", fused=True, sizes=()),
+    Family(("lfm2_moe",), up="gate_up_proj", down="down_proj", fused=True, fixed_activation="silu", sizes=()),
+    Family(("lfm2_moe",), gate="w1", up="w3", down="w2", fixed_activation="silu", sizes=()),
+    Family(("nemotron_h",), up="up_proj", down="down_proj", activation="mlp_hidden_act", sizes=()),
     Family(("bamboo",), **_GATED, activate_up=True),
     Family(("gemma2", "gemma3_text", "gemma4_text", "vaultgemma"), **_GATED, activation="hidden_activation"),
     # Its config counts the gate's and the up rows together.
@@ -172,6 +197,9 @@ LEFT_OUT: dict[str, str] = {
     "albert": "its layers share one FFN, and the calibration would see the first layer's tokens only",
     "gemma3n_text": "its first layers keep only the gate's highest values, a sparsity of their own",
     "bitnet": "it has a norm between the neurons and the down-projection, and weights of three values",
+    "dbrx": "its experts keep their matrices the other way round in one long table",
+    "gpt_oss": "its experts have biases, and clamp and scale what their gates and up rows give",
+    "llama4_text": "its experts keep their matrices the other way round",
     "falcon_h1": "it multiplies the gate and the output by constants",
     "mllama_text_model": "the layers that look at images do not run on text",
     "mobilebert": "it has several FFNs a layer behind bottlenecks",

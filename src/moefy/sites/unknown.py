@@ -22,11 +22,15 @@ _ATTENTION = re.compile("att|self", re.IGNORECASE)
 def explain_unknown(model: nn.Module, parts: Mapping[str, Any]) -> str:
     """One sentence; `parts` are the configs of the parts that modules belong to, by the modules' names."""
     types = {name: base_model_type(config) for name, config in parts.items()}
-    if any(getattr(config, name, None) for config in parts.values() for name in _EXPERT_COUNTS):
-        return f"This {type(model).__name__} is a mixture of experts already; moefy converts dense models."
     known = [name for name in dict.fromkeys(types.values()) if name in LEFT_OUT]
     if known:
         return f"moefy does not convert the architecture {known[0]!r}: {LEFT_OUT[known[0]]}."
+    if any(getattr(config, name, None) for config in parts.values() for name in _EXPERT_COUNTS):
+        return (
+            f"This {type(model).__name__} is a mixture of experts whose layout moefy does not know; where its experts "
+            f"are up and down matrices in one module, add its model type to FAMILIES in moefy/sites/families.py "
+            f"(CONTRIBUTING.md shows how)."
+        )
     in_table = {name for family in FAMILIES for name in family.model_types}  # of another part, which stays as it is
     found: Counter[tuple[str, str, str]] = Counter()
     for name, module in model.named_modules():

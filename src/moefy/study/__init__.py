@@ -53,7 +53,8 @@ def study(
         steps.figured(len(found), len(layers))
         found[layer.name] = _layer(layer, tokens[layer.stream], tokenizer, label_names, seed)
     steps.figured(len(found), len(layers))
-    routed = [layer for layer in layers.values() if layer.chosen]
+    # Experts of a mixture do not see the same tokens.
+    routed = [layer for layer in layers.values() if layer.chosen and not layer.places]
     pairs = [{"first": a.name, "second": b.name, **_pair(a, b)} for a, b in pairwise(routed) if a.stream == b.stream]
     return {
         "model": type(model).__name__,
@@ -97,6 +98,9 @@ def _layer(
     if not layer.chosen:
         return result
     chosen = torch.cat(layer.chosen)
+    if layer.places:
+        places = torch.cat(layer.places)
+        tokens = {name: rows[places] for name, rows in tokens.items()}
     result.update(
         experts=layer.experts,
         top_k=layer.top_k,

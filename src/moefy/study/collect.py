@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from moefy import kernels
-from moefy.calibrate import real_tokens
+from moefy.calibrate import real_tokens, row_mask
 from moefy.moe import MoEFFN, moe_layers
 from moefy.quality import routes
-from moefy.sites import find_sites
+from moefy.sites import find_sites, join_experts, token_rows
 from moefy.sources import check_finite
 from moefy.stats import firing, normalised_rows
 from moefy.types import FFNWeights, MoefyError
@@ -40,7 +40,10 @@ class Stream:
 
 @dataclass
 class Layer:
-    """Counts of one FFN. `active` is the share of neurons that each token fires; `chosen` (T, K) its experts."""
+    """Counts of one FFN. `active` is the share of neurons that each token fires; `chosen` (T, K) its experts.
+
+    `places` (T,) are the places of its tokens in their stream, for an expert of a mixture, which does not get all.
+    """
 
     name: str
     stream: str
@@ -51,6 +54,7 @@ class Layer:
     marked: Tensor = field(default_factory=lambda: torch.empty(0))
     active: list[Tensor] = field(default_factory=list)
     chosen: list[Tensor] = field(default_factory=list)
+    places: list[Tensor] = field(default_factory=list)
     tokens: int = 0
 
 
@@ -76,8 +80,11 @@ def collect(
         def hook(module: nn.Module, args: tuple) -> None:
             ffn = read().to(torch.float32)  # for one layer at a time
             normalised = normalised_rows(ffn)
-            rows, keep = args[0].reshape(-1, args[0].shape[-1]).float(), real_tokens(name, batch)
-            rows = rows[keep.flatten().bool()] if keep is not None and keep.numel() == len(rows) else rows
+            rows = args[0].reshape(-1, args[0].shape[-1]).float()
+            keep = row_mask(model, name, batch, len(rows))
+            rows = rows if keep is None else rows[keep]
+            if token_rows(model, name) is not None:
+                layer.places.append(_places(model, name, batch, streams[layer.stream]))
             check_finite(model, rows.abs())
             for x in rows.split(1024):
                 fires = firing(ffn, x) > 0
@@ -104,9 +111,22 @@ def collect(
     finally:
         for handle in handles:
             handle.remove()
+        join_experts(model)
     if not streams or not any(layer.tokens for layer in layers.values()):
         raise MoefyError("There is nothing to study; give some text.")
-    return layers, streams
+    # No token came by some of a mixture's experts.
+    return {name: layer for name, layer in layers.items() if layer.tokens}, streams
+
+
+def _places(model: Any, name: str, batch: Mapping[str, Any], stream: Stream) -> Tensor:
+    """The places in the stream of the real tokens that an expert of a mixture is given at this moment."""
+    found = token_rows(model, name)
+    assert found is not None
+    rows, count = found
+    keep = real_tokens(name, batch)
+    keep = torch.ones(count, dtype=torch.bool) if keep is None or keep.numel() != count else keep.reshape(-1).bool()
+    before = sum(len(ids) for ids in stream.ids[:-1])
+    return (keep.cumsum(0) - 1 + before)[rows[keep[rows]]]
 
 
 def _run(model: Any, batch: Mapping[str, Any]) -> None:

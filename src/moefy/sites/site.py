@@ -1,0 +1,128 @@
+"""One dense FFN inside a model: read its weights, mount what replaces it, write weights back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+
+from moefy.sites.families import Family
+from moefy.sites.linears import assign, child, rows
+from moefy.types import FFNWeights, MoefyError
+
+
+@dataclass(frozen=True)
+class Site:
+    """One dense FFN inside a model; `name` is the dotted path of the module that owns it.
+
+    `config` is that of the innermost model around it.
+    """
+
+    model: nn.Module
+    name: str
+    family: Family
+    config: Any
+
+    @property
+    def owner(self) -> nn.Module:
+        return self.model.get_submodule(self.name)
+
+    @property
+    def entry_name(self) -> str:
+        """Dotted path of the module that receives the FFN's input; the MoE is mounted there."""
+        return ".".join(part for part in (self.name, self.family.mount) if part)
+
+    @property
+    def entry(self) -> nn.Module:
+        return self.model.get_submodule(self.entry_name)
+
+    @property
+    def owner_dtype(self) -> torch.dtype:
+        return child(self.owner, self.family.up).weight.dtype  # type: ignore[union-attr,return-value]
+
+    def read(self) -> FFNWeights:
+        """The FFN's weights, neuron-major; views of the model's memory where the layout allows it."""
+        family, owner = self.family, self.owner
+        up, up_bias = rows(owner.get_submodule(family.up))
+        down = owner.get_submodule(family.down)
+        gate = gate_bias = None
+        if family.fused:
+            (gate, up), (gate_bias, up_bias) = (
+                up.chunk(2),
+                up_bias.chunk(2) if up_bias is not None else (None, None),
+            )
+        elif family.gate:
+            gate, gate_bias = rows(owner.get_submodule(family.gate))
+        return FFNWeights(
+            up=up,
+            down=rows(down)[0].t(),
+            gate=gate,
+            up_bias=up_bias,
+            gate_bias=gate_bias,
+            down_bias=rows(down)[1],
+            activation=self.activation,
+            activate_up=family.activate_up,
+            activation_state=self._activation_state(),
+        )
+
+    @torch.no_grad()
+    def write(self, ffn: FFNWeights) -> None:
+        """Put weights back into the dense modules (the inverse of `read`); meta tensors are materialised."""
+        family, owner = self.family, self.owner
+        if family.fused:
+            assert ffn.gate is not None
+            bias = None if ffn.up_bias is None else torch.cat([ffn.gate_bias, ffn.up_bias])  # type: ignore[list-item]
+            assign(owner.get_submodule(family.up), torch.cat([ffn.gate, ffn.up]), bias)
+        else:
+            assign(owner.get_submodule(family.up), ffn.up, ffn.up_bias)
+            if family.gate:
+                assert ffn.gate is not None
+                assign(owner.get_submodule(family.gate), ffn.gate, ffn.gate_bias)
+        assign(owner.get_submodule(family.down), ffn.down.t(), ffn.down_bias)
+        if ffn.activation_state:
+            self._activation_module().load_state_dict(dict(ffn.activation_state))
+
+    def _activation_state(self) -> dict[str, Tensor] | None:
+        """The learned parameters of the FFN's activation; most activations have none."""
+        if not ACT2FN[self.activation].state_dict():
+            return None
+        return {name: t.detach().clone() for name, t in self._activation_module().state_dict().items()}
+
+    def _activation_module(self) -> nn.Module:
+        found = [m for m in self.owner.modules() if type(m) is type(ACT2FN[self.activation])]
+        if not found:
+            raise MoefyError(f"{self.name} has no {self.activation} module, whose parameters the FFN needs.")
+        return found[0]
+
+    def mount(self, module: nn.Module) -> None:
+        """Replace the dense FFN by `module`, which maps (..., D) to (..., D)."""
+        for path in self.family.bypass:
+            # A call that is under way may hold the old module already: `act(self.fc1(x))` looks act up first.
+            self.owner.get_submodule(path).forward = _identity
+            set_module(self.model, f"{self.name}.{path}", nn.Identity())
+        set_module(self.model, self.entry_name, module)
+
+    @property
+    def activation(self) -> str:
+        if self.family.fixed_activation:
+            return self.family.fixed_activation
+        attribute = self.family.activation
+        name = getattr(self.config, attribute, None) or getattr(self.model.config, attribute, None)
+        if not isinstance(name, str) or name not in ACT2FN:
+            raise MoefyError(
+                f"The activation {name!r} of this model (config.{attribute}) is not one that "
+                f"transformers names, so its FFNs cannot be rebuilt; set it to one of ACT2FN's names."
+            )
+        return name
+
+
+def _identity(x: Tensor) -> Tensor:
+    return x
+
+
+def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, last = name.rpartition(".")
+    setattr(model.get_submodule(parent), last, module)
