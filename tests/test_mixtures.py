@@ -136,6 +136,22 @@ def test_what_fails_before_it_begins_changes_nothing():
     assert list(model.state_dict()) == keys
 
 
+def test_a_conversion_that_ends_early_can_be_saved(tmp_path):
+    model, feed = tiny.tiny("mixtral"), tiny.inputs("mixtral")
+
+    def stop(done, of, name):
+        if name.endswith("layers.0.mlp.experts.2"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        moefy.convert(model, HALF, [feed], progress=stop)
+    assert len(moe_layers(model)) == 3
+    assert len(lists(model)) == 1  # the other layer is as it was
+    moefy.save(model, tmp_path / "out")
+    again = moefy.load(tmp_path / "out")
+    assert torch.equal(tiny.output(again, feed), tiny.output(model, feed))
+
+
 def test_the_native_kernel_runs_the_experts():
     model, feed = tiny.tiny("qwen3_moe"), tiny.inputs("qwen3_moe")
     moefy.convert(model, HALF, [feed])

@@ -168,10 +168,9 @@ def convert(
         # A model of which some FFNs are converted says so: it cannot be converted once more, and it can be saved.
         if moe_layers(model) and isinstance(model, PreTrainedModel):
             _mark(model, report)
-        else:
-            join_experts(model)
         raise
     finally:
+        join_experts(model)  # of layers that it did not come to
         for moe in moe_layers(model).values():
             moe.unpack()  # parameters are there for whoever counts, averages or wraps them
         model.train(was_training)
