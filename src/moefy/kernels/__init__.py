@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from torch import Tensor
 
 from moefy.errors import MoefyError, MoefyWarning
-from moefy.kernels import grouped, native, reference
+from moefy.kernels import grouped, masked, native, reference
 from moefy.types import MoEWeights
 
 Kernel = Callable[[Tensor, MoEWeights, Tensor, "Tensor | None"], Tensor]
@@ -23,6 +23,7 @@ Kernel = Callable[[Tensor, MoEWeights, Tensor, "Tensor | None"], Tensor]
 KERNELS: dict[str, Kernel] = {
     "reference": reference.moe_ffn,
     "grouped": grouped.moe_ffn,
+    "masked": masked.moe_ffn,
 }
 
 _CHOICES = ("auto", "native", "torch", *KERNELS)
@@ -31,8 +32,8 @@ _told = False
 
 
 def use(name: str) -> None:
-    """Run every conditional FFN on one kernel: "native", "torch" (the best of its two), "reference",
-    "grouped", or "auto": native for inference on CPU, torch otherwise."""
+    """Run every conditional FFN on one kernel: "native", "torch" (the best of the others), "reference",
+    "grouped", "masked", or "auto": native for inference on CPU, torch otherwise."""
     global _choice
     if name not in _CHOICES:
         raise MoefyError(f"There is no kernel {name!r}; choose one of {', '.join(_CHOICES)}.")
@@ -78,4 +79,6 @@ def pick(x: Tensor, weights: MoEWeights) -> Kernel:
     check()
     if _choice in KERNELS:
         return KERNELS[_choice]
+    if masked.trains_faster(x, weights):
+        return masked.moe_ffn
     return grouped.moe_ffn if grouped.supports(x, weights) else reference.moe_ffn
