@@ -1,4 +1,6 @@
-"""A small training loop on the CPU: length-bucketed batches, AdamW, and a state on disk to go on from.
+"""A small training loop on the CPU: AdamW, a falling rate, and a state on disk to go on from.
+
+`train` takes any loss; `finetune` is it on a task's features, in length-bucketed batches, with the model's own loss.
 
 A step's batch and dropout follow from the seed and the step's number alone, so a run that was cut off ends
 with the weights of one that was not. The state names what it started from, so no other training goes on from it.
@@ -17,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -101,23 +104,65 @@ def finetune(
     """
     if not features:
         raise MoefyError("There is nothing to train on; give data with some examples.")
-    check_positive({"The number of seconds": seconds})
+    per_epoch = sum(-(-len(alike) // schedule.batch_size) for alike in by_answers(features))
+
+    @lru_cache(maxsize=1)
+    def order(epoch: int) -> list[list[int]]:
+        return _epoch(features, schedule, epoch)
+
+    def loss(step: int) -> Tensor:
+        epoch, place = divmod(step, per_epoch)
+        return model(**collate([features[i] for i in order(epoch)[place]], pad)).loss
+
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    groups = [{"params": [p], "scale": _size(p) if schedule.relative else 1.0} for p in trained.values()]
+    scales = {name: _size(p) for name, p in trained.items()} if schedule.relative else {}
+    start = {"features": len(features), "weights": fingerprint(model), "data": _fingerprint_of(features)}
+    return train(
+        model,
+        trained,
+        loss,
+        schedule,
+        identity=start,
+        scales=scales,
+        state=state,
+        save_every=save_every,
+        seconds=seconds,
+        progress=progress,
+    )
+
+
+def train(
+    model: nn.Module,
+    trained: Mapping[str, nn.Parameter],
+    loss: Callable[[int], Tensor],
+    schedule: Schedule,
+    *,
+    identity: Mapping[str, Any],
+    scales: Mapping[str, float] | None = None,
+    kept: Mapping[str, Tensor] | None = None,
+    after: Callable[[], None] | None = None,
+    state: Path | None = None,
+    save_every: float = 60.0,
+    seconds: float | None = None,
+    progress: Progress | None = None,
+) -> Trained:
+    """Train parameters of `model` in place on `loss(step)`, a scalar that follows from the step's number alone.
+
+    `scales` multiply the schedule's rate for some parameters. `after` is called after each step; what it changes, the
+    tensors in `kept`, is a part of the state. `identity` says what the training starts from, as JSON. Without a
+    `state` nothing is stored. Otherwise as `finetune`.
+    """
+    check_positive({"The number of seconds": seconds})
+    groups = [{"params": [p], "scale": (scales or {}).get(name, 1.0)} for name, p in trained.items()]
     optimizer = torch.optim.AdamW(groups, lr=0.0, weight_decay=schedule.weight_decay, fused=True)
-    run = _Run(state, trained, optimizer, _identity(model, features, schedule))
+    run = _Run(state, dict(trained), optimizer, {**vars(schedule), **identity}, dict(kept or {}))
     begun = run.restore()
     start = saved = time.monotonic()
     losses: list[float] = []
     model.train()
-    order: list[list[int]] = []
-    per_epoch = sum(-(-len(alike) // schedule.batch_size) for alike in by_answers(features))
     try:
         while run.step < schedule.steps and (seconds is None or time.monotonic() - start < seconds):
-            epoch, place = divmod(run.step, per_epoch)
-            if place == 0 or not order:
-                order = _epoch(features, schedule, epoch)
-            losses.append(_step(model, run, collate([features[i] for i in order[place]], pad), schedule))
+            losses.append(_step(loss, run, schedule, after))
             if progress:
                 progress(run.step, schedule.steps)
             if time.monotonic() - saved > save_every:
@@ -134,12 +179,12 @@ def finetune(
     return Trained(run.step, schedule.steps, sum(last) / len(last) if last else None)
 
 
-def _step(model: nn.Module, run: _Run, batch: dict[str, Tensor], schedule: Schedule) -> float:
+def _step(loss_at: Callable[[int], Tensor], run: _Run, schedule: Schedule, after: Callable[[], None] | None) -> float:
     torch.manual_seed(schedule.seed * 1_000_003 + run.step)  # dropout
     for group in run.optimizer.param_groups:
         group["lr"] = schedule.rate_at(run.step) * group["scale"]
     with torch.enable_grad():
-        loss = model(**batch).loss
+        loss = loss_at(run.step)
         value = float(loss.detach())
         if not math.isfinite(value):
             raise MoefyError(f"The loss is not finite at step {run.step + 1}; use a lower learning rate.")
@@ -148,6 +193,8 @@ def _step(model: nn.Module, run: _Run, batch: dict[str, Tensor], schedule: Sched
     nn.utils.clip_grad_norm_(run.trained.values(), 1.0)
     with _uninterrupted():  # half a step could not be gone on from
         run.optimizer.step()
+        if after:
+            after()
         run.step += 1
     return value
 
@@ -192,26 +239,34 @@ def _length(feature: dict[str, Any]) -> int:
     return longest_of(feature) + (len(labels) if isinstance(labels, list) else 0)
 
 
-def _identity(model: nn.Module, features: Sequence[dict[str, Any]], schedule: Schedule) -> dict[str, Any]:
-    """What a training starts from: the schedule, and fingerprints of the model's weights and of the features."""
-    weights, data = hashlib.sha256(), hashlib.sha256()
+def fingerprint(model: nn.Module) -> str:
+    """16 hexadecimal digits that follow from the names, types and values of a model's parameters."""
+    weights = hashlib.sha256()
     for name, p in model.named_parameters():
         weights.update(f"{name}{tuple(p.shape)}{p.dtype}".encode())
         weights.update(p.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return weights.hexdigest()[:16]
+
+
+def _fingerprint_of(features: Sequence[dict[str, Any]]) -> str:
+    data = hashlib.sha256()
     for feature in features:
         data.update(json.dumps(feature, sort_keys=True).encode())
-    start = {"features": len(features), "weights": weights.hexdigest()[:16], "data": data.hexdigest()[:16]}
-    return {**vars(schedule), **start}
+    return data.hexdigest()[:16]
 
 
 @dataclass
 class _Run:
-    """A training on its way: `step` steps of it are in the weights, and `state` is the file to keep it in."""
+    """A training on its way: `step` steps of it are in the weights, and `state` is the file to keep it in.
 
-    state: Path
+    `kept` are the tensors beside the weights that steps change.
+    """
+
+    state: Path | None
     trained: dict[str, nn.Parameter]
     optimizer: torch.optim.Optimizer
     identity: dict[str, Any]
+    kept: dict[str, Tensor]
     step: int = 0
 
     def save(self) -> None:
@@ -219,6 +274,9 @@ class _Run:
         tensors = {f"weight.{name}": p.detach().contiguous() for name, p in self.trained.items()}
         if not all(bool(weight.isfinite().all()) for weight in tensors.values()):
             raise MoefyError(f"A weight is not finite after step {self.step}; use a lower learning rate.")
+        if self.state is None:
+            return
+        tensors |= {f"kept.{name}": tensor.contiguous() for name, tensor in self.kept.items()}
         for name, p in self.trained.items():
             for moment in ("exp_avg", "exp_avg_sq"):
                 if moment in self.optimizer.state[p]:
@@ -240,7 +298,7 @@ class _Run:
 
     def restore(self) -> int:
         """Load the state, if there is one, and return the step that it had come to."""
-        if not self.state.exists():
+        if self.state is None or not self.state.exists():
             return 0
         try:
             with safe_open(self.state, framework="pt") as stored:
@@ -266,6 +324,8 @@ class _Run:
             if f"exp_avg.{name}" in names:
                 moments = {m: stored.get_tensor(f"{m}.{name}") for m in ("exp_avg", "exp_avg_sq")}
                 self.optimizer.state[p] = {"step": torch.tensor(float(step)), **moments}
+        for name, tensor in self.kept.items():
+            tensor.copy_(stored.get_tensor(f"kept.{name}"))
         self.step = step
 
 
