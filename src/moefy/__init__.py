@@ -31,6 +31,7 @@ if TYPE_CHECKING or _is_whole:
     from moefy.recipe import RECIPES, Recipe
     from moefy.relufy import relufy
     from moefy.tasks import evaluate_task, task_calibration
+    from moefy.tune import Tuned, tune
     from moefy.types import FFNWeights, LayerSpec, MoEWeights, Partition
 
     _hf.register()
@@ -45,6 +46,7 @@ __all__ = [
     "Partition",
     "Recipe",
     "Report",
+    "Tuned",
     "__version__",
     "convert",
     "evaluate_task",
@@ -54,4 +56,5 @@ __all__ = [
     "task_calibration",
     "text_calibration",
     "to_dense",
+    "tune",
 ]

@@ -199,11 +199,14 @@ def _is_slim(folder: Path) -> bool:
 def to_dense(model: PreTrainedModel) -> PreTrainedModel:
     """The dense model again, with the weights that the converted one holds, in their own order.
 
-    MoefyError if a refit has added output biases that the architecture has no place for.
+    MoefyError if a refit has added output biases that the architecture has no place for, or if experts are weighted.
     """
     dense = hf.bare_model(model)
     for site in find_sites(dense):
-        ffn = model.get_submodule(site.entry_name).to_dense()
+        moe: Any = model.get_submodule(site.entry_name)
+        if moe.spec.gate_scale:
+            raise MoefyError(f"The experts of {site.name} have a gate scale, which a dense FFN has no place for.")
+        ffn = moe.to_dense()
         if ffn.down_bias is not None and site.read().down_bias is None:
             raise MoefyError(
                 f"The refit has added an output bias to {site.name}, which a {type(dense).__name__} cannot hold; "

@@ -17,7 +17,7 @@ import typer
 
 import moefy
 import moefy_cli
-from moefy import cli_compare, cli_convert, cli_export, cli_run, cli_tasks
+from moefy import cli_compare, cli_convert, cli_export, cli_run, cli_tasks, cli_tune
 from moefy.cli_common import Dtype, RemoteCode, TaskName, load_any, text_batches
 from moefy.errors import MoefyError, MoefyWarning
 from moefy.version import __version__
@@ -113,6 +113,7 @@ def evaluate(
         console.out.print(f"Perplexity: {figures['protocol']}.")
 
 
+app.command()(whole(cli_tune.tune))
 app.command()(whole(cli_tasks.relufy))
 app.command()(whole(cli_tasks.inspect))
 app.command()(whole(cli_tasks.harness))

@@ -45,7 +45,9 @@ def load_any(name: str, dtype: str, remote_code: bool) -> tuple[Any, Any]:
         return load_source(name, dtype=dtype, remote_code=remote_code)
 
 
-def text_batches(model: Any, tokenizer: Any, text: str, window: int, windows: int) -> list[dict[str, Any]]:
+def text_batches(
+    model: Any, tokenizer: Any, text: str, window: int, windows: int, batch_size: int = 1
+) -> list[dict[str, Any]]:
     from moefy.calibrate import check_ids, positions, text_calibration
 
     if getattr(model, "main_input_name", "input_ids") != "input_ids":
@@ -57,7 +59,8 @@ def text_batches(model: Any, tokenizer: Any, text: str, window: int, windows: in
         raise MoefyError("This model has no tokenizer, so text cannot be fed to it; use moefy.convert from Python.")
     start = model.config.decoder_start_token_id if model.config.is_encoder_decoder else None
     window = min(window, positions(model) or window)
-    batches = text_calibration(tokenizer, text, window=window, windows=windows, decoder_start=start)
+    size = {"window": window, "windows": windows, "batch_size": batch_size}
+    batches = text_calibration(tokenizer, text, decoder_start=start, **size)
     for batch in batches:
         check_ids(model, batch["input_ids"])
     return batches

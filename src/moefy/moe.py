@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -119,15 +119,31 @@ class MoEFFN(nn.Module):
 
     def route(self, x: Tensor) -> Tensor:
         """The experts (T, K) int64 that tokens (T, D) take; -1 where a threshold leaves a place empty."""
-        if self.top_k >= self.spec.experts:
-            return torch.arange(self.spec.experts, device=x.device).expand(len(x), -1)
-        if self.top_k == 0 or self.router is None:
-            return torch.empty(len(x), 0, dtype=torch.long, device=x.device)
+        return self.choose(x)[0]
+
+    def choose(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The experts (T, K) that `route` gives and their weights (T, K) float32, None where each weighs 1.
+
+        With a gate scale u an expert weighs 1 + softmax(scores)·u, the softmax over all E (CMoE, arXiv 2502.04416,
+        section 4.3); the load-balancing bias is in the choice alone. Gradients reach u and, through the scores, x.
+        """
+        router, every = self.router, self.top_k >= self.spec.experts
+        if every and (router is None or router.scale is None):
+            return torch.arange(self.spec.experts, device=x.device).expand(len(x), -1), None
+        if router is None or self.top_k == 0:
+            return torch.empty(len(x), 0, dtype=torch.long, device=x.device), None
+        with torch.set_grad_enabled(torch.is_grad_enabled() and router.scale is not None):
+            scores = router(x, None if router.ships else self.weights())
         with torch.no_grad():
-            scores = self.router(x, self.weights())
-            if self.spec.most:
-                return above(scores, self.router.threshold, self.spec.most)  # type: ignore[arg-type]
-            return highest(scores, self.top_k)
+            ranked = scores if router.balance is None else scores + router.balance
+            if self.spec.most and not every:
+                chosen = above(ranked, router.threshold, self.spec.most)  # type: ignore[arg-type]
+            else:
+                chosen = highest(ranked, self.top_k)
+        if router.scale is None:
+            return chosen, None
+        place = chosen.clamp_min(0)
+        return chosen, 1 + scores.softmax(1).gather(1, place) * router.scale[place]
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(..., D) to (..., D)."""
@@ -148,8 +164,8 @@ class MoEFFN(nn.Module):
         if packed is not None:
             y = self._forward_native(x, packed)
         else:
-            weights, chosen = self.weights(), self.route(x)
-            y = kernels.pick(x, weights)(x, weights, chosen, None)
+            weights, (chosen, gate) = self.weights(), self.choose(x)
+            y = kernels.pick(x, weights)(x, weights, chosen, gate)
             if self._usage:
                 self._usage.counts += torch.bincount(chosen[chosen >= 0], minlength=self.spec.experts).cpu()
         if self._usage:
@@ -182,11 +198,15 @@ class MoEFFN(nn.Module):
             return True
         return (
             kernels.native_wanted()
-            and not (torch.is_grad_enabled() and (x.requires_grad or self.experts_up.requires_grad))
+            and not (torch.is_grad_enabled() and (x.requires_grad or self._trains()))
             and native.supports(self.spec.activation, x.dtype, x.device)
             and (self._packed is not None or self._may_pack())
             and (self.router is None or self.router.ships or not 0 < self.top_k < self.spec.experts)
         )
+
+    def _trains(self) -> bool:
+        scale = self.router.scale if self.router is not None else None
+        return bool(self.experts_up.requires_grad) or (scale is not None and bool(scale.requires_grad))
 
     def _may_pack(self) -> bool:
         """Not what autograd, an optimizer, a functional call or an offloading hook still holds."""
@@ -196,20 +216,25 @@ class MoEFFN(nn.Module):
             and self.experts_up.dtype in native.PRECISIONS
             and all(isinstance(p, nn.Parameter) and p.device.type == "cpu" and p.grad is None for p in own)
             and not hasattr(self, "_hf_hook")
+            and not hasattr(self, "parametrizations")  # adapters, whose parameters are elsewhere
         )
 
     def _forward_native(self, x: Tensor, packed: Packed) -> Tensor:
         how: dict[str, Any] = {"counts": self._usage.counts} if self._usage and self.spec.experts else {}
-        if not 0 < self.top_k < self.spec.experts or self.router is None:
-            return packed.ffn.forward(x, chosen=self.route(x), **how)
+        if not 0 < self.top_k < self.spec.experts or self.router is None or self.router.balance is not None:
+            chosen, gate = self.choose(x)
+            return packed.ffn.forward(x, chosen=chosen, gate_weights=gate, **how)
         if self.spec.most:
             how |= {"threshold": float(self.router.threshold), "most": self.spec.most}  # type: ignore[arg-type]
         else:
             how |= {"top_k": self.top_k}
+        if self.router.scale is not None:
+            how["expert_scale"] = self.router.scale
         if packed.router is None:
             return packed.ffn.forward(x, scores=self.router(x, None), **how)
         with LOCK:
-            packed.bind(x.dtype, self.top_k, self.spec.most)
+            if self.router.scale is None:  # the prepared call has no place for it
+                packed.bind(x.dtype, self.top_k, self.spec.most)
             router = packed.router
         return packed.ffn.forward(x, router=router, **how)
 
@@ -234,6 +259,16 @@ class MoEFFN(nn.Module):
             if self._packed is not None:
                 self._packed.unpack()
                 self._packed = None
+
+    def set_gate(self, scale: Tensor | None, balance: Tensor | None) -> None:
+        """Give the router this gate scale (E,) and load-balancing bias (E,), None for none (see `LayerSpec`)."""
+        assert self.router is not None
+        self.unpack()
+        self.spec = replace(self.spec, gate_scale=scale is not None, balance=balance is not None)
+        self.router.spec = self.spec
+        for name, value in (("scale", scale), ("balance", balance)):
+            own = None if value is None else nn.Parameter(value.detach().clone(), requires_grad=False)
+            setattr(self.router, name, own)
 
     def packed_bytes(self) -> int:
         """Bytes of packed memory, the packed router's copy included; 0 when not packed."""

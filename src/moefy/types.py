@@ -147,7 +147,9 @@ class LayerSpec:
     """The shape of one converted FFN: enough to build it empty before its weights are loaded.
 
     Selection: the `top_k` experts with the highest scores; or, where `most` is not 0, those whose score is
-    above the router's threshold, `top_k` of them on average and never more than `most`.
+    above the router's threshold, `top_k` of them on average and never more than `most`. With `gate_scale` the router
+    has a number u for each expert that weights it by 1 + softmax(scores)·u; with `balance` one that is added to its
+    score where experts are chosen (`moefy.tune`).
     """
 
     width: int
@@ -163,6 +165,8 @@ class LayerSpec:
     down_bias: bool = False
     activate_up: bool = False
     most: int = 0
+    gate_scale: bool = False
+    balance: bool = False
 
     @property
     def neurons(self) -> int:

@@ -86,6 +86,8 @@ def _check_layer(moe: MoEFFN, first: LayerSpec) -> None:
         raise _refused(f"its router is {spec.router}, and theirs are linear ones (linear, logistic)")
     if not spec.gated or spec.up_bias or spec.gate_bias or spec.down_bias or spec.activate_up:
         raise _refused("its experts have biases, which theirs have not")
+    if spec.gate_scale or spec.balance:
+        raise _refused("its experts have a gate scale or a load-balancing bias", "tune without them")
     if spec.shared == 0 or spec.shared % spec.expert_size:
         raise _refused(f"its {spec.shared} shared neurons are not one or more experts of {spec.expert_size}")
     if any(getattr(spec, size) != getattr(first, size) for size in ("shared", "experts", "expert_size", "top_k")):

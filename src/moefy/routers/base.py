@@ -17,7 +17,8 @@ class Router(nn.Module, abc.ABC):
     """Scores (T, E) in float32 for inputs (T, D); the experts with the highest scores run.
 
     `__init__(spec)` makes the router empty, ready to be loaded; `build` fills it from the calibration.
-    Where the layer selects by threshold, `threshold` () float32 holds it; `moefy.selection` sets it.
+    Where the layer selects by threshold, `threshold` () float32 holds it; `moefy.selection` sets it. `scale` (E,) is
+    the gate scale u and `balance` (E,) the load-balancing bias, both float32, where the spec has them (`moefy.tune`).
     """
 
     #: False for a router that looks at the experts' outputs: an upper bound, with nothing saved.
@@ -27,6 +28,8 @@ class Router(nn.Module, abc.ABC):
         super().__init__()
         self.spec = spec
         self.threshold = self._weight() if spec.most else None
+        self.scale = self._weight(spec.experts) if spec.gate_scale else None
+        self.balance = self._weight(spec.experts) if spec.balance else None
 
     @classmethod
     @abc.abstractmethod
