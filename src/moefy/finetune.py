@@ -242,7 +242,7 @@ def _length(feature: dict[str, Any]) -> int:
 def fingerprint(model: nn.Module) -> str:
     """16 hexadecimal digits that follow from the names, types and values of a model's parameters."""
     weights = hashlib.sha256()
-    for name, p in model.named_parameters():
+    for name, p in sorted(model.named_parameters()):
         weights.update(f"{name}{tuple(p.shape)}{p.dtype}".encode())
         weights.update(p.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return weights.hexdigest()[:16]

@@ -36,6 +36,7 @@ def model_card(model: Any, source: str | None, figures: dict[str, float]) -> str
         (f"Share of the FFN multiply-adds {what}", f"{record['active_fraction']:.1%}"),
         ("Calibration tokens", f"{record['calibration']['tokens']:,}"),
         ("Calibration fingerprint", record["calibration"]["fingerprint"]),
+        *((f"Fine-tuned ({done['loss']}), tokens", f"{done['tokens']:,}") for done in record.get("tuned", [])),
         *((_plain(name), f"{value:.4g}") for name, value in figures.items()),
     ]
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
