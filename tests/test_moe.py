@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import moefy
 from moefy import kernels
 from moefy.construct import CONSTRUCTIONS, construct
-from moefy.kernels import grouped, reference
+from moefy.kernels import grouped, masked, reference
 from moefy.moe import MoEFFN
 from moefy.routers import ROUTERS
 from moefy.types import LayerSpec, MoEWeights
@@ -250,3 +250,21 @@ def test_active_fraction_counts_the_router():
         ROUTERS["linear"](spec),
     )
     assert moe.active_fraction() == ((12 + 12) * 3 * 16 + 6 * 16) / (48 * 3 * 16)
+
+
+def test_gradients_of_small_experts_on_cpu_are_found_by_masking():
+    weights, x, _ = random_moe(9, 16, 16, 6, 3, True, False, torch.float32, 2)
+    large, _, _ = random_moe(9, 16, 2 * masked.SMALL, 2, 3, True, False, torch.float32, 2)
+    assert kernels.pick(x, weights) is not masked.moe_ffn
+    x.requires_grad_()
+    assert kernels.pick(x, weights) is masked.moe_ffn
+    assert kernels.pick(x, large) is not masked.moe_ffn
+    with torch.no_grad():
+        assert kernels.pick(x, weights) is not masked.moe_ffn
+
+
+def test_masking_is_not_reached_by_what_experts_overflow_to():
+    weights, x, _ = random_moe(9, 16, 16, 6, 3, True, False, torch.float32, 2)
+    weights.routed.up[:16] = torch.inf
+    chosen = torch.tensor([[1, 2]]).expand(9, 2)
+    assert masked.moe_ffn(x, weights, chosen).isfinite().all()

@@ -124,8 +124,8 @@ class MoEFFN(nn.Module):
     def choose(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """The experts (T, K) that `route` gives and their weights (T, K) float32, None where each weighs 1.
 
-        With a gate scale u an expert weighs 1 + softmax(scores)·u, the softmax over all E (CMoE, arXiv 2502.04416,
-        section 4.3); the load-balancing bias is in the choice alone. Gradients reach u and, through the scores, x.
+        With a gate scale u an expert weighs 1 + softmax(scores)·u, the softmax over all E (CMoE, arXiv 2502.04416);
+        the load-balancing bias is in the choice alone. Gradients reach u and, through the scores, x.
         """
         router, every = self.router, self.top_k >= self.spec.experts
         if every and (router is None or router.scale is None):
