@@ -23,7 +23,7 @@ def tune(
     batch_size: Annotated[int, typer.Option(min=1, help="Windows in a step.")] = 4,
     epochs: Annotated[int, typer.Option(min=1, help="How often each window is seen.")] = 1,
     rank: Annotated[int, typer.Option(min=0, help="Rank of the adapters; 0 trains the gate scale alone.")] = 8,
-    rate: Annotated[float | None, typer.Option(help="The adapters' highest learning rate; by default 5e-4.")] = None,
+    rate: Annotated[float | None, typer.Option(help="The adapters' highest learning rate; by default 2e-3.")] = None,
     attention: Annotated[bool, typer.Option(help="Adapters outside the FFNs too.")] = True,
     gate_scale: Annotated[bool, typer.Option("--gate-scale", help="Train a weight for each expert (CMoE).")] = False,
     balance: Annotated[

@@ -33,7 +33,7 @@ Loss = Callable[[Any, Mapping[str, Any]], Tensor]
 # Batches at most that the loss is measured on before and after, and one in how many; they are not trained on.
 HELD_OUT, ONE_IN = 16, 10
 # The highest learning rates of the adapters and, as published, of the gate scale.
-RATE, GATE_RATE = 5e-4, 1e-3
+RATE, GATE_RATE = 2e-3, 1e-3
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,8 @@ def tune(
     """
     begun, chosen, batches = time.monotonic(), TuneOptions(**options), check_batches(batches)
     _check(model, batches, chosen)
-    held = spread(range(len(batches)), max(1, min(HELD_OUT, len(batches) // ONE_IN)))
+    # Counted from the end: a conversion is likely to have been calibrated on the beginning of the same text.
+    held = spread(range(len(batches))[::-1], max(1, min(HELD_OUT, len(batches) // ONE_IN)))
     seen, held_out = [b for i, b in enumerate(batches) if i not in held], [batches[i] for i in held]
     loss: Loss = text_loss if teacher is None else partial(teacher_loss, teacher=teacher.eval())
     was_training = model.training
