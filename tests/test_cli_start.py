@@ -135,7 +135,8 @@ def test_a_mistyped_kernel_is_refused_before_anything_is_loaded():
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 2
     assert done.stderr == (
-        "moefy: In MOEFY_KERNEL: There is no kernel 'ntive'; choose one of auto, native, torch, reference, grouped.\n"
+        "moefy: In MOEFY_KERNEL: There is no kernel 'ntive'; choose one of auto, native, torch, reference, grouped, "
+        "masked.\n"
     )
 
 
