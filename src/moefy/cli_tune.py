@@ -16,9 +16,7 @@ def tune(
     text: Annotated[str, typer.Option(help=f"Text to train on: {TEXT}.")] = "pydoc",
     teacher: Annotated[
         str | None,
-        typer.Option(
-            help="The dense model, whose predictions are learned instead of the text: carries over better to other text."
-        ),
+        typer.Option(help="The dense model, whose predictions are learned instead of the text: better on other text."),
     ] = None,
     samples: Annotated[int, typer.Option(min=2, help="Windows of text at most; one in ten is held out.")] = 2048,
     window: Annotated[int, typer.Option(min=2, help="Tokens in a window.")] = 256,
