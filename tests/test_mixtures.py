@@ -216,6 +216,17 @@ def test_routing_counts_real_tokens_only():
     assert all(found[name].mass == other[name].mass for name in found)
 
 
+def test_tuning_a_mixture_that_was_converted_again(tmp_path):
+    model, feed = tiny.tiny("qwen2_moe"), tiny.inputs("qwen2_moe")
+    feed["input_ids"] = feed["input_ids"] % 5 + 3  # what there is to learn: few words
+    moefy.convert(model, HALF, [feed])
+    batches = [{k: v[i : i + 10] for k, v in feed.items()} for i in range(0, 40, 10)]
+    done = moefy.tune(model, batches, epochs=4)
+    assert done.loss_after < done.loss_before
+    moefy.save(model, tmp_path / "out")
+    assert torch.equal(tiny.output(moefy.load(tmp_path / "out"), feed), tiny.output(model, feed))
+
+
 def test_other_mixtures_are_named():
     model = decoder(tf.GptOssConfig, tf.GptOssForCausalLM, num_local_experts=4, head_dim=8)
     with pytest.raises(moefy.MoefyError, match="'gpt_oss': its experts have biases"):
