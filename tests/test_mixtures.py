@@ -8,14 +8,15 @@ from torch.nn import functional as F
 import moefy
 import tiny
 from moefy import kernels
+from moefy.budgets import measure
 from moefy.evaluate import routing
-from moefy.moe import moe_layers
+from moefy.moe import MoEFFN, moe_layers
 from moefy.sites import ExpertList, ExpertSite, find_sites, join_experts
 from moefy.sources import load_source
 from moefy.study.collect import collect
 from test_families import HALF, close
 from tiny_base import NEURONS, VOCAB, WIDTH, decoder
-from tiny_mixtures import EXPERTS, MIXTURES
+from tiny_mixtures import EXPERTS, MIXTURES, WHOLE
 
 
 def lists(model):
@@ -69,6 +70,24 @@ def test_a_list_of_experts_against_the_formula(tokens, choice):
         assert module.rows is None
 
 
+FEW = {
+    "cmoe": moefy.Recipe.of("cmoe", expert_size=8),
+    "linear": moefy.Recipe.of("cmoe", router="linear", expert_size=8),
+    "moefication": moefy.Recipe.of("moefication", expert_size=8),
+    "reconstructed": moefy.Recipe.of("reconstructed", allocation="uniform", expert_size=8, budget=0.6),
+    "control": moefy.Recipe.of("reconstructed", allocation="uniform", expert_size=8, budget=0.6).control(),
+}
+
+
+@pytest.mark.parametrize("recipe", FEW)
+def test_batches_of_which_no_token_comes_to_an_expert(recipe):
+    model, ids = tiny.tiny("mixtral"), torch.randint(3, VOCAB, (60, 1, 8), generator=torch.Generator().manual_seed(0))
+    report = moefy.convert(model, FEW[recipe], [{"input_ids": x} for x in ids])
+    assert len(report.layers) == 2 * EXPERTS
+    assert any(layer.experts for layer in report.layers)
+    assert all(layer.error < 1 for layer in report.layers)
+
+
 def test_padding_is_no_calibration():
     """The same tokens, padded in one batch or bare in two, convert to the same experts."""
     ids = torch.randint(3, VOCAB, (60, 12), generator=torch.Generator().manual_seed(1))
@@ -106,6 +125,16 @@ def test_an_expert_that_hardly_a_token_chooses_stays_whole(recipe, tmp_path):
     assert torch.equal(tiny.output(moefy.load(tmp_path / "out"), feed), tiny.output(model, feed))
 
 
+def test_the_budget_counts_experts_that_stay_whole():
+    """Three quarters of the calibration's tokens are in the batches that are not measured."""
+    model = tiny.tiny("mixtral")
+    ids = torch.randint(3, VOCAB, (48, 1, 14), generator=torch.Generator().manual_seed(0))
+    recipe = moefy.Recipe.of("reconstructed", budget=0.6, expert_size=8)
+    report = moefy.convert(model, recipe, [{"input_ids": x} for x in ids])
+    assert any(layer.experts == 0 and layer.share > 0.2 for layer in report.layers)
+    assert report.active_fraction <= 0.6 + 1e-6
+
+
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])
 def test_the_budget_counts_an_expert_by_its_tokens(family):
     model, feed = tiny.tiny(family), tiny.inputs(family, batch=160)
@@ -131,22 +160,26 @@ def test_what_fails_before_it_begins_changes_nothing():
     assert list(model.state_dict()) == keys
     assert type(model) is kind
     assert not lists(model)
+    with pytest.raises(moefy.MoefyError, match="NaN"):
+        measure(model, {site.entry_name: site for site in find_sites(model)}, [feed], 1 << 30, 1024)
+    assert not lists(model)
     with pytest.raises(moefy.MoefyError, match="does not give the width of"):
         moefy.convert(model, "slim", [feed])
     assert list(model.state_dict()) == keys
 
 
-def test_a_conversion_that_ends_early_can_be_saved(tmp_path):
-    model, feed = tiny.tiny("mixtral"), tiny.inputs("mixtral")
+@pytest.mark.parametrize("family", WHOLE)
+def test_a_conversion_that_ends_early_can_be_saved(family, tmp_path):
+    model, feed = tiny.tiny(family), tiny.inputs(family)
 
     def stop(done, of, name):
-        if name.endswith("layers.0.mlp.experts.2"):
+        if name.endswith("experts.1"):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         moefy.convert(model, HALF, [feed], progress=stop)
-    assert len(moe_layers(model)) == 3
-    assert len(lists(model)) == 1  # the other layer is as it was
+    assert len(lists(model)) == 1  # the other layer, if it has experts, is as it was
+    assert all(isinstance(expert, MoEFFN) for expert in lists(model)[0])
     moefy.save(model, tmp_path / "out")
     again = moefy.load(tmp_path / "out")
     assert torch.equal(tiny.output(again, feed), tiny.output(model, feed))
@@ -214,6 +247,21 @@ def test_routing_counts_real_tokens_only():
     )
     assert found.keys() == other.keys()
     assert all(found[name].mass == other[name].mass for name in found)
+
+
+def test_a_training_that_was_cut_off_ends_the_same(tmp_path):
+    """Experts that no token of a step chose have no gradient there, and AdamW counts steps for each parameter."""
+    batches = [
+        {"input_ids": x} for x in torch.randint(3, VOCAB, (16, 1, 3), generator=torch.Generator().manual_seed(0))
+    ]
+    whole, pieces = tiny.tiny("mixtral"), tiny.tiny("mixtral")
+    for model in (whole, pieces):
+        moefy.convert(model, HALF, [tiny.inputs("mixtral")])
+    moefy.tune(whole, batches, rate=5e-3)
+    while not moefy.tune(pieces, batches, rate=5e-3, state=tmp_path / "state", seconds=1e-3).done:
+        pass
+    one, other = whole.state_dict(), pieces.state_dict()
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
 
 
 def test_tuning_a_mixture_that_was_converted_again(tmp_path):

@@ -265,6 +265,12 @@ def test_gradients_of_small_experts_on_cpu_are_found_by_masking():
 
 def test_masking_is_not_reached_by_what_experts_overflow_to():
     weights, x, _ = random_moe(9, 16, 16, 6, 3, True, False, torch.float32, 2)
-    weights.routed.up[:16] = torch.inf
+    weights.routed.up[:16] = 1e38
     chosen = torch.tensor([[1, 2]]).expand(9, 2)
-    assert masked.moe_ffn(x, weights, chosen).isfinite().all()
+    assert not weights.routed.hidden(x).isfinite().all()
+    x.requires_grad_()
+    y = masked.moe_ffn(x, weights, chosen)
+    y.sum().backward()
+    assert y.isfinite().all()
+    assert x.grad.isfinite().all()
+    assert torch.equal(y, reference.moe_ffn(x, weights, chosen))

@@ -34,8 +34,8 @@ class LowRank(nn.Module):
     def __init__(self, weight: Tensor, rank: int):
         super().__init__()
         rows, width = weight.flatten(0, -2).shape
-        self.a = nn.Parameter(torch.empty(rank, width, device=weight.device))
-        self.b = nn.Parameter(torch.zeros(rows, rank, device=weight.device))
+        self.a = nn.Parameter(torch.empty(rank, width, dtype=torch.float32, device=weight.device))
+        self.b = nn.Parameter(torch.zeros(rows, rank, dtype=torch.float32, device=weight.device))
         nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))  # as peft's
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -53,11 +53,14 @@ class Adapters:
         self._frozen = [(p, p.requires_grad) for p in model.parameters()]
         self._tuner: Any = None
         self._layers = moe_layers(model) if rank else {}
+        if rank and attention:
+            check_peft()
+        for moe in self._layers.values():
+            moe.unpack()
         model.requires_grad_(False)
         if rank and attention:
             self._tuner = _linear_adapters(model, rank)
         for moe in self._layers.values():
-            moe.unpack()
             for name in MATRICES:
                 weight = getattr(moe, name)
                 if weight is not None and weight.numel():
@@ -92,11 +95,14 @@ def check_peft() -> None:
 
 
 def _linear_adapters(model: Any, rank: int) -> Any:
-    """peft's adapters on the linear layers but the head: a converted model's FFNs have none of these."""
-    check_peft()
+    """peft's adapters on the linear layers but a language model's head: a converted model's FFNs have none of these."""
     import peft
 
     config = peft.LoraConfig(r=rank, lora_alpha=round(SCALING * rank), target_modules="all-linear")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="fan_in_fan_out")  # GPT-2's Conv1D, which it then handles
-        return peft.LoraModel(model, config, "default")
+        tuner = peft.LoraModel(model, config, "default")
+    for parameter in model.parameters():
+        if parameter.requires_grad:  # peft makes them of the model's type, and AdamW's epsilon is 0 in float16
+            parameter.data = parameter.data.float()
+    return tuner

@@ -32,7 +32,7 @@ class Gates:
         self._steps = {n: balance * s for n, s in _spreads(model, self._layers, probe).items()} if balance else {}
         for name, moe in self._layers.items():
             scale, bias = self._before[name]
-            zeros = torch.zeros(moe.spec.experts, device=moe.weights().routed.up.device)
+            zeros = torch.zeros(moe.spec.experts, dtype=torch.float32, device=moe.weights().routed.up.device)
             moe.set_gate(zeros if gate_scale and scale is None else scale, zeros if balance and bias is None else bias)
             if gate_scale:
                 moe.router.scale.requires_grad_()  # type: ignore[union-attr]

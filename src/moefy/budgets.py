@@ -21,6 +21,7 @@ from moefy.one_pass import OnePass
 from moefy.sensitivity import output_metrics
 from moefy.sites import Site, join_experts
 from moefy.stats import NeuronStats
+from moefy.types import FFNWeights
 
 # Shares that a layer may get. Below a twelfth the predictions, which are of second order, mean nothing.
 GRID = 401
@@ -40,10 +41,6 @@ class Curve:
 
     loss: Tensor
     size: float
-
-
-# That of an expert which hardly a token chooses: it stays as it is.
-_WHOLE = Curve(torch.tensor([torch.inf] * (GRID - 1) + [0.0], dtype=torch.float64), 0.0)
 
 
 @dataclass(frozen=True)
@@ -72,22 +69,31 @@ def measure(
     """
     some, total = spread(batches, METRIC_BATCHES), measure_work(sites, batches)
     step = (lambda done: progress(done * len(sites), total, "the loss")) if progress else None
-    metrics = output_metrics(model, sites, some, progress=step)
-    curves: dict[str, Curve] = {}
-    for arrival in OnePass(model, sites, spread(batches, CURVE_BATCHES), real_tokens, hold_bytes):
-        name = arrival.name
-        ffn = sites[name].read().to(torch.float32)
-        stats = NeuronStats(ffn, arrival.inputs, chunk, name=name, metric=metrics.get(name))
-        curves[name] = loss_curve(stats, arrival.share) if arrival.suffices and name in metrics else _WHOLE
-        if progress:
-            progress(total - (len(sites) - len(curves)) * min(CURVE_BATCHES, len(batches)), total, name)
-    join_experts(model)
+    try:
+        metrics = output_metrics(model, sites, some, progress=step)
+        curves: dict[str, Curve] = {}
+        for arrival in OnePass(model, sites, spread(batches, CURVE_BATCHES), real_tokens, hold_bytes):
+            name = arrival.name
+            ffn = sites[name].read().to(torch.float32)
+            stats = NeuronStats(ffn, arrival.inputs, chunk, name=name, metric=metrics.get(name))
+            enough = arrival.suffices and name in metrics
+            curves[name] = loss_curve(stats, arrival.share) if enough else _whole(ffn, arrival.share)
+            if progress:
+                progress(total - (len(sites) - len(curves)) * min(CURVE_BATCHES, len(batches)), total, name)
+    finally:
+        join_experts(model)
     return Sensitivity(metrics, curves)
 
 
 def measure_work(sites: Mapping[str, Site], batches: Sequence[Mapping[str, Any]]) -> int:
     """How much work `measure` is: a batch through a layer is 1, with its gradients or in a curve."""
     return len(sites) * (min(METRIC_BATCHES, len(batches)) + min(CURVE_BATCHES, len(batches)))
+
+
+def _whole(ffn: FFNWeights, share: float) -> Curve:
+    """The curve of an expert that too few tokens choose to measure it: it stays as it is."""
+    loss = torch.tensor([torch.inf] * (GRID - 1) + [0.0], dtype=torch.float64)
+    return Curve(loss, share * ffn.neurons * ffn.width * (2 if ffn.gate is None else 3))
 
 
 def loss_curve(stats: NeuronStats, share: float = 1.0) -> Curve:

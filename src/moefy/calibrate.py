@@ -121,20 +121,20 @@ class CalibrationInfo:
         return cls(tokens=tokens, batches=len(batches), fingerprint=digest.hexdigest()[:16])
 
 
-def check_batches(batches: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+def check_batches(batches: Iterable[Mapping[str, Any]], what: str = "calibration") -> list[Mapping[str, Any]]:
     """The calibration as a list of model inputs, or a MoefyError that says what is wrong with it."""
     checked = list(batches)
     if not checked:
-        raise MoefyError("The calibration is empty; give at least one batch of model inputs.")
+        raise MoefyError(f"The {what} is empty; give at least one batch of model inputs.")
     for i, batch in enumerate(checked):
         if not isinstance(batch, Mapping):
             raise MoefyError(
-                f"Calibration batch {i} is a {type(batch).__name__}; each must be a dict of model inputs, "
+                f"{what.capitalize()} batch {i} is a {type(batch).__name__}; each must be a dict of model inputs, "
                 f"such as moefy.text_calibration(tokenizer, text) gives."
             )
         for key, value in batch.items():
             if isinstance(value, Tensor) and value.is_floating_point() and not value.isfinite().all():
-                raise MoefyError(f"Calibration batch {i} has NaN or infinite values in {key!r}.")
+                raise MoefyError(f"{what.capitalize()} batch {i} has NaN or infinite values in {key!r}.")
     return checked
 
 

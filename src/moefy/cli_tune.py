@@ -18,7 +18,7 @@ def tune(
         str | None,
         typer.Option(help="The dense model, whose predictions are learned instead of the text: better on other text."),
     ] = None,
-    samples: Annotated[int, typer.Option(min=2, help="Windows of text at most; one in ten is held out.")] = 2048,
+    samples: Annotated[int, typer.Option(min=2, help="Windows of text at most; up to one in ten is held out.")] = 2048,
     window: Annotated[int, typer.Option(min=2, help="Tokens in a window.")] = 256,
     batch_size: Annotated[int, typer.Option(min=1, help="Windows in a step.")] = 4,
     epochs: Annotated[int, typer.Option(min=1, help="How often each window is seen.")] = 1,
@@ -50,7 +50,9 @@ def tune(
     check_positive({"The number of seconds": seconds})
     if rank and attention:
         check_peft()
-    out, body = checkpoint.check_output(output, overwrite, model), texts.read_text(text)
+    for source in (model, teacher or model):
+        out = checkpoint.check_output(output, overwrite, source)
+    body = texts.read_text(text)
     loaded, tokenizer = _converted(model, dtype)
     dense = load_any(teacher, dtype, trust_remote_code)[0] if teacher else None
     if dense is not None:

@@ -165,6 +165,9 @@ def convert(
             if progress:
                 progress(before + work * len(report.layers), before + work * len(sites), name)
     except BaseException:
+        for name, site in sites.items():  # no names of half a layer: transformers may take them for its own
+            if isinstance(site, ExpertSite) and site.left_over:
+                _mount_whole(site, site.read(), specs[name][0])
         # A model of which some FFNs are converted says so: it cannot be converted once more, and it can be saved.
         if moe_layers(model) and isinstance(model, PreTrainedModel):
             _mark(model, report)
@@ -263,11 +266,15 @@ def _convert_site(
 
 def _kept_dense(site: Site, ffn: FFNWeights, spec: LayerSpec, arrival: Arrival) -> LayerReport:
     """An expert of a mixture that too few tokens choose to measure it: all of its neurons always run."""
-    spec = spec.dense(ffn.down_bias is not None)
-    every = torch.arange(ffn.neurons)
-    moe = MoEFFN.from_dense(ffn, Partition(every, every.new_empty(0, 0)), spec, None).requires_grad_(False)
-    site.mount(moe)
+    _mount_whole(site, ffn, spec)
     return LayerReport(site.entry_name, ffn.neurons, ffn.neurons, 0, 0, 0, 1.0, 0.0, arrival.share)
+
+
+def _mount_whole(site: Site, ffn: FFNWeights, spec: LayerSpec) -> None:
+    every = torch.arange(ffn.neurons)
+    partition = Partition(every, every.new_empty(0, 0))
+    moe = MoEFFN.from_dense(ffn, partition, spec.dense(ffn.down_bias is not None), None)
+    site.mount(moe.requires_grad_(False))
 
 
 def _build(

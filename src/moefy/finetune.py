@@ -278,7 +278,7 @@ class _Run:
             return
         tensors |= {f"kept.{name}": tensor.contiguous() for name, tensor in self.kept.items()}
         for name, p in self.trained.items():
-            for moment in ("exp_avg", "exp_avg_sq"):
+            for moment in _MOMENTS:
                 if moment in self.optimizer.state[p]:
                     tensors[f"{moment}.{name}"] = self.optimizer.state[p][moment]
         metadata = {"moefy": json.dumps({"step": self.step, **self.identity})}
@@ -322,11 +322,14 @@ class _Run:
         for name, p in self.trained.items():
             p.copy_(stored.get_tensor(f"weight.{name}"))
             if f"exp_avg.{name}" in names:
-                moments = {m: stored.get_tensor(f"{m}.{name}") for m in ("exp_avg", "exp_avg_sq")}
-                self.optimizer.state[p] = {"step": torch.tensor(float(step)), **moments}
+                self.optimizer.state[p] = {m: stored.get_tensor(f"{m}.{name}") for m in _MOMENTS}
         for name, tensor in self.kept.items():
             tensor.copy_(stored.get_tensor(f"kept.{name}"))
         self.step = step
+
+
+# What AdamW keeps of a parameter. Its own count of steps too: an expert that no token chose has no gradient in a step.
+_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
 def _fits(stored: Any, trained: dict[str, nn.Parameter]) -> bool:

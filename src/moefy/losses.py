@@ -24,7 +24,7 @@ def text_loss(model: Any, batch: Batch) -> Tensor:
     inputs = without_cache(model, batch)
     if "labels" not in inputs and is_causal_lm(model) and isinstance(inputs.get("input_ids"), Tensor):
         ids, mask = inputs["input_ids"], inputs.get("attention_mask")
-        inputs["labels"] = ids if mask is None else ids.masked_fill(mask == 0, -100)
+        inputs["labels"] = ids if mask is None else ids.masked_fill((mask == 0) | _after_padding(mask), -100)
     loss = getattr(model(**inputs), "loss", None)
     if loss is None:
         raise MoefyError(
@@ -32,6 +32,11 @@ def text_loss(model: Any, batch: Batch) -> Tensor:
             f"takes, or a teacher."
         )
     return loss
+
+
+def _after_padding(mask: Tensor) -> Tensor:
+    """The tokens (N, L) whose predecessor is padding, on the left: it would predict them from nothing."""
+    return F.pad(mask[:, :-1] == 0, (1, 0))
 
 
 def teacher_loss(model: Any, batch: Batch, teacher: Any) -> Tensor:
@@ -47,7 +52,11 @@ def teacher_loss(model: Any, batch: Batch, teacher: Any) -> Tensor:
             f"The teacher's predictions have the shape {tuple(wanted.shape)} and the model's {tuple(ours.shape)}; use "
             f"the dense model that it came from as the teacher."
         )
-    mask = batch.get("decoder_attention_mask" if "decoder_input_ids" in batch else "attention_mask")
+    mask = batch.get("attention_mask")
+    if getattr(model.config, "is_encoder_decoder", False):
+        mask = batch.get("decoder_attention_mask")
+        if mask is None and "decoder_input_ids" not in batch and isinstance(batch.get("labels"), Tensor):
+            mask = batch["labels"] != -100  # the decoder's inputs are made of them
     if isinstance(mask, Tensor) and mask.shape == ours.shape[:-1]:
         ours, wanted = ours[mask.bool()], wanted[mask.bool()]
     ours, wanted = (x.flatten(0, -2).float().log_softmax(-1) for x in (ours, wanted))

@@ -289,7 +289,7 @@ def firing(ffn: FFNWeights, x: Tensor) -> Tensor:
 
 def activation_mass(routed: FFNWeights, experts: int, x: Tensor) -> Tensor:
     """Each expert's positive activation mass (T, E), float32: MoEfication's ground truth (section 3.2)."""
-    return firing(routed, x).float().view(len(x), experts, -1).sum(-1)
+    return firing(routed, x).float().unflatten(1, (experts, -1)).sum(-1)
 
 
 def as_mask(chosen: Tensor, experts: int) -> Tensor:

@@ -49,6 +49,10 @@ class TuneOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            number = isinstance(value, (int, float)) and name in ("rate", "balance")
+            if not number and type(value) is not type(getattr(TuneOptions, name)):
+                raise MoefyError(f"The option {name} of a tuning cannot be {value!r}.")
         check_positive({"The rate": self.rate, "The number of epochs": self.epochs})
         if self.rank < 0 or not 0 <= self.balance < math.inf:
             raise MoefyError(f"The rank ({self.rank}) and the balance ({self.balance}) are 0 or more.")
@@ -84,6 +88,7 @@ class Tuned:
         return {name: value for name, value in asdict(self).items() if name != "seconds"}
 
 
+@torch.inference_mode(False)
 def tune(
     model: Any,
     batches: Iterable[Mapping[str, Any]],
@@ -99,14 +104,14 @@ def tune(
     The loss is the cross-entropy of the text (or to `labels`); with a `teacher`, the dense model, the divergence from
     its predictions. Options: `rank` of the adapters (0: none) and their highest `rate`; whether `attention`, the linear
     layers outside the FFNs, has any; `gate_scale`, a trained weight for each expert; `balance`, the step of the
-    load-balancing bias, in standard deviations of the layer's scores; `epochs`, `seed`. One batch in ten, 16 at most,
-    is held out to measure on.
+    load-balancing bias, in standard deviations of the layer's scores (padding counts as load); `epochs`, `seed`. One
+    batch in ten, 16 at most, is held out to measure on.
 
     `state` is a file to go on from, see `finetune`; with `seconds` it stops after that long. Until all steps are done
     the model stays what it was. Raises MoefyError if the model is not converted, there is nothing to train, peft is
     missing, or a loss or a weight is not finite.
     """
-    begun, chosen, batches = time.monotonic(), TuneOptions(**options), check_batches(batches)
+    begun, chosen, batches = time.monotonic(), TuneOptions(**options), check_batches(batches, "training data")
     _check(model, batches, chosen)
     # Counted from the end: a conversion is likely to have been calibrated on the beginning of the same text.
     held = spread(range(len(batches))[::-1], max(1, min(HELD_OUT, len(batches) // ONE_IN)))
@@ -115,8 +120,7 @@ def tune(
     was_training = model.training
     try:
         before = _measured(model, held_out, loss)
-        trained, count, tokens = _train(model, teacher, seen, loss, chosen, held_out[0], state, seconds, progress)
-        after = _measured(model, held_out, loss) if trained.done else None
+        trained, count, after = _train(model, teacher, seen, held_out, loss, chosen, state, seconds, progress)
     finally:
         model.train(was_training)
     tuned = Tuned(
@@ -124,7 +128,7 @@ def tune(
         loss="cross-entropy" if teacher is None else "distillation",
         step=trained.step,
         steps=trained.steps,
-        tokens=tokens,
+        tokens=sum(_tokens(seen[i]) for i in _order(len(seen), chosen)[: trained.step]),
         trained=count,
         data=CalibrationInfo.of(seen).fingerprint,
         loss_before=before,
@@ -143,7 +147,7 @@ def _check(model: Any, batches: Sequence[Mapping[str, Any]], options: TuneOption
     if any(type(module).__module__.startswith("peft.") for module in model.modules()):
         raise MoefyError("This model has adapters of peft; merge them into its weights first: merge_and_unload().")
     if len(batches) < 2:
-        raise MoefyError("Fine-tuning takes at least two batches: one of them is held out; give more text.")
+        raise MoefyError("Fine-tuning takes at least two batches: one of them is held out; give more or smaller ones.")
     if (options.gate_scale or options.balance) and not Gates.possible(model):
         raise MoefyError("This model routes nothing, so it has no gate scale or balance to train.")
 
@@ -152,14 +156,17 @@ def _train(
     model: Any,
     teacher: Any,
     seen: Sequence[Mapping[str, Any]],
+    held_out: Sequence[Mapping[str, Any]],
     loss: Loss,
     options: TuneOptions,
-    probe: Mapping[str, Any],
     state: Path | None,
     seconds: float | None,
     progress: Progress | None,
-) -> tuple[Trained, int, int]:
-    """Train, and leave the result in the model if all steps are done; how many numbers, on how many tokens."""
+) -> tuple[Trained, int, float | None]:
+    """Train, and leave the result in the model if all steps are done; how many numbers, and the loss then."""
+    for one in (model, teacher):
+        for moe in moe_layers(one).values() if one is not None else ():
+            moe.unpack()  # a packed layer's parameters are empty, and the fingerprint is of them
     schedule = Schedule(len(seen) * options.epochs, 1, options.rate, weight_decay=0.0, seed=options.seed)
     order = _order(len(seen), options)
     identity = {**asdict(options), "data": CalibrationInfo.of(seen).fingerprint, "weights": fingerprint(model)}
@@ -168,7 +175,7 @@ def _train(
     with ExitStack() as undo:
         adapters = Adapters(model, options.rank, options.attention)
         undo.callback(adapters.discard)
-        gates = Gates(model, probe, options.gate_scale, options.balance)
+        gates = Gates(model, held_out[0], options.gate_scale, options.balance)
         undo.callback(gates.discard)
         parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         trained = train(
@@ -184,12 +191,13 @@ def _train(
             seconds=seconds,
             progress=progress,
         )
+        after = None
         if trained.done:
+            after = _measured(model, held_out, loss)  # while all can still be undone
             undo.pop_all()
             gates.keep()
             adapters.merge()
-    tokens = sum(_tokens(seen[i]) for i in order[: trained.step])
-    return trained, sum(p.numel() for p in parameters.values()), tokens
+    return trained, sum(p.numel() for p in parameters.values()), after
 
 
 def _order(batches: int, options: TuneOptions) -> list[int]:
@@ -209,11 +217,14 @@ def _tokens(batch: Mapping[str, Any]) -> int:
 
 @torch.no_grad()
 def _measured(model: Any, batches: Sequence[Mapping[str, Any]], loss: Loss) -> float:
-    """The mean loss of the batches as the model runs in inference."""
+    """The mean loss of the batches, without dropout."""
     model.eval()
     mean = math.fsum(loss(model, batch).item() for batch in batches) / len(batches)
     if not math.isfinite(mean):
-        raise MoefyError(f"The loss of this {type(model).__name__} is {mean}; its weights are broken.")
+        raise MoefyError(
+            f"The loss of this {type(model).__name__} on held-out batches is {mean}: its weights are broken, or the "
+            f"batches have nothing to predict."
+        )
     return mean
 
 

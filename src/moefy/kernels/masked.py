@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from moefy.kernels import reference
 from moefy.types import MoEWeights
 
 # Neurons of an expert up to which this is faster than the others.
@@ -23,7 +24,9 @@ def moe_ffn(x: Tensor, weights: MoEWeights, chosen: Tensor, expert_weight: Tenso
     if weights.experts and chosen.shape[1]:
         taken, gate = _dense(chosen, expert_weight, weights.experts)
         h = weights.routed.hidden(x).view(len(x), weights.experts, weights.expert_size)
-        # Not multiplied by 0: an expert that was not chosen may overflow.
+        # An expert that was not chosen may overflow, and 0 times its infinite derivative would be NaN.
+        if not bool(h.detach().isfinite().all()):
+            return reference.moe_ffn(x, weights, chosen, expert_weight)
         h = h.masked_fill(~taken[:, :, None], 0)
         if gate is not None:
             h = (h * gate[:, :, None]).to(x.dtype)

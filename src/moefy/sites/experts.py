@@ -40,6 +40,12 @@ class ExpertSite(Site):
         return self.owner
 
     @property
+    def left_over(self) -> bool:
+        """Whether other experts of the layer have been replaced and this one has not."""
+        experts = self.model.get_submodule(self.layer_name)
+        return isinstance(experts, ExpertList) and experts.whole is None and isinstance(super().owner, Expert)
+
+    @property
     def owner_dtype(self) -> torch.dtype:
         return self.read().up.dtype
 
