@@ -46,7 +46,7 @@ def check(model: PreTrainedModel) -> None:
         raise _refused(
             f"it is a {type(model).__name__.removeprefix('Moefy')}, and they have such mixtures of the language models "
             f"{', '.join(SOURCES)} alone",
-            "--recipe slim makes an ordinary model instead",
+            "--recipe slim makes an ordinary model of a dense one instead",
         )
     layers = _layers(model)
     if config.hidden_act not in ("silu", "swish"):
