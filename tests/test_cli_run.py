@@ -1,14 +1,13 @@
 """Models that run: what does not fit together is one sentence, and what was asked for is what runs."""
 
 import json
-import sys
 
 import pytest
 import torch
 
+import command
 import tiny
 from moefy import calibrate, evaluate, texts
-from moefy.cli import main
 from moefy.texts import read_text
 from moefy.types import MoefyError
 from words import pydoc_tokenizer
@@ -33,12 +32,7 @@ def models(tmp_path_factory):
 
 def run(models, monkeypatch, *args):
     monkeypatch.chdir(models)
-    monkeypatch.setattr(sys, "argv", ["moefy", *args])
-    try:
-        main()
-    except SystemExit as stop:
-        return stop.code or 0
-    return 0
+    return command.run(monkeypatch, *args)
 
 
 MISTAKES = {

@@ -10,9 +10,9 @@ import pytest
 import torch
 import transformers as tf
 
+import command
 import moefy
 import tiny
-from moefy.cli import main
 from moefy.export import EXPORTERS, export
 from moefy.export.gguf import TYPES
 from moefy.export.glm4_moe import SOURCES, stock
@@ -271,12 +271,7 @@ def test_a_gguf_that_cannot_be_is_not_written(like, tmp_path):
 
 def test_the_command(tmp_path, monkeypatch, capsys):
     def run(*args):
-        monkeypatch.setattr(sys, "argv", ["moefy", *map(str, args)])
-        try:
-            main()
-        except SystemExit as stop:
-            return stop.code or 0
-        return 0
+        return command.run(monkeypatch, *map(str, args))
 
     model = converted("llama")
     moefy.save(model, tmp_path / "moe", pydoc_tokenizer())

@@ -9,8 +9,8 @@ import torch
 
 import moefy
 import tiny
+from command import run
 from moefy import adapters, kernels
-from moefy.cli import main
 from moefy.losses import teacher_loss, text_loss
 from moefy.moe import moe_layers, usage
 from moefy.tune import _measured, tune
@@ -323,15 +323,6 @@ def place(dense, tmp_path, monkeypatch):
     (tmp_path / "dense").symlink_to(dense)
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-def run(monkeypatch, *args):
-    monkeypatch.setattr(sys, "argv", ["moefy", *args])
-    try:
-        main()
-    except SystemExit as stop:
-        return stop.code or 0
-    return 0
 
 
 QUICK = ["--window", "16", "--samples", "40", "--rate", "0.005"]

@@ -116,8 +116,7 @@ class CalibrationInfo:
                 if isinstance(value, Tensor):
                     digest.update(f"{key}{tuple(value.shape)}{value.dtype}".encode())
                     digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-            mask, ids = batch.get("attention_mask"), batch.get("input_ids")
-            tokens += int(mask.sum()) if isinstance(mask, Tensor) else ids.numel() if isinstance(ids, Tensor) else 0
+            tokens += tokens_of(batch)
         return cls(tokens=tokens, batches=len(batches), fingerprint=digest.hexdigest()[:16])
 
 
@@ -199,13 +198,22 @@ def real_tokens(site: str, batch: Mapping[str, Any]) -> Tensor | None:
     return mask if isinstance(mask, Tensor) and mask.ndim == dims else None
 
 
-def row_mask(model: nn.Module, site: str, batch: Mapping[str, Any], count: int) -> Tensor | None:
-    """The mask (count,) of real tokens among the rows that an FFN is given at this moment, None if every one counts.
+def token_mask(keep: Tensor | None, count: int) -> Tensor | None:
+    """A mask of `count` tokens, flat; None if every one counts.
 
-    None too where the batch's mask is of other tokens, as in the vision tower of a model that sees.
+    None too where the mask is of other tokens, as in the vision tower of a model that sees.
     """
-    keep, rows = real_tokens(site, batch), token_rows(model, site)
-    if keep is None or keep.numel() != (count if rows is None else rows[1]):
-        return None
-    keep = keep.reshape(-1).bool()
-    return keep if rows is None else keep[rows[0]]
+    return None if keep is None or keep.numel() != count else keep.reshape(-1).bool()
+
+
+def row_mask(model: nn.Module, site: str, batch: Mapping[str, Any], count: int) -> Tensor | None:
+    """The mask (count,) of real tokens among the rows that an FFN is given at this moment, None if every one counts."""
+    rows = token_rows(model, site)
+    keep = token_mask(real_tokens(site, batch), count if rows is None else rows[1])
+    return keep if keep is None or rows is None else keep[rows[0]]
+
+
+def tokens_of(batch: Mapping[str, Any]) -> int:
+    """How many real tokens a batch of model inputs has, 0 if it has no tokens."""
+    mask, ids = batch.get("attention_mask"), batch.get("input_ids")
+    return int(mask.sum()) if isinstance(mask, Tensor) else ids.numel() if isinstance(ids, Tensor) else 0

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from moefy.adapters import Adapters
 from moefy.balance import Gates
-from moefy.calibrate import CalibrationInfo, check_batches, spread
+from moefy.calibrate import CalibrationInfo, check_batches, spread, tokens_of
 from moefy.finetune import Progress, Schedule, Trained, check_positive, fingerprint, train
 from moefy.losses import teacher_loss, text_loss
 from moefy.moe import moe_layers
@@ -128,7 +128,7 @@ def tune(
         loss="cross-entropy" if teacher is None else "distillation",
         step=trained.step,
         steps=trained.steps,
-        tokens=sum(_tokens(seen[i]) for i in _order(len(seen), chosen)[: trained.step]),
+        tokens=sum(tokens_of(seen[i]) for i in _order(len(seen), chosen)[: trained.step]),
         trained=count,
         data=CalibrationInfo.of(seen).fingerprint,
         loss_before=before,
@@ -164,9 +164,6 @@ def _train(
     progress: Progress | None,
 ) -> tuple[Trained, int, float | None]:
     """Train, and leave the result in the model if all steps are done; how many numbers, and the loss then."""
-    for one in (model, teacher):
-        for moe in moe_layers(one).values() if one is not None else ():
-            moe.unpack()  # a packed layer's parameters are empty, and the fingerprint is of them
     schedule = Schedule(len(seen) * options.epochs, 1, options.rate, weight_decay=0.0, seed=options.seed)
     order = _order(len(seen), options)
     identity = {**asdict(options), "data": CalibrationInfo.of(seen).fingerprint, "weights": fingerprint(model)}
@@ -208,11 +205,6 @@ def _order(batches: int, options: TuneOptions) -> list[int]:
         random.Random(options.seed * 1_000_003 + epoch).shuffle(one)
         order += one
     return order
-
-
-def _tokens(batch: Mapping[str, Any]) -> int:
-    mask, ids = batch.get("attention_mask"), batch.get("input_ids")
-    return int(mask.sum()) if isinstance(mask, Tensor) else ids.numel() if isinstance(ids, Tensor) else 0
 
 
 @torch.no_grad()

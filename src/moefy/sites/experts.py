@@ -30,9 +30,7 @@ class ExpertSite(Site):
     @property
     def owner(self) -> nn.Module:
         """The expert as a module of its own; the first time, the layer's experts are taken apart for it."""
-        experts = self.model.get_submodule(self.layer_name)
-        if not isinstance(experts, ExpertList):
-            set_module(self.model, self.layer_name, ExpertList(experts, self.family))
+        self._apart()
         return super().owner
 
     @property
@@ -61,7 +59,7 @@ class ExpertSite(Site):
     def write(self, ffn: FFNWeights) -> None:
         slices = self._slices()
         if slices is None:
-            self.model.get_submodule(self.layer_name).whole = None  # type: ignore[assignment]  # another memory now
+            self._apart().whole = None  # another memory now
             super().write(ffn)
             return
         up, down = slices
@@ -69,9 +67,15 @@ class ExpertSite(Site):
         down.copy_(ffn.down.t())
 
     def mount(self, module: nn.Module) -> None:
-        if self.owner is not None:  # which takes the layer apart
-            self.model.get_submodule(self.layer_name).whole = None  # type: ignore[assignment]
+        self._apart().whole = None
         super().mount(module)
+
+    def _apart(self) -> ExpertList:
+        experts = self.model.get_submodule(self.layer_name)
+        if not isinstance(experts, ExpertList):
+            experts = ExpertList(experts, self.family)
+            set_module(self.model, self.layer_name, experts)
+        return experts
 
     def _slices(self) -> tuple[Tensor, Tensor] | None:
         """This expert's part of the layer's parameters; None if they have been taken apart."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from moefy import kernels
-from moefy.calibrate import real_tokens, row_mask
+from moefy.calibrate import real_tokens, row_mask, token_mask
 from moefy.moe import MoEFFN, moe_layers
 from moefy.quality import routes
 from moefy.sites import find_sites, join_experts, token_rows
@@ -123,8 +123,8 @@ def _places(model: Any, name: str, batch: Mapping[str, Any], stream: Stream) -> 
     found = token_rows(model, name)
     assert found is not None
     rows, count = found
-    keep = real_tokens(name, batch)
-    keep = torch.ones(count, dtype=torch.bool) if keep is None or keep.numel() != count else keep.reshape(-1).bool()
+    keep = token_mask(real_tokens(name, batch), count)
+    keep = torch.ones(count, dtype=torch.bool) if keep is None else keep
     before = sum(len(ids) for ids in stream.ids[:-1])
     return (keep.cumsum(0) - 1 + before)[rows[keep[rows]]]
 
