@@ -49,8 +49,8 @@ def test_layers_are_converted_on_what_they_see_in_the_converted_model(family, ho
         return convert_site(site, specs, recipe, arrival, seed, metric)
 
     module = sys.modules["moefy.convert"]  # the name moefy.convert is the function's
-    convert_site = module._convert_site
-    monkeypatch.setattr(module, "_convert_site", record)
+    convert_site = module.convert_layer
+    monkeypatch.setattr(module, "convert_layer", record)
     model = tiny.tiny(family)
     batches = [tiny.inputs(family, seed=s, length=8 + s) for s in range(3)]
     moefy.convert(model, RECIPE, batches, hold_bytes=hold_bytes)

@@ -61,13 +61,13 @@ def rows_into(model, name, feed):
 def test_targets_bring_the_stream_back(family, monkeypatch):
     """The stream of the converted model and a layer's target add up to the dense stream and the dense output."""
     given, module = {}, sys.modules["moefy.convert"]
-    convert_site = module._convert_site
+    convert_site = module.convert_layer
 
     def record(site, specs, recipe, arrival, seed, metric):
         given[site.entry_name] = torch.cat(list(arrival.targets()))
         return convert_site(site, specs, recipe, arrival, seed, metric)
 
-    monkeypatch.setattr(module, "_convert_site", record)
+    monkeypatch.setattr(module, "convert_layer", record)
     model, dense, feed = tiny.tiny(family), tiny.tiny(family), tiny.inputs(family)
     feed.pop("attention_mask", None)
     sites = sites_of(dense)

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from moefy.calibrate import real_tokens, spread
 from moefy.construct.elimination import eliminate
-from moefy.one_pass import OnePass
+from moefy.one_pass import Arrival, OnePass
+from moefy.resume import Store, digest
 from moefy.sensitivity import output_metrics
 from moefy.sites import Site, join_experts
 from moefy.stats import NeuronStats
@@ -54,6 +55,11 @@ class Sensitivity:
         """The sum of the layers' predicted losses, nats a token, at these shares and without routing."""
         return sum(float(curve.loss[round(shares[name] * (GRID - 1))]) for name, curve in self.curves.items())
 
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits that follow from all of it."""
+        curves = {f"curve.{n}.{curve.size!r}": curve.loss for n, curve in self.curves.items()}
+        return digest({**self.metrics, **curves})
+
 
 def measure(
     model: nn.Module,
@@ -62,22 +68,25 @@ def measure(
     hold_bytes: int,
     chunk: int,
     progress: Callable[[int, int, str], None] | None = None,
+    store: Store | None = None,
 ) -> Sensitivity:
     """Measure a dense model, which stays as it is, on a few of the calibration batches.
 
-    `chunk` tokens are worked on at a time; `progress(done, total, name)` counts as `measure_work` does.
+    `chunk` tokens are worked on at a time; `progress(done, total, name)` counts as `measure_work` does. What is in
+    `store`, of the same model and batches, is not measured again.
     """
+    store = (store or Store(None)).below({"chunk": chunk})
     some, total = spread(batches, METRIC_BATCHES), measure_work(sites, batches)
     step = (lambda done: progress(done * len(sites), total, "the loss")) if progress else None
     try:
-        metrics = output_metrics(model, sites, some, progress=step)
+        metrics, _ = store.get("metrics") or store.put("metrics", output_metrics(model, sites, some, progress=step))
         curves: dict[str, Curve] = {}
         for arrival in OnePass(model, sites, spread(batches, CURVE_BATCHES), real_tokens, hold_bytes):
             name = arrival.name
-            ffn = sites[name].read().to(torch.float32)
-            stats = NeuronStats(ffn, arrival.inputs, chunk, name=name, metric=metrics.get(name))
-            enough = arrival.suffices and name in metrics
-            curves[name] = loss_curve(stats, arrival.share) if enough else _whole(ffn, arrival.share)
+            if (known := store.get(f"curve.{name}")) is None:
+                curve = _curve(sites[name].read().to(torch.float32), arrival, chunk, metrics.get(name))
+                known = store.put(f"curve.{name}", {"loss": curve.loss}, {"size": curve.size})
+            curves[name] = Curve(known[0]["loss"], known[1]["size"])
             if progress:
                 progress(total - (len(sites) - len(curves)) * min(CURVE_BATCHES, len(batches)), total, name)
     finally:
@@ -88,6 +97,12 @@ def measure(
 def measure_work(sites: Mapping[str, Site], batches: Sequence[Mapping[str, Any]]) -> int:
     """How much work `measure` is: a batch through a layer is 1, with its gradients or in a curve."""
     return len(sites) * (min(METRIC_BATCHES, len(batches)) + min(CURVE_BATCHES, len(batches)))
+
+
+def _curve(ffn: FFNWeights, arrival: Arrival, chunk: int, metric: Tensor | None) -> Curve:
+    if metric is None or not arrival.suffices:
+        return _whole(ffn, arrival.share)
+    return loss_curve(NeuronStats(ffn, arrival.inputs, chunk, name=arrival.name, metric=metric), arrival.share)
 
 
 def _whole(ffn: FFNWeights, share: float) -> Curve:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +14,8 @@ from moefy.texts import BUILTIN
 
 # By how much of the FFNs' multiply-adds a conversion may miss what was asked for before it is said.
 TOO_MUCH = 0.05
+# Free disk, over the model's bytes, that layers are kept for: they, the output, and what an error in each layer costs.
+ROOM = 2.5
 
 RecipeName = Annotated[
     str | None,
@@ -98,14 +101,16 @@ def convert(
     if windows is None:
         windows = 48 if wanted.refit else 16
     _check_together(task, calibration, target_loss, active)
-    checkpoint.check_output(output, overwrite, source)
+    out = checkpoint.check_output(output, overwrite, source)
     text = _readable(task, calibration)
     with loading(source):
         model, tokenizer = load_source(source, dtype=dtype, remote_code=trust_remote_code)
     batches = _batches(model, tokenizer, task, calibration, text, window, windows)
-    model, report, trials = _converted(model, tokenizer, wanted, batches, target_loss, hold)
+    state = _state(model, out)
+    model, report, trials = _converted(model, tokenizer, wanted, batches, target_loss, hold, state)
     with console.status(f"Saving {output}"):
         checkpoint.save(model, output, tokenizer, overwrite=overwrite, source=source)
+    shutil.rmtree(out.parent / f".{out.name}.converting", ignore_errors=True)
     _show_conversion(model, output, wanted, report, trials)
     _say_surprises(wanted, report, None if trials else asked if isinstance(asked, float) else wanted.budget)
 
@@ -145,22 +150,44 @@ def _batches(
     return text_batches(model, tokenizer, text, window, windows)
 
 
+def _state(model: Any, out: Path) -> Path | None:
+    """Where layers are kept until the output is written; None, and said, where the disk has no room for both."""
+    from moefy import console
+
+    there = next(folder for folder in out.parents if folder.exists())
+    if shutil.disk_usage(there).free > ROOM * sum(p.nbytes for p in model.parameters()):
+        return out.parent / f".{out.name}.converting"
+    console.err.print(f"The disk at {there} is too full to keep layers that are done: stopped, this would start anew.")
+    return None
+
+
 def _converted(
-    model: Any, tokenizer: Any, wanted: Any, batches: list[dict[str, Any]], target_loss: float | None, hold: int
+    model: Any,
+    tokenizer: Any,
+    wanted: Any,
+    batches: list[dict[str, Any]],
+    target_loss: float | None,
+    hold: int,
+    state: Path | None,
 ) -> tuple[Any, Any, list[Any]]:
     """The converted model, its report, and the budgets that were tried for a target."""
     from moefy import console, target
     from moefy.calibrate import special_prefix
     from moefy.convert import convert as convert_model
 
-    with console.progress("Converting layers", counted=False) as update:
-        if target_loss is None:
-            return model, convert_model(model, wanted, batches, hold_bytes=hold, progress=update), []
-        kept, held_out = target.split_held_out(batches)
-        return target.smallest_budget(
-            model, wanted, kept, held_out, target_loss,
-            prefix=len(special_prefix(tokenizer)), hold_bytes=hold, progress=update,
-        )  # fmt: skip
+    try:
+        with console.progress("Converting layers", counted=False) as update:
+            if target_loss is None:
+                return model, convert_model(model, wanted, batches, hold_bytes=hold, progress=update, state=state), []
+            kept, held_out = target.split_held_out(batches)
+            return target.smallest_budget(
+                model, wanted, kept, held_out, target_loss,
+                prefix=len(special_prefix(tokenizer)), hold_bytes=hold, progress=update, state=state,
+            )  # fmt: skip
+    except KeyboardInterrupt:
+        if state and state.exists():
+            console.err.print(f"Repeat the command to go on; what is done is in {state}.", soft_wrap=True)
+        raise
 
 
 def _show_conversion(model: Any, output: Path, wanted: Any, report: Any, trials: list[Any]) -> None:

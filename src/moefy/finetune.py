@@ -28,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from moefy.moe import moe_layers
+from moefy.resume import fingerprint
 from moefy.tasks.base import by_answers, collate, longest_of
 from moefy.types import MoefyError
 
@@ -238,17 +238,6 @@ def _epoch(features: Sequence[dict[str, Any]], schedule: Schedule, epoch: int) -
 def _length(feature: dict[str, Any]) -> int:
     labels = feature.get("labels")
     return longest_of(feature) + (len(labels) if isinstance(labels, list) else 0)
-
-
-def fingerprint(model: nn.Module) -> str:
-    """16 hexadecimal digits that follow from the names, types and values of a model's parameters."""
-    weights = hashlib.sha256()
-    for moe in moe_layers(model).values():
-        moe.unpack()  # a packed layer's parameters are empty
-    for name, p in sorted(model.named_parameters()):
-        weights.update(f"{name}{tuple(p.shape)}{p.dtype}".encode())
-        weights.update(p.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return weights.hexdigest()[:16]
 
 
 def _fingerprint_of(features: Sequence[dict[str, Any]]) -> str:

@@ -19,7 +19,7 @@ import ctypes
 import tempfile
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -157,11 +157,11 @@ class OnePass:
         # In chunks an FFN would be called several times a batch, and only the first chunk would arrive.
         changes: list[tuple[nn.Module, str, Any]]
         changes = [(m, "chunk_size_feed_forward", 0) for m in self.model.modules() if _in_chunks(m)]
-        changes += [(s.entry, "forward", self._parking_forward(n, s.entry)) for n, s in self.sites.items()]
         changes += [(m, "visit_all", True) for m in self.model.modules() if isinstance(m, ExpertList)]
         hooks = [self._watch(site, self.model.get_submodule(name)) for site, name in self.residuals.items()]
         with tempfile.TemporaryDirectory(prefix="moefy-") as folder, torch.no_grad(), _changed(changes):
             self._folder = Path(folder)
+            parking = {name: self._park_at(name, site.entry) for name, site in self.sites.items()}
             try:
                 while todo:
                     for batch in running:
@@ -178,12 +178,15 @@ class OnePass:
                     yield self._arrival(site, here)
                     todo.discard(site)
                     self._done.add(site)
+                    parking.pop(site).close()  # or the dense weights would be held until the pass ends
                     for batch in here:
                         batch.waiting_at = batch.inputs = batch.residual = None  # a twin's output is still to come
                 # What is left of the forward pass (the head and its logits) is of no use here.
             finally:
                 for hook in hooks:
                     hook.remove()
+                for stack in parking.values():
+                    stack.close()
                 for batch in running:
                     if not batch.greenlet.dead:
                         batch.greenlet.throw(greenlet.GreenletExit)
@@ -196,6 +199,12 @@ class OnePass:
 
     def _runner(self, batch: Mapping[str, Any]) -> Callable[[], object]:
         return lambda: self.model(**without_cache(self.model, batch))
+
+    def _park_at(self, name: str, module: nn.Module) -> ExitStack:
+        """Park the batches that come to a module until the stack is closed."""
+        stack = ExitStack()
+        stack.enter_context(_changed([(module, "forward", self._parking_forward(name, module))]))
+        return stack
 
     def _parking_forward(self, name: str, module: nn.Module) -> Callable[..., Any]:
         dense_forward = module.forward

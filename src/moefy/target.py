@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from moefy.convert import LAYER_WORK, Report, check_dense, convert, planned_shar
 from moefy.evaluate import is_causal_lm, perplexity
 from moefy.moe import realised_fraction, usage
 from moefy.recipe import Recipe
+from moefy.resume import Store
 from moefy.sites import Site, find_sites
 from moefy.types import MoefyError
 from moefy.wanted import at_share
@@ -46,17 +48,20 @@ def smallest_budget(
     prefix: int = 0,
     hold_bytes: int = 1 << 30,
     progress: Callable[[int, int, str], None] | None = None,
+    state: Path | None = None,
 ) -> tuple[Any, Report, list[Trial]]:
     """Convert copies of `model` at budgets that close in on the smallest with a rise of at most `target`.
 
-    `held_out` (N, window) token windows, with `prefix` special tokens each, are not calibrated on. Returns the
-    converted copy, its report and every trial; MoefyError if even the largest budget does not keep the target.
+    `held_out` (N, window) token windows, with `prefix` special tokens each, are not calibrated on. `state` is a folder
+    to go on from, see `convert`. Returns the converted copy, its report and every trial; MoefyError if even the
+    largest budget does not keep the target.
     """
     recipe, sites = _searchable(model, recipe, target)
     found, total = None, TRIALS * LAYER_WORK * len(batches) * len(sites)
     if recipe.allocation == "sensitivity":
         measured = (lambda done, of, name: progress(done, of + total, f"measuring {name}")) if progress else None
-        found = measure(model, sites, batches, hold_bytes, recipe.chunk_tokens, measured)
+        store = Store.of(state, model, batches)
+        found = measure(model, sites, batches, hold_bytes, recipe.chunk_tokens, measured, store)
     before = measure_work(sites, batches) if found else 0
     least = _least_budget(sites, recipe, found)
     dense = perplexity(model, held_out, prefix).perplexity
@@ -69,7 +74,7 @@ def smallest_budget(
         budget = max(least, min(LARGEST, budget))
         copied, wanted = copy.deepcopy(model), Recipe.of(recipe, budget=budget)
         step = _named(progress, before, len(trials), budget)
-        report = convert(copied, wanted, batches, hold_bytes=hold_bytes, progress=step, sensitivity=found)
+        report = convert(copied, wanted, batches, hold_bytes=hold_bytes, progress=step, sensitivity=found, state=state)
         with usage(copied) as counted:
             loss = math.log(perplexity(copied, held_out, prefix).perplexity / dense)
         trials.append(Trial(budget, realised_fraction(copied, counted), math.expm1(loss)))

@@ -24,9 +24,10 @@ from torch import Tensor
 from moefy.adapters import Adapters
 from moefy.balance import Gates
 from moefy.calibrate import CalibrationInfo, check_batches, spread, tokens_of
-from moefy.finetune import Progress, Schedule, Trained, check_positive, fingerprint, train
+from moefy.finetune import Progress, Schedule, Trained, check_positive, train
 from moefy.losses import teacher_loss, text_loss
 from moefy.moe import moe_layers
+from moefy.resume import fingerprint
 from moefy.types import MoefyError
 
 Loss = Callable[[Any, Mapping[str, Any]], Tensor]

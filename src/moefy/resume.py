@@ -1,0 +1,116 @@
+"""What a conversion has done so far, on disk: one that was cut off goes on, and memory does not add up over layers.
+
+A forward pass over the same inputs through the same layers gives the same bits, so a layer that is read back from
+here leaves all that come after it as they would have been. Tensors that come from here are mapped from their files:
+the system can drop their pages and read them again, as with the weights that transformers has loaded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from moefy.calibrate import CalibrationInfo
+from moefy.moe import moe_layers
+from moefy.types import MoefyError
+from moefy.version import __version__
+
+Found = tuple[dict[str, Tensor], dict[str, Any]]
+
+
+class Store:
+    """Results by name, each tensors and a JSON object in a file in `folder`; without a folder nothing is kept."""
+
+    def __init__(self, folder: Path | None):
+        self.folder = folder
+
+    @classmethod
+    def of(cls, root: str | os.PathLike[str] | None, model: Any, batches: Sequence[Mapping[str, Any]]) -> Store:
+        """The store below `root` of what is made from this model and this calibration, by this moefy."""
+        if root is None:
+            return cls(None)
+        return cls(Path(root)).below(
+            {
+                "weights": fingerprint(model),
+                "config": model.config.to_json_string(),
+                "calibration": CalibrationInfo.of(batches).fingerprint,
+                "moefy": __version__,
+            }
+        )
+
+    def below(self, identity: Mapping[str, Any]) -> Store:
+        """The store of what depends on `identity` as well, which is anything that JSON can say."""
+        if self.folder is None:
+            return self
+        digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode())
+        return Store(self.folder / digest.hexdigest()[:16])
+
+    def holds(self, name: str) -> bool:
+        return self.folder is not None and self._file(name).exists()
+
+    def get(self, name: str) -> Found | None:
+        """What was put under this name, mapped; None if nothing was, or if its file is damaged."""
+        if not self.holds(name):
+            return None
+        try:
+            with safe_open(self._file(name), framework="pt") as stored:
+                about = json.loads((stored.metadata() or {})["moefy"])
+                return {key: stored.get_tensor(key) for key in stored.keys()}, about  # noqa: SIM118
+        except (SafetensorError, OSError, ValueError, KeyError):
+            return None
+
+    def put(self, name: str, tensors: Mapping[str, Tensor], about: Mapping[str, Any] | None = None) -> Found:
+        """Keep this, and give it back mapped (as it came, without a folder). MoefyError if it cannot be written."""
+        if self.folder is None:
+            return dict(tensors), dict(about or {})
+        file = self._file(name)
+        partial = file.with_name(f".{file.name}.partial-{os.getpid()}")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            whole = {key: tensor.detach().contiguous() for key, tensor in tensors.items()}
+            save_file(whole, partial, metadata={"moefy": json.dumps(dict(about or {}))})
+            with partial.open("rb") as written:
+                os.fsync(written.fileno())
+            os.replace(partial, file)
+        except (SafetensorError, OSError) as error:
+            raise MoefyError(
+                f"What is done so far cannot be kept in {self.folder.parent} ({error}); make room there and repeat the "
+                f"command, which goes on from what is there."
+            ) from None
+        finally:
+            with suppress(OSError):
+                partial.unlink()
+        found = self.get(name)
+        if found is None:
+            raise MoefyError(f"{file} cannot be read back; the disk may be failing.")
+        return found
+
+    def _file(self, name: str) -> Path:
+        assert self.folder is not None
+        return self.folder / f"{name}.safetensors"
+
+
+def fingerprint(model: nn.Module) -> str:
+    """16 hexadecimal digits that follow from the names, types and values of a model's parameters."""
+    for moe in moe_layers(model).values():
+        moe.unpack()  # a packed layer's parameters are empty
+    return digest(dict(model.named_parameters()))
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """16 hexadecimal digits that follow from the names, types and values of tensors."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        found.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return found.hexdigest()[:16]
