@@ -1,4 +1,7 @@
+import os
 import signal
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: threads that spin would keep other workers waiting
 
 import pytest
 import torch

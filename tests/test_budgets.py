@@ -1,18 +1,20 @@
 """What layers lose and what they get: the elimination, the metric of an error, and the division of a budget."""
 
 import copy
+import errno
 
 import pytest
 import torch
 
 import moefy
 import tiny
+from moefy import sensitivity
 from moefy.budgets import GRID, Curve, Sensitivity, allocate, loss_curve
 from moefy.calibrate import real_tokens
 from moefy.construct.elimination import eliminate
 from moefy.convert import LAYER_WORK
 from moefy.sensitivity import output_metrics
-from moefy.sites import find_sites
+from moefy.sites import find_sites, join_experts
 from moefy.stats import NeuronStats
 from test_construct import make_stats
 
@@ -139,6 +141,37 @@ def test_a_model_whose_logits_are_not_finite_is_a_sentence():
     sites = {site.entry_name: site for site in find_sites(model)}
     with pytest.raises(moefy.MoefyError, match="NaN or infinite logits"):
         output_metrics(model, sites, [batch])
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("family", ["llama", "bert", "t5-v1.1", "gpt2", "mixtral", "whisper"])
+def test_what_the_backward_pass_needs_may_lie_on_disk(family, monkeypatch):
+    monkeypatch.setattr("moefy.sensitivity.SMALLEST_SPILLED", 0)
+    files, real = [], sensitivity.save_file
+    monkeypatch.setattr(sensitivity, "save_file", lambda tensors, file: (files.append(file), real(tensors, file)))
+    model, batches = tiny.tiny(family), [tiny.inputs(family, seed=i) for i in range(2)]
+    sites = {site.entry_name: site for site in find_sites(model)}
+    held = output_metrics(model, sites, batches)
+    assert not files
+    for hold_bytes in (4096, 0):
+        written = output_metrics(model, sites, batches, hold_bytes=hold_bytes)
+        assert files
+        assert not any(file.exists() for file in files)
+        for name, metric in held.items():
+            torch.testing.assert_close(written[name], metric)
+    join_experts(model)
+
+
+def test_a_full_disk_while_measuring_is_a_sentence(monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("moefy.sensitivity.SMALLEST_SPILLED", 0)
+    monkeypatch.setattr(sensitivity, "save_file", full)
+    model = tiny.tiny("llama")
+    sites = {site.entry_name: site for site in find_sites(model)}
+    with pytest.raises(moefy.MoefyError, match=r"No space left on device.*set TMPDIR"):
+        output_metrics(model, sites, [tiny.inputs("llama")], hold_bytes=0)
     assert not any(module._forward_hooks for module in model.modules())
 
 

@@ -79,7 +79,11 @@ def measure(
     some, total = spread(batches, METRIC_BATCHES), measure_work(sites, batches)
     step = (lambda done: progress(done * len(sites), total, "the loss")) if progress else None
     try:
-        metrics, _ = store.get("metrics") or store.put("metrics", output_metrics(model, sites, some, progress=step))
+        known = store.get("metrics")
+        if known is None:
+            found = output_metrics(model, sites, some, progress=step, hold_bytes=hold_bytes)
+            known = store.put("metrics", found)
+        metrics, _ = known
         curves: dict[str, Curve] = {}
         for arrival in OnePass(model, sites, spread(batches, CURVE_BATCHES), real_tokens, hold_bytes):
             name = arrival.name

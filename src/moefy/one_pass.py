@@ -308,10 +308,7 @@ class OnePass:
             try:
                 path.write_bytes(_bytes_of(storage))
             except OSError as error:
-                raise MoefyError(
-                    f"Activations that wait for their turn cannot be written to {self._folder.parent} "
-                    f"({error.strerror}); set TMPDIR to a disk with room, or give more --memory."
-                ) from None
+                raise not_spilled(self._folder.parent, error) from None
             storage.resize_(0)
             batch.spilled.append((storage, path, size))
 
@@ -321,6 +318,15 @@ class OnePass:
             _read(path, storage)
             path.unlink()
         batch.spilled.clear()
+
+
+def not_spilled(folder: Path, error: Exception) -> MoefyError:
+    """The sentence for activations that cannot be written below `folder`."""
+    why = getattr(error, "strerror", None) or error
+    return MoefyError(
+        f"Activations that wait for their turn cannot be written to {folder} ({why}); set TMPDIR to a disk with room, "
+        f"or give more --memory."
+    )
 
 
 def _parked(batch: _Batch, tensor: Tensor) -> Tensor:
