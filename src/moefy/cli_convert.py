@@ -157,7 +157,8 @@ def _state(model: Any, out: Path) -> Path | None:
     there = next(folder for folder in out.parents if folder.exists())
     if shutil.disk_usage(there).free > ROOM * sum(p.nbytes for p in model.parameters()):
         return out.parent / f".{out.name}.converting"
-    console.err.print(f"The disk at {there} is too full to keep layers that are done: stopped, this would start anew.")
+    sentence = f"The disk at {there} is too full to keep layers that are done: stopped, this would start anew."
+    console.err.print(sentence, soft_wrap=True)
     return None
 
 

@@ -154,6 +154,7 @@ class OnePass:
         running = [_Batch(i, self._runner(b)) for i, b in enumerate(self.batches)]
         if self.residuals:
             running += [_Batch(i, self._runner(b), dense=True) for i, b in enumerate(self.batches)]
+        entries = [(name, site.entry) for name, site in self.sites.items()]  # first: it takes layers of experts apart
         # In chunks an FFN would be called several times a batch, and only the first chunk would arrive.
         changes: list[tuple[nn.Module, str, Any]]
         changes = [(m, "chunk_size_feed_forward", 0) for m in self.model.modules() if _in_chunks(m)]
@@ -161,7 +162,8 @@ class OnePass:
         hooks = [self._watch(site, self.model.get_submodule(name)) for site, name in self.residuals.items()]
         with tempfile.TemporaryDirectory(prefix="moefy-") as folder, torch.no_grad(), _changed(changes):
             self._folder = Path(folder)
-            parking = {name: self._park_at(name, site.entry) for name, site in self.sites.items()}
+            parking = {name: self._park_at(name, entry) for name, entry in entries}
+            del entries
             try:
                 while todo:
                     for batch in running:
