@@ -83,6 +83,29 @@ def test_stock_transformers_computes_the_same(family, written):
     assert tf.AutoTokenizer.from_pretrained(folder / family)("the")["input_ids"]
 
 
+@pytest.mark.parametrize("option", [{}, {"balance": 0.05}])  # a linear router takes the bias into its own
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_what_was_tuned_is_exported(family, option, tmp_path):
+    model = converted(family)
+    before = model(input_ids=IDS).logits
+    moefy.tune(model, [{"input_ids": IDS[i : i + 1]} for i in (0, 1)] * 6, rate=5e-3, **option)
+    moefy.save(model, tmp_path / "tuned")
+    tuned = moefy.load(tmp_path / "tuned")
+    done = export(tuned, tmp_path / "out", pydoc_tokenizer(), IDS)
+    got = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "out")(input_ids=IDS).logits
+    wanted = model(input_ids=IDS).logits
+    assert done.difference < 2**-9
+    assert (got - wanted).norm() < 2**-9 * wanted.norm()
+    assert (before - wanted).norm() > 2**-6 * wanted.norm()
+
+
+def test_a_tuned_gate_is_refused(tmp_path):
+    model = converted("llama")
+    moefy.tune(model, [{"input_ids": IDS}] * 4, gate_scale=True, balance=0.05)
+    with pytest.raises(MoefyError, match=r"gate scale or a load-balancing bias.*tune without them"):
+        export(model, tmp_path / "out", pydoc_tokenizer(), IDS)
+
+
 def test_the_same_experts_are_chosen():
     model = converted("llama")
     for moe in moe_layers(model).values():

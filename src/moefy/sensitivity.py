@@ -57,9 +57,9 @@ def output_metrics(
             rows = out.numel() // out.shape[-1]
             keep = row_mask(model, name, batch, rows)
             counts[name] += rows if keep is None else int(keep.sum())
-            out = out + out.new_zeros(()).requires_grad_()  # the weights are frozen: something has to ask for gradients
-            out.register_hook(add)
-            return out
+            asking = out + out.new_zeros(()).requires_grad_()  # the weights are frozen
+            asking.register_hook(add)
+            return asking
 
         return hook
 
