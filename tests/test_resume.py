@@ -3,6 +3,7 @@
 import errno
 import gc
 import importlib
+import shutil
 import sys
 import weakref
 
@@ -13,6 +14,7 @@ import moefy
 import tiny
 from command import run
 from moefy import budgets, resume
+from moefy.errors import MoefyWarning
 from moefy.moe import moe_layers
 from moefy.recipe import DEFAULT
 from moefy.sites import find_sites
@@ -129,25 +131,47 @@ def test_a_damaged_layer_is_made_anew(damage, made, tmp_path):
     assert same(whole, again)
 
 
-def test_a_full_disk_is_a_sentence_and_leaves_what_is_there(made, monkeypatch, tmp_path):
+@pytest.mark.parametrize("why", ["full", "no folder", "cleared"])
+def test_where_nothing_can_be_kept_it_is_said_once_and_goes_on(why, made, monkeypatch, tmp_path):
     whole, _ = convert("llama", PLAIN, None)
-    every, real = list(made), resume.save_file
+    every, real, state = list(made), resume.save_file, tmp_path / "state"
 
     def full(tensors, file, **options):
-        if every[1] in str(file):
+        if why == "full" and every[1] in str(file):
             file.write_bytes(b"half")
             raise OSError(errno.ENOSPC, "No space left on device")
         real(tensors, file, **options)
+        if why == "cleared":
+            shutil.rmtree(state)
 
+    if why == "no folder":
+        state.write_text("")
     monkeypatch.setattr(resume, "save_file", full)
-    with pytest.raises(moefy.MoefyError, match=r"No space left on device.*make room there and repeat"):
-        convert("llama", PLAIN, tmp_path)
-    assert [file.name for file in tmp_path.rglob("*") if file.is_file()] == [f"{every[0]}.safetensors"]
-    monkeypatch.setattr(resume, "save_file", real)
-    made.clear()
-    again, _ = convert("llama", PLAIN, tmp_path)
-    assert made == every[1:]
+    with pytest.warns(MoefyWarning, match=r"cannot keep more of what is done in .*state") as said:
+        again, _ = convert("llama", PLAIN, state)
+    assert len(said) == 1
     assert same(whole, again)
+    left = [file.name for file in state.rglob("*") if file.is_file()]
+    assert left == ([f"{every[0]}.safetensors"] if why == "full" else [])
+    if why == "full":
+        monkeypatch.setattr(resume, "save_file", real)
+        made.clear()
+        assert same(whole, convert("llama", PLAIN, state)[0])
+        assert made == every[1:]
+
+
+def test_weights_in_buffers_make_another_model(tmp_path):
+    """DeepSeek-V3's experts are chosen by one."""
+    found = []
+    for state in (tmp_path / "one", tmp_path / "one", tmp_path / "two"):
+        model = tiny.tiny("deepseek_v3")
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias") and len(found) > 0:
+                buffer.copy_(torch.linspace(0, 2, len(buffer)))
+        moefy.convert(model, PLAIN, windows("deepseek_v3"), state=state)
+        found.append(model)
+    assert same(found[1], found[2])
+    assert not same(found[0], found[1])
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the process's memory map")
@@ -207,12 +231,29 @@ def test_the_command_goes_on_when_it_is_repeated(made, dense, monkeypatch, capsy
         patch.setattr(CONVERT, "convert_layer", cut)
         assert run(monkeypatch, *args) == 130
     shown = capsys.readouterr().err.replace("\n", " ")
-    assert f"Repeat the command to go on; what is done is in {tmp_path / '.out.converting'}." in shown
+    assert f"Repeat the command to go on, or remove what is done: {tmp_path / '.out.converting'}." in shown
     assert [file.name for file in tmp_path.iterdir()] == [".out.converting"]
     done = len(made)
+    monkeypatch.setattr("moefy.cli_convert.ROOM", float("inf"))  # what is there takes room
     assert run(monkeypatch, *args) == 0, capsys.readouterr().err
     assert len(made) == len(set(made)) > done
     assert [file.name for file in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_failure_says_what_it_leaves(made, dense, monkeypatch, capsys, tmp_path):
+    def full(*_, **__):
+        raise moefy.MoefyError("The disk is full.")
+
+    args = ["convert", str(dense), str(tmp_path / "out"), "--recipe", "cmoe", "--experts", "6", "--window", "32"]
+    with monkeypatch.context() as patch:
+        patch.setattr("moefy.checkpoint.save", full)
+        assert run(monkeypatch, *args) == 2
+    shown = capsys.readouterr().err
+    assert f"repeat the command to go on, or remove what is done: {tmp_path / '.out.converting'}." in shown
+    assert shown.endswith("moefy: The disk is full.\n")
+    made.clear()
+    assert run(monkeypatch, *args) == 0
+    assert not made
 
 
 def test_without_room_beside_the_output_nothing_is_kept(dense, monkeypatch, capsys, tmp_path):

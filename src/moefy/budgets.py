@@ -78,6 +78,8 @@ def measure(
     store = (store or Store(None)).below({"chunk": chunk})
     some, total = spread(batches, METRIC_BATCHES), measure_work(sites, batches)
     step = (lambda done: progress(done * len(sites), total, "the loss")) if progress else None
+    was_training = model.training
+    model.eval()
     try:
         known = store.get("metrics")
         if known is None:
@@ -95,6 +97,7 @@ def measure(
                 progress(total - (len(sites) - len(curves)) * min(CURVE_BATCHES, len(batches)), total, name)
     finally:
         join_experts(model)
+        model.train(was_training)
     return Sensitivity(metrics, curves)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,6 +18,7 @@ from moefy.texts import BUILTIN
 TOO_MUCH = 0.05
 # Free disk, over the model's bytes, that layers are kept for: they, the output, and what an error in each layer costs.
 ROOM = 2.5
+ROOM_OF_A_SEARCH = 7  # for each of five budgets that are tried
 
 RecipeName = Annotated[
     str | None,
@@ -106,11 +109,10 @@ def convert(
     with loading(source):
         model, tokenizer = load_source(source, dtype=dtype, remote_code=trust_remote_code)
     batches = _batches(model, tokenizer, task, calibration, text, window, windows)
-    state = _state(model, out)
-    model, report, trials = _converted(model, tokenizer, wanted, batches, target_loss, hold, state)
-    with console.status(f"Saving {output}"):
-        checkpoint.save(model, output, tokenizer, overwrite=overwrite, source=source)
-    shutil.rmtree(out.parent / f".{out.name}.converting", ignore_errors=True)
+    with _kept(model, out, target_loss) as state:
+        model, report, trials = _converted(model, tokenizer, wanted, batches, target_loss, hold, state)
+        with console.status(f"Saving {output}"):
+            checkpoint.save(model, output, tokenizer, overwrite=overwrite, source=source)
     _show_conversion(model, output, wanted, report, trials)
     _say_surprises(wanted, report, None if trials else asked if isinstance(asked, float) else wanted.budget)
 
@@ -150,16 +152,30 @@ def _batches(
     return text_batches(model, tokenizer, text, window, windows)
 
 
-def _state(model: Any, out: Path) -> Path | None:
-    """Where layers are kept until the output is written; None, and said, where the disk has no room for both."""
+@contextmanager
+def _kept(model: Any, out: Path, target_loss: float | None) -> Iterator[Path | None]:
+    """Where layers are kept until the output is written, and its removal then; None if the disk has no room for both.
+
+    What is there already is gone on from.
+    """
     from moefy import console
 
+    state = out.parent / f".{out.name}.converting"
     there = next(folder for folder in out.parents if folder.exists())
-    if shutil.disk_usage(there).free > ROOM * sum(p.nbytes for p in model.parameters()):
-        return out.parent / f".{out.name}.converting"
-    sentence = f"The disk at {there} is too full to keep layers that are done: stopped, this would start anew."
-    console.err.print(sentence, soft_wrap=True)
-    return None
+    room = (ROOM if target_loss is None else ROOM_OF_A_SEARCH) * sum(p.nbytes for p in model.parameters())
+    keeps = state.exists() or shutil.disk_usage(there).free > room
+    if not keeps:
+        sentence = f"The disk at {there} is too full to keep layers that are done: stopped, this would start anew."
+        console.err.print(sentence, soft_wrap=True)
+    try:
+        yield state if keeps else None
+    except (KeyboardInterrupt, MoefyError) as error:
+        if state.exists():
+            how = "Repeat" if isinstance(error, KeyboardInterrupt) else "If you know what to change, repeat"
+            sentence = f"{how} the command to go on, or remove what is done: {state}."
+            console.err.print(sentence, soft_wrap=True)
+        raise
+    shutil.rmtree(state, ignore_errors=True)
 
 
 def _converted(
@@ -176,19 +192,14 @@ def _converted(
     from moefy.calibrate import special_prefix
     from moefy.convert import convert as convert_model
 
-    try:
-        with console.progress("Converting layers", counted=False) as update:
-            if target_loss is None:
-                return model, convert_model(model, wanted, batches, hold_bytes=hold, progress=update, state=state), []
-            kept, held_out = target.split_held_out(batches)
-            return target.smallest_budget(
-                model, wanted, kept, held_out, target_loss,
-                prefix=len(special_prefix(tokenizer)), hold_bytes=hold, progress=update, state=state,
-            )  # fmt: skip
-    except KeyboardInterrupt:
-        if state and state.exists():
-            console.err.print(f"Repeat the command to go on; what is done is in {state}.", soft_wrap=True)
-        raise
+    with console.progress("Converting layers", counted=False) as update:
+        if target_loss is None:
+            return model, convert_model(model, wanted, batches, hold_bytes=hold, progress=update, state=state), []
+        kept, held_out = target.split_held_out(batches)
+        return target.smallest_budget(
+            model, wanted, kept, held_out, target_loss,
+            prefix=len(special_prefix(tokenizer)), hold_bytes=hold, progress=update, state=state,
+        )  # fmt: skip
 
 
 def _show_conversion(model: Any, output: Path, wanted: Any, report: Any, trials: list[Any]) -> None:

@@ -159,11 +159,11 @@ class OnePass:
         changes: list[tuple[nn.Module, str, Any]]
         changes = [(m, "chunk_size_feed_forward", 0) for m in self.model.modules() if _in_chunks(m)]
         changes += [(m, "visit_all", True) for m in self.model.modules() if isinstance(m, ExpertList)]
-        hooks = [self._watch(site, self.model.get_submodule(name)) for site, name in self.residuals.items()]
         with tempfile.TemporaryDirectory(prefix="moefy-") as folder, torch.no_grad(), _changed(changes):
             self._folder = Path(folder)
             parking = {name: self._park_at(name, entry) for name, entry in entries}
             del entries
+            hooks = [self._watch(site, self.model.get_submodule(name)) for site, name in self.residuals.items()]
             try:
                 while todo:
                     for batch in running:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -21,18 +22,23 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from moefy.calibrate import CalibrationInfo
+from moefy.errors import MoefyWarning
 from moefy.moe import moe_layers
-from moefy.types import MoefyError
 from moefy.version import __version__
 
 Found = tuple[dict[str, Tensor], dict[str, Any]]
 
 
 class Store:
-    """Results by name, each tensors and a JSON object in a file in `folder`; without a folder nothing is kept."""
+    """Results by name, each tensors and a JSON object in a file in `folder`; without a folder nothing is kept.
+
+    Keeping is not what anybody asked for, so it stops nothing: where it fails, that is said once, and what is put comes
+    back as it came.
+    """
 
     def __init__(self, folder: Path | None):
         self.folder = folder
+        self._failed = False
 
     @classmethod
     def of(cls, root: str | os.PathLike[str] | None, model: Any, batches: Sequence[Mapping[str, Any]]) -> Store:
@@ -70,30 +76,32 @@ class Store:
             return None
 
     def put(self, name: str, tensors: Mapping[str, Tensor], about: Mapping[str, Any] | None = None) -> Found:
-        """Keep this, and give it back mapped (as it came, without a folder). MoefyError if it cannot be written."""
-        if self.folder is None:
-            return dict(tensors), dict(about or {})
+        """Keep this, and give it back mapped; as it came without a folder, or if it cannot be written."""
+        came = dict(tensors), dict(about or {})
+        if self.folder is None or self._failed:
+            return came
         file = self._file(name)
         partial = file.with_name(f".{file.name}.partial-{os.getpid()}")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             whole = {key: tensor.detach().contiguous() for key, tensor in tensors.items()}
-            save_file(whole, partial, metadata={"moefy": json.dumps(dict(about or {}))})
+            save_file(whole, partial, metadata={"moefy": json.dumps(came[1])})
             with partial.open("rb") as written:
                 os.fsync(written.fileno())
             os.replace(partial, file)
         except (SafetensorError, OSError) as error:
-            raise MoefyError(
-                f"What is done so far cannot be kept in {self.folder.parent} ({error}); make room there and repeat the "
-                f"command, which goes on from what is there."
-            ) from None
+            self._failed = True
+            why = getattr(error, "strerror", None) or error
+            warnings.warn(
+                f"moefy cannot keep more of what is done in {self.folder.parent} ({why}): stopped, it would start anew "
+                f"from here on.",
+                MoefyWarning,
+                stacklevel=2,
+            )
         finally:
             with suppress(OSError):
                 partial.unlink()
-        found = self.get(name)
-        if found is None:
-            raise MoefyError(f"{file} cannot be read back; the disk may be failing.")
-        return found
+        return self.get(name) or came  # another process may have cleared the folder away
 
     def _file(self, name: str) -> Path:
         assert self.folder is not None
@@ -101,10 +109,13 @@ class Store:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """16 hexadecimal digits that follow from the names, types and values of a model's parameters."""
+    """16 hexadecimal digits that follow from the names, types and values of a model's parameters and buffers.
+
+    Buffers too: the experts that DeepSeek-V3 chooses depend on one.
+    """
     for moe in moe_layers(model).values():
         moe.unpack()  # a packed layer's parameters are empty
-    return digest(dict(model.named_parameters()))
+    return digest({**dict(model.named_parameters()), **{n: b for n, b in model.named_buffers() if not b.is_meta}})
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:

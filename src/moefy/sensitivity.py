@@ -84,14 +84,24 @@ def output_metrics(
 
 @dataclass(frozen=True)
 class _Spilled:
-    """A tensor in a file."""
+    """A tensor in a file, in the order in which it lay in memory: dimensions `order` of it, largest stride first."""
 
     file: Path
     dtype: torch.dtype
+    order: tuple[int, ...]
     shape: torch.Size
 
+    @classmethod
+    def write(cls, tensor: Tensor, file: Path) -> _Spilled:
+        order = tuple(sorted(range(tensor.ndim), key=tensor.stride, reverse=True))
+        plain = tensor.resolve_conj().resolve_neg().permute(order).contiguous()
+        save_file({"bytes": plain.flatten().view(torch.uint8)}, file)
+        return cls(file, tensor.dtype, order, plain.shape)
+
     def read(self) -> Tensor:
-        return load_file(self.file)["bytes"].view(self.dtype).view(self.shape)
+        # A copy: products round differently on memory that does not start on a cache line, as mapped files do not.
+        plain = load_file(self.file)["bytes"].clone().view(self.dtype).view(self.shape)
+        return plain.permute(tuple(sorted(range(len(self.order)), key=self.order.__getitem__)))
 
 
 @contextmanager
@@ -104,18 +114,18 @@ def spilled(hold_bytes: int, but: Iterable[Tensor]) -> Iterator[None]:
     def pack(tensor: Tensor) -> Tensor | _Spilled:
         nonlocal held
         tensor = tensor.detach()  # an output that holds itself would never be freed
+        if tensor.layout is not torch.strided or not tensor.is_cpu:
+            return tensor
         size = tensor.nbytes
-        if size < SMALLEST_SPILLED or not tensor.is_cpu or tensor.untyped_storage().data_ptr() in kept:
+        if size < SMALLEST_SPILLED or tensor.untyped_storage().data_ptr() in kept:
             return tensor
         if held + size <= hold_bytes:
             held += size  # what the backward pass gives back is not counted: it is the last to come
             return tensor
-        file = Path(folder) / f"{next(numbers)}.safetensors"
         try:
-            save_file({"bytes": tensor.contiguous().flatten().view(torch.uint8)}, file)
+            return _Spilled.write(tensor, Path(folder) / f"{next(numbers)}.safetensors")
         except (OSError, SafetensorError) as error:
-            raise not_spilled(file.parent.parent, error) from None
-        return _Spilled(file, tensor.dtype, tensor.shape)
+            raise not_spilled(Path(folder).parent, error) from None
 
     def unpack(saved: Tensor | _Spilled) -> Tensor:
         return saved if isinstance(saved, Tensor) else saved.read()
