@@ -1,8 +1,8 @@
 """Conditional FFN that computes every expert and drops what was not chosen: for training with small experts.
 
 It saves no work and needs no gathering. Forward and backward of 1,024 tokens through a layer like SmolLM2's (D 576, 384
-shared and 1,152 routed neurons, a third of them chosen), seconds of one core: experts of 8 neurons 0.20, `grouped` 0.55
-and the loop 0.45; of 16, 0.19 and `grouped` 0.24; of 32, 0.18 and 0.14.
+shared and 1,152 routed neurons, a third of them chosen), seconds of one core (benchmarks/training.py): experts of 8
+neurons 0.18, `grouped` 0.48 and the loop 0.41; of 16, 0.18, 0.29 and 0.23; of 32, 0.18, 0.14 and 0.17.
 """
 
 from __future__ import annotations
