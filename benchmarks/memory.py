@@ -1,10 +1,12 @@
 """What a conversion holds in memory that the system cannot drop, beside the weights of the model.
 
     python benchmarks/memory.py                                  # 100 layers of random weights in bf16, default recipe
-    python benchmarks/memory.py --layers 200 --memory 0.1 --recipe cmoe --json out.jsonl
+    python benchmarks/memory.py --layers 200 --make DIR          # write such a model, 1.9 GB, and nothing else
+    systemd-run --user --scope -p MemoryMax=1200M -p MemorySwapMax=0 \\
+        python benchmarks/memory.py --source DIR --recipe cmoe   # and convert it in less memory
 
-The model is written to a temporary directory, loaded as `moefy convert` does, and converted with a state folder, so
-that weights and finished layers are mapped from files. `anonymous` is the peak of what is not (Linux).
+The model is written to a temporary directory (or read from --source), loaded as `moefy convert` does, and converted with
+a state folder, so that weights and finished layers are mapped from files. `anonymous` is the peak of what is not (Linux).
 """
 
 from __future__ import annotations
@@ -40,14 +42,16 @@ def main() -> None:
     parser.add_argument("--active", type=float, default=0.5)
     parser.add_argument("--memory", type=float, default=0.1, help="GiB of activations to hold")
     parser.add_argument("--json", help="append the line to this file")
-    parser.add_argument("--make", help=argparse.SUPPRESS)
+    parser.add_argument("--make", help="write the model there and stop")
+    parser.add_argument("--source", help="convert the model there")
     args = parser.parse_args()
     if args.make:
         make(args)
         return
     with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "source"
-        subprocess.run([sys.executable, __file__, *sys.argv[1:], "--make", str(source)], check=True)
+        source = Path(args.source or Path(folder) / "source")
+        if not args.source:
+            subprocess.run([sys.executable, __file__, *sys.argv[1:], "--make", str(source)], check=True)
         line = json.dumps({**vars(args), **measure(args, source, Path(folder) / "state"), **machine()})
     print(line)
     if args.json:
@@ -71,7 +75,7 @@ def measure(args: argparse.Namespace, source: Path, state: Path) -> dict[str, fl
     model, _ = load_source(source)
     weights, idle = weight_bytes(model), anonymous()
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, args.vocabulary, (args.windows, args.window), generator=generator)
+    ids = torch.randint(0, model.config.vocab_size, (args.windows, args.window), generator=generator)
     batches = [{"input_ids": row[None]} for row in ids]
     peak = [idle]
     stop = threading.Event()

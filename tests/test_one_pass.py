@@ -166,3 +166,14 @@ def test_no_keys_and_values_are_kept_for_later_tokens(family, monkeypatch):
     assert bare.get("past_key_values") is None
     assert torch.equal(bare.logits, plain.logits)
     assert (plain.get("past_key_values") is not None) == (family in ("llama", "gpt2", "t5-v1.0"))
+
+
+def test_no_temporary_directory_is_a_sentence(monkeypatch):
+    def none(**_):
+        raise FileNotFoundError(2, "No usable temporary directory found")
+
+    monkeypatch.setattr("moefy.one_pass.tempfile.TemporaryDirectory", none)
+    model, recipe = tiny.tiny("llama"), moefy.Recipe.of(RECIPE, refit=True, repair=0.5)
+    with pytest.raises(moefy.MoefyError, match="set TMPDIR"):
+        moefy.convert(model, recipe, [tiny.inputs("llama")])
+    assert not any(module._forward_pre_hooks or "forward" in vars(module) for module in model.modules())

@@ -4,7 +4,6 @@ import errno
 import gc
 import importlib
 import shutil
-import sys
 import weakref
 
 import pytest
@@ -160,6 +159,16 @@ def test_where_nothing_can_be_kept_it_is_said_once_and_goes_on(why, made, monkey
         assert made == every[1:]
 
 
+def test_a_folder_that_takes_nothing_is_said_once(monkeypatch, tmp_path):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(resume, "save_file", full)
+    with pytest.warns(MoefyWarning, match="No space left on device") as said:
+        convert("llama", FULL, tmp_path)
+    assert len(said) == 1
+
+
 def test_weights_in_buffers_make_another_model(tmp_path):
     """DeepSeek-V3's experts are chosen by one."""
     found = []
@@ -174,7 +183,6 @@ def test_weights_in_buffers_make_another_model(tmp_path):
     assert not same(found[0], found[1])
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads the process's memory map")
 def test_converted_layers_are_mapped_from_their_files(tmp_path):
     model, _ = convert("llama", FULL, tmp_path)
     with open("/proc/self/maps") as file:

@@ -114,10 +114,15 @@ class CalibrationInfo:
             for key in sorted(batch):
                 value = batch[key]
                 if isinstance(value, Tensor):
-                    digest.update(f"{key}{tuple(value.shape)}{value.dtype}".encode())
-                    digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+                    add_tensor(digest, key, value)
             tokens += tokens_of(batch)
         return cls(tokens=tokens, batches=len(batches), fingerprint=digest.hexdigest()[:16])
+
+
+def add_tensor(digest: hashlib._Hash, name: str, tensor: Tensor) -> None:
+    """Let a hash follow from a tensor's name, shape, type and values as well."""
+    digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+    digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
 
 
 def check_batches(batches: Iterable[Mapping[str, Any]], what: str = "calibration") -> list[Mapping[str, Any]]:

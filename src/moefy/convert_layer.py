@@ -34,7 +34,8 @@ class LayerReport:
 
     `share` of its layer's tokens came by: 1, but for the experts of a model that is a mixture already. `mass` is the
     share of the activation mass that the chosen experts hold there and `overlap` the share of MoEfication's ground
-    truth that is chosen (both None if nothing is routed); `seconds` is what it all took.
+    truth that is chosen (both None if nothing is routed); `seconds` is what making it took, in whatever
+    run that was.
     """
 
     name: str

@@ -159,8 +159,7 @@ class OnePass:
         changes: list[tuple[nn.Module, str, Any]]
         changes = [(m, "chunk_size_feed_forward", 0) for m in self.model.modules() if _in_chunks(m)]
         changes += [(m, "visit_all", True) for m in self.model.modules() if isinstance(m, ExpertList)]
-        with tempfile.TemporaryDirectory(prefix="moefy-") as folder, torch.no_grad(), _changed(changes):
-            self._folder = Path(folder)
+        with spill_folder() as self._folder, torch.no_grad(), _changed(changes):
             parking = {name: self._park_at(name, entry) for name, entry in entries}
             del entries
             hooks = [self._watch(site, self.model.get_submodule(name)) for site, name in self.residuals.items()]
@@ -322,7 +321,18 @@ class OnePass:
         batch.spilled.clear()
 
 
-def not_spilled(folder: Path, error: Exception) -> MoefyError:
+@contextmanager
+def spill_folder() -> Iterator[Path]:
+    """A temporary directory for activations; MoefyError if there can be none."""
+    try:
+        folder = tempfile.TemporaryDirectory(prefix="moefy-")
+    except OSError as error:
+        raise not_spilled(tempfile.tempdir or "a temporary directory", error) from None
+    with folder as name:
+        yield Path(name)
+
+
+def not_spilled(folder: Path | str, error: Exception) -> MoefyError:
     """The sentence for activations that cannot be written below `folder`."""
     why = getattr(error, "strerror", None) or error
     return MoefyError(

@@ -16,12 +16,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from moefy.calibrate import CalibrationInfo
+from moefy.calibrate import CalibrationInfo, add_tensor
 from moefy.errors import MoefyWarning
 from moefy.moe import moe_layers
 from moefy.version import __version__
@@ -36,9 +35,9 @@ class Store:
     back as it came.
     """
 
-    def __init__(self, folder: Path | None):
+    def __init__(self, folder: Path | None, failed: list[Exception] | None = None):
         self.folder = folder
-        self._failed = False
+        self._failed: list[Exception] = [] if failed is None else failed  # one for all stores below a root
 
     @classmethod
     def of(cls, root: str | os.PathLike[str] | None, model: Any, batches: Sequence[Mapping[str, Any]]) -> Store:
@@ -59,7 +58,7 @@ class Store:
         if self.folder is None:
             return self
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode())
-        return Store(self.folder / digest.hexdigest()[:16])
+        return Store(self.folder / digest.hexdigest()[:16], self._failed)
 
     def holds(self, name: str) -> bool:
         return self.folder is not None and self._file(name).exists()
@@ -90,7 +89,7 @@ class Store:
                 os.fsync(written.fileno())
             os.replace(partial, file)
         except (SafetensorError, OSError) as error:
-            self._failed = True
+            self._failed.append(error)
             why = getattr(error, "strerror", None) or error
             warnings.warn(
                 f"moefy cannot keep more of what is done in {self.folder.parent} ({why}): stopped, it would start anew "
@@ -122,6 +121,5 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
     """16 hexadecimal digits that follow from the names, types and values of tensors."""
     found = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
-        found.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        add_tensor(found, name, tensor)
     return found.hexdigest()[:16]

@@ -8,7 +8,6 @@ are needed, and every model with logits has it: language models, classifiers, en
 from __future__ import annotations
 
 import itertools
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 
 from moefy.calibrate import row_mask, without_cache
 from moefy.kernels.native import return_freed_memory
-from moefy.one_pass import SMALLEST_SPILLED, not_spilled
+from moefy.one_pass import SMALLEST_SPILLED, not_spilled, spill_folder
 from moefy.sites import Site
 from moefy.types import MoefyError
 
@@ -123,14 +122,14 @@ def spilled(hold_bytes: int, but: Iterable[Tensor]) -> Iterator[None]:
             held += size  # what the backward pass gives back is not counted: it is the last to come
             return tensor
         try:
-            return _Spilled.write(tensor, Path(folder) / f"{next(numbers)}.safetensors")
+            return _Spilled.write(tensor, folder / f"{next(numbers)}.safetensors")
         except (OSError, SafetensorError) as error:
-            raise not_spilled(Path(folder).parent, error) from None
+            raise not_spilled(folder.parent, error) from None
 
     def unpack(saved: Tensor | _Spilled) -> Tensor:
         return saved if isinstance(saved, Tensor) else saved.read()
 
-    with tempfile.TemporaryDirectory(prefix="moefy-") as folder, torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+    with spill_folder() as folder, torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         yield
 
 
