@@ -1,12 +1,13 @@
 """What a conversion holds in memory that the system cannot drop, beside the weights of the model.
 
     python benchmarks/memory.py                                  # 100 layers of random weights in bf16, default recipe
-    python benchmarks/memory.py --layers 200 --make DIR          # write such a model, 1.9 GB, and nothing else
+    python benchmarks/memory.py --layers 200 --make DIR          # write such a model, 1.7 GB, and nothing else
     systemd-run --user --scope -p MemoryMax=1200M -p MemorySwapMax=0 \\
         python benchmarks/memory.py --source DIR --recipe cmoe   # and convert it in less memory
 
-The model is written to a temporary directory (or read from --source), loaded as `moefy convert` does, and converted with
-a state folder, so that weights and finished layers are mapped from files. `anonymous` is the peak of what is not (Linux).
+The model is written to a temporary directory (or read from --source), loaded as `moefy convert` does, and converted
+with a state folder, so that weights and finished layers are mapped from files. `anonymous` is the peak of what is not
+(Linux).
 """
 
 from __future__ import annotations
