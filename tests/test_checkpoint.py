@@ -1,14 +1,17 @@
 """Checkpoints: whole or nothing, the same bytes for the same recipe, loaded by the Auto classes, refused elsewhere."""
 
+import copy
 import errno
 import json
 import os
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageClassification,
@@ -22,8 +25,22 @@ import moefy
 import tiny
 from moefy import checkpoint
 from moefy.cli_common import load_any
+from moefy.moe import moe_layers
 
 RECIPE = moefy.Recipe(experts=6, shared=1, active=2, top_activated=4)
+
+
+@contextmanager
+def nan_where_nothing_is_written():
+    """`torch.empty` gives NaN, or the largest integer."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.utils.deterministic.fill_uninitialized_memory = before[1]
 
 
 def converted(family="llama", recipe=RECIPE):
@@ -124,6 +141,47 @@ def test_other_dtype_keeps_the_router_in_float32(tmp_path):
     assert layer.experts_up.dtype == torch.bfloat16
     assert layer.router.up.dtype == torch.float32
     assert torch.equal(layer.router.up, model.model.layers[0].mlp.router.up)
+
+
+@pytest.mark.parametrize("router", ["representative", "mlp", "random"])
+def test_a_model_moved_to_another_dtype_keeps_its_router_in_float32(router):
+    model = converted(recipe=moefy.Recipe.of(RECIPE, router=router))
+    layer = model.model.layers[0].mlp
+    before = {name: value.clone() for name, value in layer.router.state_dict().items()}
+    model.to(torch.bfloat16)
+    assert layer.experts_up.dtype == torch.bfloat16
+    assert all(torch.equal(value, before[name]) for name, value in layer.router.state_dict().items())
+    assert tiny.output(model, tiny.inputs("llama")).isfinite().all()
+    model.to("meta")
+    assert all(value.is_meta for value in layer.router.state_dict().values())
+
+
+@pytest.mark.parametrize("family", ["llama", "bert-mlm", "t5-v1.1", "apertus", "mixtral"])
+def test_a_new_model_of_a_converted_config_has_random_weights(family):
+    recipe = moefy.Recipe.of("reconstructed", budget=0.6, expert_size=2)
+    model = tiny.tiny(family)
+    moefy.convert(model, recipe, [tiny.inputs(family, seed=seed) for seed in range(8)])
+    assert any(moe.spec.experts for moe in moe_layers(model).values())
+    config = copy.deepcopy(model.config)
+    with nan_where_nothing_is_written():
+        new = type(model)(config)
+    for moe in moe_layers(new).values():
+        assert all(value.isfinite().all() for value in moe.state_dict().values())
+        assert torch.equal(moe.neurons, torch.arange(moe.spec.neurons, dtype=torch.int32))
+        assert 0.5 * 0.02 < moe.experts_up.std() < 2 * 0.02 or not moe.spec.experts
+    assert tiny.output(new.eval(), tiny.inputs(family)).isfinite().all()
+
+
+def test_a_weight_that_a_checkpoint_lacks_is_random_and_the_rest_is_loaded(tmp_path):
+    model = converted()
+    model.save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    lacking = {"model.layers.0.mlp.experts_up", "model.layers.0.mlp.neurons"}
+    save_file({n: t for n, t in state.items() if n not in lacking}, tmp_path / "model.safetensors", {"format": "pt"})
+    again = AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(again[name], value) for name, value in state.items() if name not in lacking)
+    assert 0.01 < again["model.layers.0.mlp.experts_up"].std() < 0.04
+    assert torch.equal(again["model.layers.0.mlp.neurons"], torch.arange(tiny.NEURONS, dtype=torch.int32))
 
 
 def test_existing_output_needs_overwrite(tmp_path):

@@ -51,6 +51,14 @@ def test_partly_active_runs_and_differs(family):
     assert all(0 < layer.error < 2 for layer in report.layers)
 
 
+def test_a_t5_in_float16_is_refused_for_its_two_types(tmp_path):
+    tiny.tiny("t5-v1.1").save_pretrained(tmp_path)
+    model, _ = load_source(tmp_path, dtype="float16")
+    with pytest.raises(moefy.MoefyError, match="of two types, float16 and float32; load the model in one"):
+        moefy.convert(model, HALF, [tiny.inputs("t5-v1.1")])
+    assert not moe_layers(model)
+
+
 @pytest.mark.parametrize("activation", ACT2FN.keys())
 @pytest.mark.parametrize("family", ["llama", "bert-mlm"])
 def test_every_activation_of_transformers(family, activation, tmp_path):

@@ -4,6 +4,8 @@ import errno
 import gc
 import importlib
 import shutil
+import subprocess
+import sys
 import weakref
 
 import pytest
@@ -245,6 +247,9 @@ def test_the_command_goes_on_when_it_is_repeated(made, dense, monkeypatch, capsy
     monkeypatch.setattr("moefy.cli_convert.ROOM", float("inf"))  # what is there takes room
     assert run(monkeypatch, *args) == 0, capsys.readouterr().err
     assert len(made) == len(set(made)) > done
+    shown = capsys.readouterr()
+    assert "Going on from what an earlier run has left" in shown.err
+    assert f"{len(made)}, {done} of them before" in shown.out
     assert [file.name for file in tmp_path.iterdir()] == ["out"]
 
 
@@ -270,3 +275,31 @@ def test_without_room_beside_the_output_nothing_is_kept(dense, monkeypatch, caps
     assert run(monkeypatch, "convert", str(dense), str(tmp_path / "new" / "out"), *options) == 0
     assert "too full to keep layers" in capsys.readouterr().err
     assert [file.name for file in (tmp_path / "new").iterdir()] == ["out"]
+
+
+def test_two_processes_do_not_convert_to_one_output(made, dense, monkeypatch, capsys, tmp_path):
+    args = ["convert", str(dense), str(tmp_path / "out"), "--recipe", "cmoe", "--experts", "6", "--window", "32"]
+    state = tmp_path / ".out.converting"
+    program = (
+        "import fcntl, os, sys; folder = os.open(sys.argv[1], os.O_RDONLY); fcntl.flock(folder, fcntl.LOCK_EX);"
+        "print('locked', flush=True); sys.stdin.read()"
+    )
+    state.mkdir()
+    other = subprocess.Popen([sys.executable, "-c", program, state], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+        assert other.stdout.readline() == b"locked\n"
+        assert run(monkeypatch, *args) == 2
+        assert "Another process is converting to" in capsys.readouterr().err
+        assert state.exists()
+        assert not made
+    finally:
+        other.communicate()
+    assert run(monkeypatch, *args) == 0  # the other one is gone, and with it its claim
+    assert [file.name for file in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_mistake_before_the_first_layer_leaves_nothing(dense, monkeypatch, capsys, tmp_path):
+    args = ["convert", str(dense), str(tmp_path / "out"), "--recipe", "cmoe", "--experts", "7", "--window", "32"]
+    assert run(monkeypatch, *args) == 2
+    assert "what is done" not in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -156,26 +158,56 @@ def _batches(
 def _kept(model: Any, out: Path, target_loss: float | None) -> Iterator[Path | None]:
     """Where layers are kept until the output is written, and its removal then; None if the disk has no room for both.
 
-    What is there already is gone on from.
+    What is there already is gone on from. MoefyError if another process is converting to the same output.
     """
     from moefy import console
 
     state = out.parent / f".{out.name}.converting"
-    there = next(folder for folder in out.parents if folder.exists())
     room = (ROOM if target_loss is None else ROOM_OF_A_SEARCH) * sum(p.nbytes for p in model.parameters())
-    keeps = state.exists() or shutil.disk_usage(there).free > room
-    if not keeps:
+    there = next(folder for folder in out.parents if folder.exists())
+    left = state.exists()
+    if not left and shutil.disk_usage(there).free <= room:
         sentence = f"The disk at {there} is too full to keep layers that are done: stopped, this would start anew."
         console.err.print(sentence, soft_wrap=True)
+        yield None
+        return
+    with _claimed(state, out):
+        if left:
+            console.err.print(f"Going on from what an earlier run has left in {state}.", soft_wrap=True)
+        try:
+            yield state
+        except (KeyboardInterrupt, MoefyError) as error:
+            if any(state.glob("*/*")):
+                how = "Repeat" if isinstance(error, KeyboardInterrupt) else "If you know what to change, repeat"
+                sentence = f"{how} the command to go on, or remove what is done: {state}."
+                console.err.print(sentence, soft_wrap=True)
+            raise
+        shutil.rmtree(state, ignore_errors=True)
+
+
+@contextmanager
+def _claimed(state: Path, out: Path) -> Iterator[None]:
+    """The folder, made if need be, for this process alone; left empty it is gone after a with block."""
+    with suppress(OSError):  # where it cannot be made nothing will be kept, which is said then
+        state.mkdir(parents=True, exist_ok=True)
     try:
-        yield state if keeps else None
-    except (KeyboardInterrupt, MoefyError) as error:
-        if state.exists():
-            how = "Repeat" if isinstance(error, KeyboardInterrupt) else "If you know what to change, repeat"
-            sentence = f"{how} the command to go on, or remove what is done: {state}."
-            console.err.print(sentence, soft_wrap=True)
-        raise
-    shutil.rmtree(state, ignore_errors=True)
+        lock = os.open(state, os.O_RDONLY)
+    except OSError:
+        yield
+        return
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        raise MoefyError(f"Another process is converting to {out}; wait for it, or choose another output.") from None
+    except OSError:  # a file system without locks
+        pass
+    try:
+        yield
+    finally:
+        os.close(lock)
+        with suppress(OSError):
+            state.rmdir()
 
 
 def _converted(
@@ -206,13 +238,14 @@ def _show_conversion(model: Any, output: Path, wanted: Any, report: Any, trials:
     """The table after `convert`: what was tried for a target, what was made, and what it took."""
     from moefy import console, slim
 
+    before = f", {report.resumed} of them before" if report.resumed else ""
     searched = [
         [f"budget {t.budget:.3f}", f"{t.realised:.1%} ran, perplexity {t.rise:+.1%} on held-out text"] for t in trials
     ]
     rows = [
         ["recipe", report.recipe.name],
         *searched,
-        ["layers converted", str(len(report.layers))],
+        ["layers converted", f"{len(report.layers)}{before}"],
         ["share of FFN multiply-adds active", f"{report.active_fraction:.1%}"],
         *_share_rows(report.layers),
         *_routing_rows(report.layers),

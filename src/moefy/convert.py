@@ -44,7 +44,7 @@ class Report:
     """What a conversion did. Seconds and memory are of this run and are not stored with the checkpoint.
 
     `predicted_loss` is the rise of the loss, in nats a token, that the budgets were chosen by (None if they
-    were not): that of the model without routing.
+    were not): that of the model without routing. `resumed` of the layers were done before, by a run that was cut off.
     """
 
     recipe: Recipe
@@ -53,6 +53,7 @@ class Report:
     predicted_loss: float | None = None
     seconds: float = 0.0
     peak_bytes: int = 0
+    resumed: int = 0
 
     @property
     def active_fraction(self) -> float:
@@ -177,7 +178,9 @@ def _allocated(
 def _convert_layers(plan: Plan, store: Store, report: Report, progress: Progress | None, done: int) -> None:
     """Convert one FFN after the other, but for those in the store. For the progress: `done` is the work before."""
     # A layer that is kept costs its share of the forward passes alone.
-    work = {name: (1 if store.holds(name) else LAYER_WORK) * len(plan.batches) for name in plan.sites}
+    kept = {name for name in plan.sites if store.holds(name)}
+    work = {name: (1 if name in kept else LAYER_WORK) * len(plan.batches) for name in plan.sites}
+    report.resumed = len(kept)
     total, last = done + sum(work.values()), None
     # Experts are weighted before their sum is added to the stream.
     alone = {name: site for name, site in plan.sites.items() if not isinstance(site, ExpertSite)}

@@ -27,7 +27,7 @@ from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from moefy.moe import MoEFFN, moe_layers
-from moefy.routers import ROUTERS
+from moefy.routers import ROUTERS, Router
 from moefy.sites import bamboo, base_model_type, find_sites
 from moefy.types import LayerSpec, MoefyError
 from moefy.version import __version__
@@ -100,6 +100,11 @@ def model_class(base: Any, config: Any) -> Any:
     def __init__(self: PreTrainedModel, config: PretrainedConfig, *args: Any, **kwargs: Any) -> None:
         super(made, self).__init__(config, *args, **kwargs)
         mount_empty(self)
+        _initialise(self)  # transformers has done so for what was there before
+
+    def initialize_weights(self: PreTrainedModel) -> None:
+        super(made, self).initialize_weights()
+        _initialise(self)
 
     def from_pretrained(cls: Any, *args: Any, **kwargs: Any) -> Any:
         loaded = super(made, cls).from_pretrained(*args, **kwargs)
@@ -109,6 +114,7 @@ def model_class(base: Any, config: Any) -> Any:
     keep = set(getattr(base, "_keep_in_fp32_modules_strict", None) or ()) | {"router"}
     members = {
         "__init__": __init__,
+        "initialize_weights": initialize_weights,
         "from_pretrained": classmethod(from_pretrained),
         "__module__": __name__,
         "config_class": config,
@@ -117,6 +123,19 @@ def model_class(base: Any, config: Any) -> Any:
     made = type(f"Moefy{base.__name__}", (base,), members)
     _share_renamings(base, made)
     return made
+
+
+@torch.no_grad()
+def _initialise(model: PreTrainedModel) -> None:
+    """Random FFNs for a new model (`from_config`), as transformers makes linear layers; what is loaded stays."""
+    std = getattr(model.config.get_text_config(), "initializer_range", None) or 0.02
+    for module in model.modules():
+        if isinstance(module, (MoEFFN, Router)):
+            for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+                if not getattr(tensor, "_is_hf_initialized", False):
+                    tensor.normal_(0, std) if tensor.is_floating_point() and tensor.ndim > 1 else tensor.zero_()
+            if isinstance(module, MoEFFN) and not getattr(module.neurons, "_is_hf_initialized", False):
+                module.neurons.copy_(torch.arange(module.spec.neurons))
 
 
 def __getattr__(name: str) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -64,6 +64,16 @@ class Router(nn.Module, abc.ABC):
         if not cls.ships:
             return spec.experts * spec.width
         return sum(p.numel() for p in cls(spec).parameters() if p.ndim > 1)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
+        """As every module's, but that `model.to(torch.bfloat16)` or `half()` leaves a router in float32."""
+
+        def keep_float32(t: Tensor) -> Tensor:
+            new = fn(t)
+            narrows = new.is_floating_point() and new.dtype.itemsize < t.dtype.itemsize
+            return t.to(new.device) if narrows else new
+
+        return super()._apply(keep_float32, recurse)
 
     def _weight(self, *shape: int) -> nn.Parameter:
         # Always float32: half precision flips near ties between experts.

@@ -56,17 +56,28 @@ class Site:
             )
         elif family.gate:
             gate, gate_bias = rows(owner.get_submodule(family.gate))
+        down_rows, down_bias = rows(down)
+        self._check_types(up, down_rows)
         return FFNWeights(
             up=up,
-            down=rows(down)[0].t(),
+            down=down_rows.t(),
             gate=gate,
             up_bias=up_bias,
             gate_bias=gate_bias,
-            down_bias=rows(down)[1],
+            down_bias=down_bias,
             activation=self.activation,
             activate_up=family.activate_up,
             activation_state=self._activation_state(),
         )
+
+    def _check_types(self, up: Tensor, down: Tensor) -> None:
+        """MoefyError for a T5 in float16, whose down-projections transformers keeps in float32."""
+        if up.dtype != down.dtype:
+            kinds = " and ".join(str(t.dtype).removeprefix("torch.") for t in (up, down))
+            raise MoefyError(
+                f"The weights of {self.name} are of two types, {kinds}; load the model in one: --dtype float32 or "
+                f"bfloat16."
+            )
 
     @torch.no_grad()
     def write(self, ffn: FFNWeights) -> None:
