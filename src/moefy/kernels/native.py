@@ -110,6 +110,13 @@ def _all_bf16(matrices: list[Tensor | None]) -> bool:
     return True
 
 
+def _check_shapes(up: Tensor, matrices: list[Tensor], biases: tuple[Tensor | None, Tensor | None]) -> None:
+    if any(m.shape != up.shape for m in matrices):
+        raise ValueError(f"matrices must have one shape: {[tuple(m.shape) for m in matrices]}")
+    if any(b is not None and b.shape != up.shape[:2] for b in biases):
+        raise ValueError(f"biases must be {tuple(up.shape[:2])}")
+
+
 class _Bank:
     """Experts of one size in packed memory. Matrices (E, M, D), biases (E, M)."""
 
@@ -131,10 +138,7 @@ class _Bank:
         if weights not in _WEIGHTS:
             raise ValueError(f"precision is one of {', '.join(_WEIGHTS)}, not {weights!r}")
         matrices = [m for m in (gate, up, down) if m is not None]
-        if any(m.shape != up.shape for m in matrices):
-            raise ValueError(f"matrices must have one shape: {[tuple(m.shape) for m in matrices]}")
-        if any(b is not None and b.shape != up.shape[:2] for b in (gate_bias, up_bias)):
-            raise ValueError(f"biases must be {tuple(up.shape[:2])}")
+        _check_shapes(up, matrices, (gate_bias, up_bias))
         if gate is None and (gate_bias is not None or activate_up):
             raise ValueError("gate_bias and activate_up need a gate")
         self.shape = tuple(up.shape)

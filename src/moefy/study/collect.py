@@ -57,6 +57,19 @@ class Layer:
     places: list[Tensor] = field(default_factory=list)
     tokens: int = 0
 
+    def count(self, ffn: FFNWeights, rows: Tensor, moe: MoEFFN | None) -> None:
+        """Add what inputs (T, D) do in the FFN, which experts they take in `moe` included."""
+        normalised = normalised_rows(ffn)
+        for x in rows.split(1024):
+            fires = firing(ffn, x.float()) > 0
+            self.fired += fires.sum(0)
+            self.active.append(fires.float().mean(1))
+            marks = normalised.hidden_of_unit(x.float()).abs().topk(min(MARKED, ffn.neurons), dim=1).indices
+            self.marked += torch.bincount(marks.flatten(), minlength=ffn.neurons)
+            if moe is not None:
+                self.chosen.append(moe.route(x).to(torch.int32))
+        self.tokens += len(rows)
+
 
 def collect(
     model: Any,
@@ -78,23 +91,13 @@ def collect(
         layer = layers[name]
 
         def hook(module: nn.Module, args: tuple) -> None:
-            ffn = read().to(torch.float32)  # for one layer at a time
-            normalised = normalised_rows(ffn)
-            rows = args[0].reshape(-1, args[0].shape[-1]).float()
+            rows = args[0].reshape(-1, args[0].shape[-1])
             keep = row_mask(model, name, batch, len(rows))
             rows = rows if keep is None else rows[keep]
             if token_rows(model, name) is not None:
                 layer.places.append(_places(model, name, batch, streams[layer.stream]))
             check_finite(model, rows.abs())
-            for x in rows.split(1024):
-                fires = firing(ffn, x) > 0
-                layer.fired += fires.sum(0)
-                layer.active.append(fires.float().mean(1))
-                marks = normalised.hidden_of_unit(x).abs().topk(min(MARKED, ffn.neurons), dim=1).indices
-                layer.marked += torch.bincount(marks.flatten(), minlength=ffn.neurons)
-                if moe is not None:
-                    layer.chosen.append(moe.route(x.to(args[0].dtype)).to(torch.int32))
-            layer.tokens += len(rows)
+            layer.count(read().to(torch.float32), rows, moe)  # in float32 for one layer at a time
             if step:
                 step(number, len(layers))
 
