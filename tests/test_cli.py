@@ -234,7 +234,7 @@ def test_a_mistake_in_a_process_of_its_own(tmp_path):
     assert not _tree(tmp_path)
 
 
-@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_conversion_that_is_stopped_leaves_what_is_done_and_nothing_else(stop, dense, tmp_path):
     scratch, out = tmp_path / "tmp", tmp_path / "out"
     scratch.mkdir()

@@ -47,7 +47,7 @@ def test_running_the_package_waits_for_no_torch():
     assert " torch\n" not in done.stderr
 
 
-@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("module", ["torch", "transformers"])
 def test_a_stop_while_a_command_starts_is_a_sentence(module, stop, dense):
     # Asked from within, so that it comes amid the import and not before or after.

@@ -348,6 +348,9 @@ def test_calibration_and_measurement_share_no_words(dense, tmp_path):
     text.write_text("one\n\ntwo\n\nthree\n\nfour")
     calibrated, measured = _bodies(str(text), None)
     assert calibrated + measured["a.txt"] == text.read_text()
+    (tmp_path / "again.txt").symlink_to(text)
+    calibrated, measured = _bodies(str(text), [str(tmp_path / "again.txt"), str(tmp_path / "." / "a.txt")])
+    assert {calibrated + body for body in measured.values()} == {text.read_text()}
     (tmp_path / "b.txt").write_text("five")
     calibrated, measured = _bodies(str(text), [str(tmp_path / "b.txt")])
     assert calibrated == text.read_text()

@@ -264,7 +264,7 @@ def test_a_gguf_holds_what_was_asked_for(weights, like, tmp_path):
         # Eight neurons an expert: rows of the down-projections are no whole blocks.
         short = name == "down" and weights in ("q8_0", "q4_0")
         assert found.tensor_type == (gguf.GGMLQuantizationType.F16 if short else kind)
-        wanted = rows.unflatten(0, (moe.spec.experts, -1))
+        wanted = rows.detach().unflatten(0, (moe.spec.experts, -1))
         wanted = (wanted.mT if name == "down" else wanted).numpy()
         got = gguf.dequantize(found.data, found.tensor_type).reshape(wanted.shape)
         step = 2**-11 if short else {"f32": 0, "f16": 2**-11, "bf16": 2**-8, "q8_0": 2**-7, "q4_0": 2**-2}[weights]

@@ -70,13 +70,20 @@ def test_a_model_that_is_not_cached_is_a_sentence(asked):
     assert asked == ["acme/no-such-model"]
 
 
-def test_a_cached_model_loads_without_a_network(tmp_path):
+def cached(tmp_path, **files):
+    """A hub's cache with acme/tiny in it."""
     place = tmp_path / "hub" / "models--acme--tiny"
     tiny.tiny("llama").save_pretrained(place / "snapshots" / "1")
     pydoc_tokenizer().save_pretrained(place / "snapshots" / "1")
+    for name, text in files.items():
+        (place / "snapshots" / "1" / f"{name}.json").write_text(text)
     (place / "refs").mkdir()
     (place / "refs" / "main").write_text("1")
-    environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_ENDPOINT": "http://127.0.0.1:9"}
+    return {**os.environ, "HF_HOME": str(tmp_path), "HF_ENDPOINT": "http://127.0.0.1:9"}
+
+
+def test_a_cached_model_loads_without_a_network(tmp_path):
+    environment = cached(tmp_path)
     start = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-m", "moefy", "generate", "acme/tiny", "the value", "--tokens", "2"],
@@ -87,3 +94,17 @@ def test_a_cached_model_loads_without_a_network(tmp_path):
     assert done.returncode == 0, done.stderr
     assert set(done.stderr.splitlines()) <= {"Loading acme/tiny"}  # said where that takes its time
     assert time.monotonic() - start < 60  # 146 s with what the packages do
+
+
+def test_a_processor_comes_along_from_the_hub(tmp_path):
+    environment = cached(tmp_path, preprocessor_config='{"size": 3}')
+    options = ["--recipe", "cmoe", "--experts", "6", "--window", "32", "--windows", "4"]
+    done = subprocess.run(
+        [sys.executable, "-m", "moefy", "convert", "acme/tiny", str(tmp_path / "out"), *options],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "preprocessor_config.json").read_text() == '{"size": 3}'
+    assert not (tmp_path / "out" / "processor_config.json").exists()

@@ -102,9 +102,10 @@ def test_padding_is_no_calibration():
         report = moefy.convert(model, HALF, batches)
         found.append((report, moe_layers(model)))
     (one, padded), (other, bare) = found
-    assert sum(layer.share for layer in one.layers) == pytest.approx(2 * 2)  # of each layer, two experts a token
+    spec = next(iter(padded.values())).spec
+    assert sum(layer.work for layer in one.layers) == 2 * 2 * mask.sum() * spec.multiply_adds  # two experts a token
     for a, b in zip(one.layers, other.layers, strict=True):
-        assert a.share == b.share
+        assert a.work == b.work
         assert a.error == pytest.approx(b.error, rel=1e-4)
     assert all(torch.equal(padded[name].neurons, bare[name].neurons) for name in padded)
 
@@ -116,7 +117,7 @@ def test_an_expert_that_hardly_a_token_chooses_stays_whole(recipe, tmp_path):
     before = next(site for site in find_sites(model) if site.name == name).read()
     report = moefy.convert(model, recipe, [feed])
     kept = next(layer for layer in report.layers if layer.name == name)
-    assert kept.share == 0
+    assert kept.work == 0
     assert kept.shared == kept.neurons
     assert kept.experts == kept.top_k == 0
     assert torch.equal(moe_layers(model)[name].to_dense().up, before.up)
@@ -131,7 +132,8 @@ def test_the_budget_counts_experts_that_stay_whole():
     ids = torch.randint(3, VOCAB, (48, 1, 14), generator=torch.Generator().manual_seed(0))
     recipe = moefy.Recipe.of("reconstructed", budget=0.6, expert_size=8)
     report = moefy.convert(model, recipe, [{"input_ids": x} for x in ids])
-    assert any(layer.experts == 0 and layer.share > 0.2 for layer in report.layers)
+    most = max(layer.work for layer in report.layers)
+    assert any(layer.experts == 0 and layer.work > 0.2 * most for layer in report.layers)
     assert report.active_fraction <= 0.6 + 1e-6
 
 
@@ -139,7 +141,7 @@ def test_the_budget_counts_experts_that_stay_whole():
 def test_the_budget_counts_an_expert_by_its_tokens(family):
     model, feed = tiny.tiny(family), tiny.inputs(family, batch=160)
     report = moefy.convert(model, moefy.Recipe.of("reconstructed", budget=0.6, expert_size=8), [feed])
-    weights = [layer.neurons * layer.share for layer in report.layers]
+    weights = [layer.work for layer in report.layers]
     mean = sum(w * layer.active_fraction for w, layer in zip(weights, report.layers, strict=True)) / sum(weights)
     assert report.active_fraction == pytest.approx(mean)
     assert 0.4 < report.active_fraction <= 0.6 + 1e-6

@@ -101,6 +101,10 @@ def test_what_would_mean_nothing_or_be_ignored_is_refused(recipe, options, sente
         ("1: 2", "1: Keys should be strings."),
         ("routr: mlp", "routr: there is no such field, the nearest is router."),
         ("x: 1", f"x: there is no such field, use one of {', '.join(Recipe.model_fields)}."),
+        (
+            "most_active: 1",
+            "most_active bounds a selection by threshold; name the recipe reconstructed, or set that.",
+        ),
         ("shared: 0\nactive: 0", "no expert is shared and none active, so nothing would run; give more."),
     ],
 )
@@ -114,6 +118,21 @@ def test_a_field_of_several_types_is_one_sentence(text, sentence):
 def test_what_yaml_cannot_read_is_one_sentence(text):
     with pytest.raises(moefy.MoefyError, match=r"recipe (nests its YAML too deeply|has a date or a number)"):
         Recipe.from_yaml(text)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_mapping_holds_what_differs_from_the_recipe_that_it_names(name):
+    assert Recipe.from_yaml(f"name: {name}\nseed: 3") == Recipe.of(name, seed=3)
+    assert Recipe.of({"name": name}) == RECIPES[name]
+    whole = Recipe(name=name, experts=6, shared=1, active=2)
+    assert Recipe.from_yaml(whole.to_yaml()) == whole
+
+
+def test_the_documented_way_to_make_the_mean_a_bound():
+    recipe = Recipe.from_yaml("name: reconstructed\nmost_active: 1")
+    assert recipe == Recipe.of("reconstructed", most_active=1)
+    spec = recipe.layer_spec(FFNWeights(torch.zeros(480, 64), torch.zeros(480, 64)), "ffn")
+    assert spec.most == spec.top_k > 0
 
 
 def test_most_active_may_be_any_number():

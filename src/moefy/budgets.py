@@ -37,11 +37,16 @@ METRIC_BATCHES, CURVE_BATCHES = 8, 12
 class Curve:
     """Predicted rise of the loss `loss` (GRID,) when 0 ... 1 of a layer's neurons run; its multiply-adds `size`.
 
-    Both are a mean over the layer's tokens, of which an expert of a mixture gets a share.
+    Both are for a token of the layers that most come by. A layer that fewer come by counts the less: an expert of a
+    mixture, the decoder where answers are short, the last stages of a Swin.
     """
 
     loss: Tensor
     size: float
+
+    def weighted(self, weight: float) -> Curve:
+        """The curve of a layer that `weight` times as many tokens come by."""
+        return Curve(self.loss.where(self.loss.isinf(), weight * self.loss), weight * self.size)
 
 
 @dataclass(frozen=True)
@@ -52,7 +57,7 @@ class Sensitivity:
     curves: dict[str, Curve]
 
     def predicted_loss(self, shares: Mapping[str, float]) -> float:
-        """The sum of the layers' predicted losses, nats a token, at these shares and without routing."""
+        """The sum of the layers' predicted losses at these shares and without routing: nats a token that most see."""
         return sum(float(curve.loss[round(shares[name] * (GRID - 1))]) for name, curve in self.curves.items())
 
     def fingerprint(self) -> str:
@@ -87,18 +92,21 @@ def measure(
             known = store.put("metrics", found)
         metrics, _ = known
         curves: dict[str, Curve] = {}
+        tokens: dict[str, int] = {}
+        most = 1
         for arrival in OnePass(model, sites, spread(batches, CURVE_BATCHES), real_tokens, hold_bytes):
             name = arrival.name
             if (known := store.get(f"curve.{name}")) is None:
-                curve = _curve(sites[name].read().to(torch.float32), arrival, chunk, metrics.get(name))
-                known = store.put(f"curve.{name}", {"loss": curve.loss}, {"size": curve.size})
-            curves[name] = Curve(known[0]["loss"], known[1]["size"])
+                curve, count = _curve(sites[name].read().to(torch.float32), arrival, chunk, metrics.get(name))
+                known = store.put(f"curve.{name}", {"loss": curve.loss}, {"size": curve.size, "tokens": count})
+            curves[name], tokens[name] = Curve(known[0]["loss"], known[1]["size"]), known[1]["tokens"]
+            most = max(most, tokens[name], arrival.layer_tokens)
             if progress:
                 progress(total - (len(sites) - len(curves)) * min(CURVE_BATCHES, len(batches)), total, name)
     finally:
         join_experts(model)
         model.train(was_training)
-    return Sensitivity(metrics, curves)
+    return Sensitivity(metrics, {name: curve.weighted(tokens[name] / most) for name, curve in curves.items()})
 
 
 def measure_work(sites: Mapping[str, Site], batches: Sequence[Mapping[str, Any]]) -> int:
@@ -106,30 +114,28 @@ def measure_work(sites: Mapping[str, Site], batches: Sequence[Mapping[str, Any]]
     return len(sites) * (min(METRIC_BATCHES, len(batches)) + min(CURVE_BATCHES, len(batches)))
 
 
-def _curve(ffn: FFNWeights, arrival: Arrival, chunk: int, metric: Tensor | None) -> Curve:
-    if metric is None or not arrival.suffices:
-        return _whole(ffn, arrival.share)
-    return loss_curve(NeuronStats(ffn, arrival.inputs, chunk, name=arrival.name, metric=metric), arrival.share)
+def _curve(ffn: FFNWeights, arrival: Arrival, chunk: int, metric: Tensor | None) -> tuple[Curve, int]:
+    """The curve of one FFN, for a token of its own, and how many come by."""
+    if not arrival.suffices:
+        return _whole(ffn), arrival.tokens
+    stats = NeuronStats(ffn, arrival.inputs, chunk, name=arrival.name, metric=metric)
+    return _whole(ffn) if metric is None else loss_curve(stats), stats.tokens
 
 
-def _whole(ffn: FFNWeights, share: float) -> Curve:
-    """The curve of an expert that too few tokens choose to measure it: it stays as it is."""
-    loss = torch.tensor([torch.inf] * (GRID - 1) + [0.0], dtype=torch.float64)
-    return Curve(loss, share * ffn.neurons * ffn.width * (2 if ffn.gate is None else 3))
+def _whole(ffn: FFNWeights) -> Curve:
+    """The curve of an FFN that cannot be measured, as of an expert that too few tokens choose: it stays as it is."""
+    return Curve(torch.tensor([torch.inf] * (GRID - 1) + [0.0], dtype=torch.float64), ffn.multiply_adds)
 
 
-def loss_curve(stats: NeuronStats, share: float = 1.0) -> Curve:
-    """The curve of one FFN from its dense inputs; nats a token if `stats.metric` is the Fisher information.
-
-    `share` of its layer's tokens come by.
-    """
+def loss_curve(stats: NeuronStats) -> Curve:
+    """The curve of one FFN from its dense inputs; nats a token if `stats.metric` is the Fisher information."""
     found, neurons = eliminate(stats), stats.ffn.neurons
     # With `kept` neurons the first F - kept are gone.
     cost = torch.cat([torch.zeros(1, dtype=torch.float64), found.cost]).flip(0)
     kept = torch.linspace(0, neurons, GRID, dtype=torch.float64)
     low = kept.floor().long().clamp_max(neurons - 1)
     loss = torch.lerp(cost[low], cost[low + 1], kept - low) / (2 * stats.gram[-1, -1])
-    return Curve(share * loss, share * neurons * stats.ffn.width * (2 if stats.ffn.gate is None else 3))
+    return Curve(loss, stats.ffn.multiply_adds)
 
 
 def allocate(curves: Mapping[str, Curve], budget: float, least: Mapping[str, float] | None = None) -> dict[str, float]:
@@ -148,7 +154,8 @@ def allocate(curves: Mapping[str, Curve], budget: float, least: Mapping[str, flo
         found = grid[(losses + price * weights[:, None] * grid).argmin(1)]
         return found.where(found <= DENSE, 1.0)
 
-    low, high = 1e-15, 1e6
+    scale = float(losses[losses.isfinite()].max().clamp_min(1e-30))  # of what a share more can save
+    low, high = 1e-15 * scale, 1e6 * scale
     for _ in range(100):
         price = (low * high) ** 0.5
         low, high = (price, high) if float(weights @ shares(price)) > budget else (low, price)

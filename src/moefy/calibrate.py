@@ -64,6 +64,8 @@ def positions(model: Any) -> int | None:
     embeddings = getattr(getattr(model, "base_model", None), "embeddings", None)
     table = getattr(embeddings, "position_embeddings", None)
     unused = getattr(table, "padding_idx", None)
+    if found is not None and found < 1:
+        return None
     return found if table is None or unused is None else table.num_embeddings - unused - 1
 
 
@@ -139,6 +141,9 @@ def check_batches(batches: Iterable[Mapping[str, Any]], what: str = "calibration
         for key, value in batch.items():
             if isinstance(value, Tensor) and value.is_floating_point() and not value.isfinite().all():
                 raise MoefyError(f"{what.capitalize()} batch {i} has NaN or infinite values in {key!r}.")
+        ids = batch.get("input_ids")
+        if ids is not None and (not isinstance(ids, Tensor) or not ids.numel()):
+            raise MoefyError(f"{what.capitalize()} batch {i} has no tokens: its input_ids must be a tensor with some.")
     return checked
 
 

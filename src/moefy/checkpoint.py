@@ -17,7 +17,7 @@ import transformers
 from safetensors import SafetensorError
 from transformers import GenerationConfig, PreTrainedModel
 
-from moefy import hf, slim
+from moefy import hf, hub, slim
 from moefy.model_card import model_card
 from moefy.recipe import Recipe
 from moefy.sites import bamboo, find_sites
@@ -202,6 +202,8 @@ def to_dense(model: PreTrainedModel) -> PreTrainedModel:
     MoefyError if a refit has added output biases that the architecture has no place for, or if experts are weighted.
     """
     dense = hf.bare_model(model)
+    for tensor in {id(t): t for t in (*dense.parameters(), *dense.buffers())}.values():
+        tensor.data = tensor.data.clone()
     for site in find_sites(dense):
         moe: Any = model.get_submodule(site.entry_name)
         if moe.spec.gate_scale:
@@ -229,14 +231,23 @@ def _write(
         (slim.ordinary(model) if slim.is_slim(record) else model).save_pretrained(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-    for name in _COMPANIONS:
-        companion = Path(source or "").expanduser() / name
-        if source and companion.is_file() and not (folder / name).exists():
+    for name, companion in _companions(source).items():
+        if not (folder / name).exists():
             shutil.copyfile(companion, folder / name)
     (folder / "recipe.yaml").write_text(Recipe.of(record["recipe"]).to_yaml(), encoding="utf-8")
     report = {**record, **({"slim": slim.summary(record)} if slim.is_slim(record) else {}), "figures": figures or {}}
     (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     (folder / "README.md").write_text(model_card(model, source, figures or {}), encoding="utf-8")
+
+
+def _companions(source: str | None) -> dict[str, Path]:
+    """Files of the source, a directory or a hub name, that come along as they are."""
+    if not source:
+        return {}
+    origin = local_path(source)
+    if not origin.exists():
+        return hub.files(source, _COMPANIONS)
+    return {name: origin / name for name in _COMPANIONS if (origin / name).is_file()}
 
 
 def mend_generation(model: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import json
 import os
 import signal
@@ -143,6 +144,9 @@ def demo(
 
 def main() -> None:
     """Run the command that sys.argv names; moefy_cli.main is the entry point."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal may not know a dash, or a file's name be no text
     try:
         app(standalone_mode=True)
     except MoefyError as error:

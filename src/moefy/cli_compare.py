@@ -94,13 +94,13 @@ def _bodies(calibration: str, texts: Sequence[str] | None) -> tuple[str, dict[st
 
     whole = read_text(calibration)
     first, second = halves(whole)
-    chosen = list(dict.fromkeys(texts or [calibration]))
     bodies: dict[str, str] = {}
-    for source in chosen:
+    for source in dict.fromkeys(texts or [calibration]):
         name = source if len(source) <= 200 else f"{source[:40]}…"
         name = Path(name).name if Path(name).name not in bodies else name
-        bodies[name] = second if source == calibration else read_text(source)
-    return first if calibration in chosen else whole, bodies
+        text = whole if source == calibration else read_text(source)
+        bodies[name] = second if text == whole else text  # by its words: a file has many paths
+    return first if second in bodies.values() else whole, bodies
 
 
 def _data(

@@ -57,9 +57,8 @@ class Report:
 
     @property
     def active_fraction(self) -> float:
-        """Multiply-adds of the FFNs over the dense ones, routers included, over the whole model."""
-        total = sum(layer.neurons * layer.share for layer in self.layers)
-        return sum(layer.active_fraction * layer.neurons * layer.share for layer in self.layers) / total
+        """Multiply-adds of the FFNs on the calibration over the dense ones', routers included, in the whole model."""
+        return sum(layer.active_fraction * layer.work for layer in self.layers) / sum(x.work for x in self.layers)
 
     def stored(self) -> dict[str, Any]:
         """The part that a given recipe, source and calibration determine."""
@@ -191,7 +190,9 @@ def _convert_layers(plan: Plan, store: Store, report: Report, progress: Progress
         moe, layer = _converted(plan, store, arrival, plan.recipe.seed + len(report.layers))
         # One token now, outside every batch: what packing the weights keeps must not count as a batch's own to spill.
         moe(next(arrival.inputs())[:1])
-        plan.sites[arrival.name].mount(moe)
+        site = plan.sites[arrival.name]
+        moe.trainable(site.trains)
+        site.mount(moe)
         report.layers.append(layer)
         last, done = (arrival.name, moe), done + work[arrival.name]
         if progress:
@@ -228,7 +229,17 @@ def _mark(model: Any, report: Report) -> None:
 
 
 def check_dense(model: nn.Module) -> None:
-    """MoefyError if moefy has converted the model already, or if it has adapters."""
+    """MoefyError if moefy has converted the model already, or if it is compiled, wrapped, unloaded or has adapters."""
+    if any(getattr(m, "_compiled_call_impl", None) or hasattr(m, "_orig_mod") for m in model.modules()):
+        raise MoefyError("This model is compiled; convert it first and compile what comes of it.")
+    if not hasattr(model, "config"):
+        raise MoefyError(f"This {type(model).__name__} is no model of transformers; give the model that it wraps.")
+    if getattr(model.config, "_attn_implementation", None) == "flex_attention":
+        raise MoefyError('This model attends by flex_attention, which compiles itself; load it with "sdpa" instead.')
+    if any(p.device.type not in ("cpu", "meta") for p in model.parameters()):
+        raise MoefyError('moefy converts on the CPU: call model.to("cpu") first, and move what comes of it.')
+    if any(p.is_meta for p in model.parameters()):
+        raise MoefyError("Weights of this model are not in memory (meta tensors); load it without offloading them.")
     if any(type(module).__module__.startswith("peft.") for module in model.modules()):
         raise MoefyError("This model has adapters of peft; merge them into its weights first: merge_and_unload().")
     if getattr(model.config, "moefy", None):

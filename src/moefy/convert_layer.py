@@ -32,7 +32,7 @@ ERROR_TOKENS = 2048
 class LayerReport:
     """One converted FFN. `error` is ‖dense - converted‖² / ‖dense‖² on calibration tokens, its own inputs.
 
-    `share` of its layer's tokens came by: 1, but for the experts of a model that is a mixture already. `mass` is the
+    `work` is what the dense FFN takes for the calibration's tokens that come by, in multiply-adds. `mass` is the
     share of the activation mass that the chosen experts hold there and `overlap` the share of MoEfication's ground
     truth that is chosen (both None if nothing is routed); `seconds` is what making it took, in whatever
     run that was.
@@ -46,7 +46,7 @@ class LayerReport:
     top_k: int
     active_fraction: float
     error: float
-    share: float = 1.0
+    work: int
     mass: float | None = None
     overlap: float | None = None
     seconds: float = 0.0
@@ -68,7 +68,9 @@ def convert_layer(
     start, ffn, inputs = time.perf_counter(), site.read(), arrival.inputs
     if not arrival.suffices:
         moe = whole_layer(ffn, specs[0])
-        return moe, LayerReport(site.entry_name, ffn.neurons, ffn.neurons, 0, 0, 0, 1.0, 0.0, arrival.share)
+        return moe, LayerReport(
+            site.entry_name, ffn.neurons, ffn.neurons, 0, 0, 0, 1.0, 0.0, ffn.multiply_adds * arrival.tokens
+        )
     stats = NeuronStats(
         ffn.to(torch.float32), inputs, recipe.chunk_tokens, recipe.top_activated, site.name, metric, arrival.targets
     )
@@ -91,7 +93,7 @@ def convert_layer(
         top_k=spec.top_k,
         active_fraction=moe.active_fraction(),
         error=error,
-        share=arrival.share,
+        work=ffn.multiply_adds * stats.tokens,
         mass=routing.mass if routing else None,
         overlap=routing.overlap if routing else None,
         seconds=time.perf_counter() - start,

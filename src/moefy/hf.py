@@ -8,6 +8,7 @@ re-initialising the FFNs that it does not find.
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import mmap
 from collections.abc import Mapping
@@ -108,17 +109,18 @@ def model_class(base: Any, config: Any) -> Any:
 
     def from_pretrained(cls: Any, *args: Any, **kwargs: Any) -> Any:
         loaded = super(made, cls).from_pretrained(*args, **kwargs)
-        own_memory(loaded[0] if isinstance(loaded, tuple) else loaded)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        own_memory(model)
+        for moe in moe_layers(model).values():
+            moe.trainable(bool(moe.experts_up.requires_grad))
         return loaded
 
-    keep = set(getattr(base, "_keep_in_fp32_modules_strict", None) or ()) | {"router"}
     members = {
         "__init__": __init__,
         "initialize_weights": initialize_weights,
         "from_pretrained": classmethod(from_pretrained),
         "__module__": __name__,
         "config_class": config,
-        "_keep_in_fp32_modules_strict": keep,
     }
     made = type(f"Moefy{base.__name__}", (base,), members)
     _share_renamings(base, made)
@@ -179,12 +181,17 @@ def own_memory(model: PreTrainedModel) -> None:
 
 
 def _mapped_files() -> list[tuple[int, int]]:
-    """Address ranges of this process that are mapped from safetensors files (Linux; elsewhere none)."""
+    """Address ranges of this process that are mapped from files but no libraries (Linux; elsewhere none).
+
+    By any name: the hub's cache calls safetensors files by their hash.
+    """
     try:
         lines = Path("/proc/self/maps").read_text().splitlines()
     except OSError:
         return []
-    ranges = [line.split(maxsplit=1)[0].split("-") for line in lines if line.endswith(".safetensors")]
+    fields = [line.split(maxsplit=5) for line in lines]
+    files = [f for f in fields if len(f) == 6 and f[5].startswith("/") and not f[5].startswith("/dev/")]
+    ranges = [f[0].split("-") for f in files if ".so" not in Path(f[5]).name]
     return [(int(low, 16), int(high, 16)) for low, high in ranges]
 
 
@@ -236,7 +243,7 @@ def base_class(model: PreTrainedModel) -> Any:
 
 
 def bare_model(model: PreTrainedModel, sizes: Mapping[str, int] | None = None) -> PreTrainedModel:
-    """A new dense model of the source's class with a converted model's weights, those of its FFNs excepted.
+    """A new dense model of the source's class on a converted model's memory, without weights (on meta) in its FFNs.
 
     `sizes` are changes to its config, such as {"intermediate_size": 768} or {"text_config.intermediate_size": 768}.
     """
@@ -246,11 +253,27 @@ def bare_model(model: PreTrainedModel, sizes: Mapping[str, int] | None = None) -
     for attribute, size in (sizes or {}).items():
         part, _, last = attribute.rpartition(".")
         setattr(config_value(config, part), last, size)
-    bare = base._from_config(config, dtype=model.dtype)
+    with torch.device("meta"):
+        bare = base._from_config(config, dtype=model.dtype)
     own = bare.state_dict().keys()
-    bare.load_state_dict({k: v for k, v in model.state_dict().items() if k in own}, strict=False)
+    bare.load_state_dict({k: v for k, v in model.state_dict().items() if k in own}, strict=False, assign=True)
     bare.tie_weights()
+    _take_computed(bare, model)
+    if getattr(model, "generation_config", None) is not None:
+        bare.generation_config = copy.deepcopy(model.generation_config)
     return bare
+
+
+def _take_computed(bare: torch.nn.Module, model: torch.nn.Module) -> None:
+    """Give a model on meta what another of its kind has computed when it was made and does not store: frequencies."""
+    modules = dict(model.named_modules())
+    for name, module in bare.named_modules():
+        if name not in modules:  # of an FFN
+            continue
+        for mine, given in ((module._buffers, modules[name]._buffers), (vars(module), vars(modules[name]))):
+            for key, value in mine.items():
+                if isinstance(value, torch.Tensor) and value.is_meta and key in given:
+                    mine[key] = given[key]
 
 
 def config_value(config: Any, path: str) -> Any:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 # Seconds to wait for the hub's answer.
@@ -47,3 +48,23 @@ def quiet(cached_only: bool = False) -> Iterator[None]:
             undo.callback(setattr, settings, "HF_HUB_OFFLINE", settings.HF_HUB_OFFLINE)
             settings.HF_HUB_OFFLINE = settings.HF_HUB_OFFLINE or cached_only
         yield
+
+
+def files(name: str, wanted: Sequence[str]) -> dict[str, Path]:
+    """Those of the wanted files that a model has which was loaded from the hub, by name; none of any other model."""
+    with quiet(cached_only=True):
+        if _file(name, "config.json") is None:
+            return {}
+    with quiet(cached_only=failure(name) is not None):
+        found = {file: _file(name, file) for file in wanted}
+    return {file: path for file, path in found.items() if path is not None}
+
+
+def _file(name: str, file: str) -> Path | None:
+    from transformers.utils import cached_file
+
+    try:
+        found = cached_file(name, file, _raise_exceptions_for_missing_entries=False)
+    except (OSError, ValueError):  # of a name that is none, and of a hub that does not answer
+        return None
+    return Path(found) if found else None

@@ -132,18 +132,19 @@ class MoEFFN(nn.Module):
             return torch.arange(self.spec.experts, device=x.device).expand(len(x), -1), None
         if router is None or self.top_k == 0:
             return torch.empty(len(x), 0, dtype=torch.long, device=x.device), None
-        with torch.set_grad_enabled(torch.is_grad_enabled() and router.scale is not None):
+        threshold, scale, balance = router.settings()
+        with torch.set_grad_enabled(torch.is_grad_enabled() and scale is not None):
             scores = router(x, None if router.ships else self.weights())
         with torch.no_grad():
-            ranked = scores if router.balance is None else scores + router.balance
+            ranked = scores if balance is None else scores + balance
             if self.spec.most and not every:
-                chosen = above(ranked, router.threshold, self.spec.most)  # type: ignore[arg-type]
+                chosen = above(ranked, threshold, self.spec.most)  # type: ignore[arg-type]
             else:
                 chosen = highest(ranked, self.top_k)
-        if router.scale is None:
+        if scale is None:
             return chosen, None
         place = chosen.clamp_min(0)
-        return chosen, 1 + scores.softmax(1).gather(1, place) * router.scale[place]
+        return chosen, 1 + scores.softmax(1).gather(1, place) * scale[place]
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(..., D) to (..., D)."""
@@ -206,7 +207,7 @@ class MoEFFN(nn.Module):
 
     def _trains(self) -> bool:
         scale = self.router.scale if self.router is not None else None
-        return bool(self.experts_up.requires_grad) or (scale is not None and bool(scale.requires_grad))
+        return any(p is not None and p.requires_grad for p in (*self._parameters.values(), scale))
 
     def _may_pack(self) -> bool:
         """Not what autograd, an optimizer, a functional call or an offloading hook still holds."""
@@ -270,6 +271,12 @@ class MoEFFN(nn.Module):
             own = None if value is None else nn.Parameter(value.detach().clone(), requires_grad=False)
             setattr(self.router, name, own)
 
+    def trainable(self, wanted: bool) -> None:
+        """Let training change the weights, or not; never what the router decides by."""
+        self.requires_grad_(wanted)
+        if self.router is not None:
+            self.router.freeze()
+
     def packed_bytes(self) -> int:
         """Bytes of packed memory, the packed router's copy included; 0 when not packed."""
         return self._packed.nbytes if self._packed is not None else 0
@@ -305,7 +312,7 @@ class MoEFFN(nn.Module):
         experts = min(self.top_k, spec.experts) if experts is None else experts
         active = (spec.shared + experts * spec.expert_size) * per_neuron
         routing = self.router.multiply_adds() if self.router is not None and 0 < self.top_k < spec.experts else 0
-        return (active + routing) / (spec.neurons * per_neuron)
+        return (active + routing) / spec.multiply_adds
 
     def extra_repr(self) -> str:
         return ", ".join(f"{k}={v}" for k, v in asdict(self.spec).items() if v is not None and v is not False)
@@ -327,20 +334,24 @@ class Usage:
 def usage(model: nn.Module) -> Iterator[dict[str, Usage]]:
     """Count what every converted layer of a model runs for the length of a with block."""
     layers = moe_layers(model)
+    before = {name: moe._usage for name, moe in layers.items()}
     counted = {name: Usage(torch.zeros(moe.spec.experts, dtype=torch.long)) for name, moe in layers.items()}
     for name, moe in layers.items():
         moe._usage = counted[name]
     try:
         yield counted
     finally:
-        for moe in layers.values():
-            moe._usage = None
+        for name, moe in layers.items():
+            if (outer := before[name]) is not None:
+                outer.counts += counted[name].counts
+                outer.tokens += counted[name].tokens
+            moe._usage = outer
 
 
 def realised_fraction(model: nn.Module, counted: dict[str, Usage]) -> float:
     """Multiply-adds of the FFNs that ran over the dense ones, routers included, from what `usage` counted."""
     layers = moe_layers(model)
-    sizes = {n: m.spec.neurons * (3 if m.spec.gated else 2) * counted[n].tokens for n, m in layers.items()}
+    sizes = {n: m.spec.multiply_adds * counted[n].tokens for n, m in layers.items()}
     done = sum(m.active_fraction(counted[n].experts_per_token) * sizes[n] for n, m in layers.items())
     return done / max(1, sum(sizes.values()))
 

@@ -56,8 +56,11 @@ class _Batch:
         self.storages: dict[int, weakref.ref] = {}
         self.spilled: list[tuple[torch.UntypedStorage, Path, int]] = []
 
-    def live_storages(self, but: Set[int]) -> list[torch.UntypedStorage]:
-        """The storages that this batch made and keeps alive, without those at the addresses in `but`."""
+    def live_storages(self, but: Set[int] = frozenset()) -> list[torch.UntypedStorage]:
+        """The storages that this batch made and keeps alive, without those at the addresses in `but`.
+
+        With nothing in `but` there may be weights among them, of which the batch made views.
+        """
         self.storages = {key: ref for key, ref in self.storages.items() if ref() is not None}
         tensors = [t for t in (ref() for ref in self.storages.values()) if t is not None]
         found = {t.untyped_storage()._cdata: t.untyped_storage() for t in tensors}
@@ -96,11 +99,6 @@ class Arrival:
     targets: Rows | None = None
     tokens: int = 0
     layer_tokens: int = 0
-
-    @property
-    def share(self) -> float:
-        """The share of the layer's tokens that come by."""
-        return self.tokens / self.layer_tokens if self.layer_tokens else 1.0
 
     @property
     def suffices(self) -> bool:
@@ -168,9 +166,8 @@ class OnePass:
                     for batch in running:
                         if batch.waiting_at is None and not batch.greenlet.dead:
                             self._resume(batch)
-                            common = self._common_addresses()
-                            batch.held = sum(s.nbytes() for s in batch.live_storages(common))
-                            self._spill(running, common)
+                            batch.held = sum(s.nbytes() for s in batch.live_storages())
+                            self._spill(running)
                     parked = [b for b in running if b.waiting_at is not None]
                     if not parked:
                         break
@@ -214,7 +211,7 @@ class OnePass:
             batch = self._track.batch
             if batch is not None and name not in self._done:
                 batch.inputs = args[0] if args else kwargs["hidden_states"]
-                batch.rows, batch.waiting_at = token_rows(self.model, name), name
+                batch.rows, batch.waiting_at = _own(token_rows(self.model, name)), name
                 self._root.switch()
             if batch is not None and batch.dense:
                 output, batch.output = batch.output, None
@@ -246,6 +243,7 @@ class OnePass:
             ffn = self.sites[name].read()  # before the caller replaces it; the twins of one site need no other
             self._dense = {name: lambda x: ffn.forward(x.reshape(-1, x.shape[-1])).view(x.shape)}
         known = twins and name in self.residuals
+        self._spare = self.hold_bytes - sum(b.held for b in here if not b.spilled)
         inputs = partial(self._inputs, batches, name)
         targets = partial(self._targets, batches, twins, name) if known else None
         if all(batch.rows is None for batch in batches):
@@ -262,10 +260,11 @@ class OnePass:
 
     def _targets(self, batches: list[_Batch], twins: list[_Batch], name: str) -> Iterator[Tensor]:
         for batch, twin in zip(batches, twins, strict=True):
-            if twin.output is None:
-                assert twin.inputs is not None
-                twin.output = self._dense[name](_parked(twin, twin.inputs))
-            added = self._real(name, twin, twin.output).float()
+            assert twin.inputs is not None
+            output = self._dense[name](_parked(twin, twin.inputs)) if twin.output is None else twin.output
+            if self._spare >= output.nbytes and twin.output is None:  # or it is computed again
+                twin.output, self._spare = output, self._spare - output.nbytes
+            added = self._real(name, twin, output).float()
             lost = self._real(name, twin, twin.residual).float() - self._real(name, batch, batch.residual).float()
             yield added + lost
 
@@ -283,12 +282,15 @@ class OnePass:
         """The mask (tokens,) of a batch's real tokens, None if all of them are or the mask is of other tokens."""
         return token_mask(self.keep(name, self.batches[batch.number]), batch.rows[1] if batch.rows else tokens)
 
-    def _spill(self, batches: list[_Batch], common: Set[int]) -> None:
-        """Move the activations of parked batches to disk, the longest parked first, until the rest fits.
-
-        `common` are the addresses that stay: finding them takes 1.7 ms for SmolLM2, and batches may be hundreds.
-        """
+    def _spill(self, batches: list[_Batch]) -> None:
+        """Move the activations of parked batches to disk, the longest parked first, until the rest fits."""
         parked = [b for b in batches if b.waiting_at is not None and not b.spilled]
+        if sum(b.held for b in parked) <= self.hold_bytes:
+            return
+        # Walks all modules: 1.7 ms for SmolLM2, 18 for a mixture of 1,024 experts, and each of them is a stop.
+        common = self._common_addresses()
+        for batch in parked:
+            batch.held = sum(s.nbytes() for s in batch.live_storages(common))
         held = sum(b.held for b in parked)
         for batch in parked:
             if held <= self.hold_bytes:
@@ -339,6 +341,11 @@ def not_spilled(folder: Path | str, error: Exception) -> MoefyError:
         f"Activations that wait for their turn cannot be written to {folder} ({why}); set TMPDIR to a disk with room, "
         f"or give more --memory."
     )
+
+
+def _own(rows: tuple[Tensor, int] | None) -> tuple[Tensor, int] | None:
+    """A copy in a storage that is nobody's to spill: they are read wherever the batch's activations are."""
+    return rows and (torch.from_numpy(rows[0].cpu().numpy().copy()), rows[1])
 
 
 def _parked(batch: _Batch, tensor: Tensor) -> Tensor:

@@ -28,14 +28,13 @@ _VERSION = attrgetter("_version")
 class Snapshot:
     """Which parameters a module has, and how often they have been changed in place.
 
-    Changes through `.data`, and of tensors made in inference mode, are not seen, nor is what `threshold` holds.
+    Changes through `.data`, and of tensors made in inference mode, are not seen.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor | None]):
         self._parameters = list(parameters.values())  # kept: ids of what is gone are given again
         self._ids = list(map(id, self._parameters))
-        named = {n: p for n, p in parameters.items() if p is not None and n != "threshold"}
-        self._watched = [p for p in named.values() if _counts(p)]
+        self._watched = [p for p in self._parameters if p is not None and _counts(p)]
         self._versions = list(map(_VERSION, self._watched))
 
     def same(self, parameters: Mapping[str, Tensor | None]) -> bool:
@@ -71,6 +70,7 @@ class Packed:
         self.router: native.PackedRouter | None = None
         self._router: Router | None = None
         self._router_snapshot = Snapshot({})
+        self._threshold: Tensor | None = None
         self.bound: Bound | None = None
         self.bound_top_k = -1
 
@@ -92,18 +92,21 @@ class Packed:
         self.bound = None
         self.router = router.packed() if router is not None else None
         self._router, self._router_snapshot = router, Snapshot(router._parameters if router is not None else {})
+        self._threshold = router.threshold if router is not None else None
 
     def is_from(self, router: Router) -> bool:
-        """Whether the packed router has this one's weights as they are."""
+        """Whether the packed router has this one's weights as they are, and its threshold, whatever that holds."""
         known = self._router_snapshot
-        return self._router is router and known.same(router._parameters) and known.unchanged()
+        if self._router is not router or router._buffers.get("threshold", self._threshold) is not self._threshold:
+            return False
+        return known.same(router._parameters) and known.unchanged()
 
     def bind(self, dtype: torch.dtype, top_k: int, most: int) -> None:
         """Prepare the calls that follow on inputs of this type."""
         ready = self.bound is not None and self.bound.dtype == dtype and self.bound_top_k == top_k
         if ready or self.router is None or self._router is None or not Bound.possible(self.ffn, dtype):
             return
-        routing: dict[str, Any] = {"threshold": self._router.threshold, "most": most} if most else {"top_k": top_k}
+        routing: dict[str, Any] = {"threshold": self._threshold, "most": most} if most else {"top_k": top_k}
         self.bound = Bound(self.ffn, self.router, dtype, **routing)
         self.bound_top_k = top_k
 

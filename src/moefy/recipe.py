@@ -95,6 +95,8 @@ class Recipe(BaseModel):
             raise ValueError("repair is a part of the refit; set refit: true as well")
         if isinstance(self.shared_budget, list) and not self.refit:
             raise ValueError("several shared budgets are compared by their refit; set refit: true as well")
+        if self.selection == "top_k" and self.most_active != Recipe.model_fields["most_active"].default:
+            raise ValueError("most_active bounds a selection by threshold; name the recipe reconstructed, or set that")
         if self.slim and self.construction != "shared_only":
             raise ValueError(f"a slim model routes nothing: use the construction shared_only, not {self.construction}")
         if self.slim and self.allocation != "uniform":
@@ -240,10 +242,16 @@ class Recipe(BaseModel):
 
     @classmethod
     def of(cls, recipe: Recipe | str | Path | dict[str, Any], **changes: Any) -> Recipe:
-        """A recipe from a name in RECIPES, a YAML file, a mapping or a recipe, with `changes` applied."""
+        """A recipe from a name in RECIPES, a YAML file, a mapping or a recipe, with `changes` applied.
+
+        What a file or a mapping leaves out is as in the recipe that its `name` is of, or as in `cmoe`.
+        """
         if isinstance(recipe, (str, Path)):
             recipe = cls._named_or_file(recipe)
         fields = recipe.model_dump() if isinstance(recipe, Recipe) else dict(recipe)
+        base = RECIPES.get(str(fields.get("name")))
+        if base is not None:  # a mapping with no more than what differs
+            fields = {**base.model_dump(), **fields}
         if "experts" in changes:  # the later word counts: a size in the recipe would override it
             changes = {"expert_size": None, **changes}
         try:

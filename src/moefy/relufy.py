@@ -15,11 +15,11 @@ from typing import Any
 import torch
 
 from moefy.calibrate import check_ids
-from moefy.checkpoint import check_output, written
+from moefy.checkpoint import check_output, mend_generation, written
 from moefy.convert import check_dense
 from moefy.finetune import Progress, Schedule, Trained, check_positive, finetune
 from moefy.sites import find_sites
-from moefy.sources import load_source, quiet_transformers
+from moefy.sources import load_source, local_path, quiet_transformers
 from moefy.tasks import named, task_examples
 from moefy.tasks.base import Task, head_of, pad_id, padding, sequences_of
 from moefy.types import MoefyError
@@ -41,6 +41,8 @@ def with_activation(model: Any, activation: str = "relu") -> Any:
     # Not strict: a learned activation (prelu) is gone with its parameters.
     swapped.load_state_dict(model.state_dict(), strict=False)
     swapped.tie_weights()
+    if getattr(model, "generation_config", None) is not None:
+        swapped.generation_config = copy.deepcopy(model.generation_config)
     if any(site.activation != activation for site in find_sites(swapped)):
         raise MoefyError(f"The activation of this {type(model).__name__} cannot be set to {activation}.")
     return swapped.eval()
@@ -64,10 +66,14 @@ def load_for_task(source: str | os.PathLike[str], task: Task, *, remote_code: bo
         if head_of(model) in ("classification", "qa", "choice"):
             raise
     torch.manual_seed(0)
+    place = local_path(source) if local_path(source).exists() else os.fspath(source)
     with quiet_transformers():
         try:
             made = task.model_class(model.config).from_pretrained(
-                os.fspath(source), dtype=torch.float32, use_safetensors=True, **task.head_options()
+                place,
+                dtype=torch.float32,
+                use_safetensors=True,
+                **task.head_options(),
             )
         except (OSError, ValueError, RuntimeError) as error:
             raise MoefyError(f"{os.fspath(source)} cannot be given a head for {task.name}: {error}.") from None
@@ -117,6 +123,7 @@ def relufy(
 
 def save_dense(model: Any, tokenizer: Any, out: Path) -> None:
     """Write an ordinary checkpoint: beside its place first, then renamed into it. MoefyError if it cannot be."""
+    mend_generation(model)
     with written(out) as folder, quiet_transformers():
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

@@ -49,7 +49,7 @@ class Store:
                 "weights": fingerprint(model),
                 "config": model.config.to_json_string(),
                 "calibration": CalibrationInfo.of(batches).fingerprint,
-                "moefy": __version__,
+                "moefy": f"{__version__} 2",  # and the number of the format
             }
         )
 

@@ -67,8 +67,8 @@ def config_sizes(model: Any, specs: Mapping[str, LayerSpec]) -> dict[str, int]:
 def ordinary(model: PreTrainedModel) -> PreTrainedModel:
     """The dense model with narrower FFNs that a converted model without routing is: a new one, of the source's class.
 
-    It has the kept neurons in their order in the dense FFN, and all other weights, copied. MoefyError if an FFN
-    routes, or if the config cannot say the widths.
+    It has the kept neurons in their order in the dense FFN, copied, and all other weights on the converted model's
+    memory. MoefyError if an FFN routes, or if the config cannot say the widths.
     """
     layers = moe_layers(model)
     routed = [name for name, moe in layers.items() if moe.top_k and moe.spec.experts]
@@ -78,8 +78,6 @@ def ordinary(model: PreTrainedModel) -> PreTrainedModel:
     plain = bare_model(model, config_sizes(model, {name: moe.spec for name, moe in layers.items()}))
     for site in find_sites(plain):
         site.write(_kept(layers[site.entry_name]))
-    if getattr(model, "generation_config", None) is not None:
-        plain.generation_config = model.generation_config
     return plain.eval()
 
 

@@ -30,7 +30,7 @@ def read_text(source: str | os.PathLike[str]) -> str:
         return _hub_text(name[3:])
     try:
         path = Path(name).expanduser()
-        exists = path.is_file()
+        exists = path.is_file() or path.is_fifo()
     except (OSError, RuntimeError, ValueError):  # a literal text may be no legal file name
         exists = False
     if exists:

@@ -84,6 +84,11 @@ class FFNWeights:
     def width(self) -> int:
         return self.up.shape[1]
 
+    @property
+    def multiply_adds(self) -> int:
+        """Of one token."""
+        return self.neurons * self.width * (2 if self.gate is None else 3)
+
     def act(self) -> nn.Module:
         """The activation as a module, with its learned parameters, if it has any, in their own type."""
         module = ACT2FN[self.activation]
@@ -171,6 +176,11 @@ class LayerSpec:
     @property
     def neurons(self) -> int:
         return self.shared + self.experts * self.expert_size
+
+    @property
+    def multiply_adds(self) -> int:
+        """Of one token in the dense FFN."""
+        return self.neurons * self.width * (3 if self.gated else 2)
 
     def dense(self, down_bias: bool) -> LayerSpec:
         """The shape of the same FFN with nothing routed or left out."""

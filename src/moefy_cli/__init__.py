@@ -22,17 +22,14 @@ def main() -> None:
 
     try:
         run()
-    except SystemExit as stop:
-        if stop.code == 130:
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # who is impatient shall not see how Python ends
-        raise
     finally:
         starting = False
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # who is impatient shall not see how Python ends
 
 
 def on_stop(handler: Callable[..., Any]) -> None:
-    """What Ctrl-C and `kill` do from now on, except where they are ignored, as in the background of a script."""
-    for stop in (signal.SIGINT, signal.SIGTERM):
+    """What Ctrl-C, `kill` and a closed terminal do from now on, except where they are ignored, as under nohup."""
+    for stop in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(stop) is not signal.SIG_IGN:
             signal.signal(stop, handler)
 

@@ -89,7 +89,10 @@ def _check_layer(moe: MoEFFN, first: LayerSpec) -> None:
     if spec.gate_scale or spec.balance:
         raise _refused("its experts have a gate scale or a load-balancing bias", "tune without them")
     if spec.shared == 0 or spec.shared % spec.expert_size:
-        raise _refused(f"its {spec.shared} shared neurons are not one or more experts of {spec.expert_size}")
+        raise _refused(
+            f"its {spec.shared} shared neurons are not one or more experts of {spec.expert_size}",
+            "convert with --recipe engine, and where that was so with more --active or a smaller --expert-size",
+        )
     if any(getattr(spec, size) != getattr(first, size) for size in ("shared", "experts", "expert_size", "top_k")):
         raise _refused("its layers differ in their experts (allocation: uniform makes them the same)")
 

@@ -23,11 +23,13 @@ class Router(nn.Module, abc.ABC):
 
     #: False for a router that looks at the experts' outputs: an upper bound, with nothing saved.
     ships = True
+    threshold: Tensor | None
 
     def __init__(self, spec: LayerSpec):
         super().__init__()
         self.spec = spec
-        self.threshold = self._weight() if spec.most else None
+        # A buffer: what shards parameters (FSDP2) takes none without dimensions.
+        self.register_buffer("threshold", torch.empty((), dtype=torch.float32) if spec.most else None)
         self.scale = self._weight(spec.experts) if spec.gate_scale else None
         self.balance = self._weight(spec.experts) if spec.balance else None
 
@@ -46,6 +48,21 @@ class Router(nn.Module, abc.ABC):
     @abc.abstractmethod
     def forward(self, x: Tensor, weights: MoEWeights | None) -> Tensor:
         """Scores (T, E), float32. Routers that ship do not look at `weights`."""
+
+    def settings(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """`threshold`, `scale` and `balance`, also where accelerate brings a module's tensors for its own call only."""
+        hook = getattr(self, "_hf_hook", None)
+        if hook is None:
+            return self.threshold, self.scale, self.balance
+        hook.pre_forward(self)
+        found = self.threshold, self.scale, self.balance
+        hook.post_forward(self, None)
+        return found
+
+    def freeze(self) -> None:
+        """Let no training change what decides: a hard choice gives it no gradient. A gate scale weighs and gets one."""
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(name == "scale" and parameter.requires_grad)
 
     def packed(self) -> PackedRouter | None:
         """The router in the native kernel's form; None runs it in torch and hands its scores over."""

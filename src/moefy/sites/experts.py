@@ -38,6 +38,10 @@ class ExpertSite(Site):
         return self.owner
 
     @property
+    def trains(self) -> bool:
+        return self._apart().trained
+
+    @property
     def left_over(self) -> bool:
         """Whether other experts of the layer have been replaced and this one has not."""
         experts = self.model.get_submodule(self.layer_name)
@@ -62,6 +66,8 @@ class ExpertSite(Site):
             self._apart().whole = None  # another memory now
             super().write(ffn)
             return
+        if slices[0].is_meta:
+            slices = self._materialised()
         up, down = slices
         up.copy_(ffn.up if ffn.gate is None else torch.cat([ffn.gate, ffn.up]))
         down.copy_(ffn.down.t())
@@ -76,6 +82,15 @@ class ExpertSite(Site):
             experts = ExpertList(experts, self.family)
             set_module(self.model, self.layer_name, experts)
         return experts
+
+    def _materialised(self) -> tuple[Tensor, Tensor]:
+        layer = self.model.get_submodule(self.layer_name)
+        for path in (self.family.up, self.family.down):
+            empty = torch.empty_like(getattr(layer, path), device="cpu")
+            setattr(layer, path, nn.Parameter(empty, requires_grad=empty.is_floating_point()))
+        found = self._slices()
+        assert found is not None
+        return found
 
     def _slices(self) -> tuple[Tensor, Tensor] | None:
         """This expert's part of the layer's parameters; None if they have been taken apart."""
@@ -145,7 +160,8 @@ class ExpertList(nn.ModuleList):
 
     `whole` is the module that they were taken from, while they share its memory. With `visit_all` an expert that
     no token chose is called too, with no rows: so that every batch of a calibration comes by every expert. `rows` are,
-    while an expert runs, the numbers of its tokens among the layer's, and how many those are.
+    while an expert runs, the numbers of its tokens among the layer's, and how many those are. `trained` says whether
+    what they were taken from is, which they are not as long as they share its memory.
     """
 
     visit_all = False
@@ -155,6 +171,7 @@ class ExpertList(nn.ModuleList):
         act: nn.Module = whole.act_fn  # type: ignore[assignment]
         super().__init__(Expert(up, down, act, family) for up, down in zip(ups, downs, strict=True))
         self.whole: tuple[nn.Module] | None = (whole,)  # in a tuple: not a child
+        self.trained = any(p.requires_grad for p in whole.parameters())
         self.rows: tuple[Tensor, int] | None = None
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

@@ -40,6 +40,11 @@ class Site:
         return self.model.get_submodule(self.entry_name)
 
     @property
+    def trains(self) -> bool:
+        """Whether training would change the FFN."""
+        return any(p.requires_grad for p in self.entry.parameters())
+
+    @property
     def owner_dtype(self) -> torch.dtype:
         return child(self.owner, self.family.up).weight.dtype  # type: ignore[union-attr,return-value]
 
@@ -94,7 +99,8 @@ class Site:
                 assign(owner.get_submodule(family.gate), ffn.gate, ffn.gate_bias)
         assign(owner.get_submodule(family.down), ffn.down.t(), ffn.down_bias)
         if ffn.activation_state:
-            self._activation_module().load_state_dict(dict(ffn.activation_state))
+            state = {name: tensor.detach().clone() for name, tensor in ffn.activation_state.items()}
+            self._activation_module().load_state_dict(state, assign=True)
 
     def _activation_state(self) -> dict[str, Tensor] | None:
         """The learned parameters of the FFN's activation; most activations have none."""

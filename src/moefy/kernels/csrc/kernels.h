@@ -245,6 +245,7 @@ void down(const DownTask& task) {
 // The order of the floats as the order of integers; NaN is lower than everything.
 int32_t key_of(float score) {
   int32_t bits;
+  score += 0.0f;  // -0 is 0
   __builtin_memcpy(&bits, &score, sizeof bits);
   if (score != score) return INT32_MIN;
   return bits ^ ((bits >> 31) & INT32_MAX);

@@ -1,0 +1,139 @@
+"""What torch, transformers and accelerate do to a model around its FFNs: offload, train, compile, move, wrap."""
+
+import os
+import subprocess
+import sys
+
+import accelerate
+import pytest
+import torch
+import transformers as tf
+from torch import nn
+
+import moefy
+import tiny
+from moefy.moe import moe_layers
+from moefy.routers import Router
+from moefy.sources import load_source
+
+COUNTED = moefy.Recipe(experts=6, shared=1, active=2, top_activated=4)
+DEFAULT = moefy.Recipe.of("reconstructed", budget=0.6, expert_size=2)
+
+
+def batches(family, count=8):
+    return [tiny.inputs(family, seed=seed) for seed in range(count)]
+
+
+def converted(recipe=DEFAULT, family="llama"):
+    model = tiny.tiny(family)
+    moefy.convert(model, recipe, batches(family))
+    return model
+
+
+def routers(model):
+    return [module for module in model.modules() if isinstance(module, Router)]
+
+
+@pytest.mark.parametrize("recipe", [COUNTED, DEFAULT], ids=["top-k", "threshold"])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_offloaded_layers_run_as_they_do_in_memory(recipe, scaled):
+    model, feed = converted(recipe), tiny.inputs("llama")
+    if scaled:
+        for moe in moe_layers(model).values():
+            if moe.router is not None:
+                moe.set_gate(torch.linspace(0, 1, moe.spec.experts), torch.zeros(moe.spec.experts))
+    with moefy.kernels.using("torch"):
+        expected = tiny.output(model, feed)
+        accelerate.cpu_offload(model, execution_device="cpu")
+        assert all(p.is_meta for p in model.parameters())
+        assert torch.equal(tiny.output(model, feed), expected)
+
+
+def test_layers_on_disk_run_as_they_do_in_memory(tmp_path):
+    model, feed = converted(), tiny.inputs("llama")
+    moefy.save(model, tmp_path / "out")
+    places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "cpu"}
+    places |= {"lm_head": "cpu", "model.rotary_emb": "cpu"}
+    again = tf.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", device_map=places, offload_folder=tmp_path / "offloaded"
+    )
+    torch.testing.assert_close(tiny.output(again, feed), tiny.output(model, feed), rtol=1e-4, atol=1e-5)
+
+
+def test_training_reaches_every_weight_but_what_the_router_decides_by(tmp_path):
+    model = converted()
+    moefy.save(model, tmp_path / "out")
+    feed = tiny.inputs("llama")
+    for trained in (model, moefy.load(tmp_path / "out")):
+        trained.train()
+        trained(**feed, labels=feed["input_ids"]).loss.backward()
+        wanted = {name for name, p in trained.named_parameters() if ".router." not in name and p.numel()}
+        assert {name for name, p in trained.named_parameters() if p.requires_grad and p.numel()} == wanted
+        assert {name for name, p in trained.named_parameters() if p.grad is not None} == wanted
+        assert all(p.ndim for p in trained.parameters())  # FSDP2 takes none without dimensions
+
+
+def test_a_frozen_model_stays_frozen():
+    model = tiny.tiny("llama").requires_grad_(False)
+    model.model.layers[1].mlp.requires_grad_(True)
+    moefy.convert(model, COUNTED, batches("llama"))
+    assert not any(p.requires_grad for p in model.model.layers[0].parameters())
+    assert model.model.layers[1].mlp.experts_up.requires_grad
+
+
+@pytest.mark.parametrize("family", ["afmoe", "granitemoe", "phimoe", "jamba"])
+def test_a_router_of_the_model_s_own_stays_in_the_model_s_type(family, tmp_path):
+    tiny.tiny(family).save_pretrained(tmp_path / "dense")
+    model, feed = load_source(tmp_path / "dense", dtype="bfloat16")[0], tiny.inputs(family, batch=8, length=60)
+    own = {name: p.dtype for name, p in model.named_parameters()}
+    moefy.convert(model, COUNTED, [feed])
+    moefy.save(model, tmp_path / "out")
+    again = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
+    assert {name: p.dtype for name, p in again.named_parameters() if name in own}.items() <= own.items()
+    assert {p.dtype for router in routers(again) for p in router.parameters()} == {torch.float32}
+    assert torch.equal(tiny.output(again, feed), tiny.output(model, feed))
+
+
+def compiled_inside(model):
+    model.model.layers[0].compile(backend="eager")
+    return model
+
+
+def attends_by(name):
+    def change(model):
+        model.set_attn_implementation(name)
+        return model
+
+    return change
+
+
+REFUSED = {
+    "compiled": (lambda model: torch.compile(model, backend="eager"), "is compiled; convert it first"),
+    "a part compiled": (compiled_inside, "is compiled; convert it first"),
+    "wrapped": (nn.DataParallel, "This DataParallel is no model of transformers"),
+    "on meta": (lambda model: model.to("meta"), "are not in memory"),
+    "flex_attention": (attends_by("flex_attention"), 'load it with "sdpa"'),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_converted_is_a_sentence_and_leaves_the_process_as_it_was(case):
+    change, sentence = REFUSED[case]
+    with pytest.raises(moefy.MoefyError, match=sentence):
+        moefy.convert(change(tiny.tiny("llama")), COUNTED, batches("llama"))
+    converted(COUNTED)
+
+
+@pytest.mark.parametrize("ids", [[[1, 2, 3]], torch.empty(0, 12, dtype=torch.long)])
+def test_a_batch_without_tokens_is_a_sentence(ids):
+    with pytest.raises(moefy.MoefyError, match="Calibration batch 1 has no tokens: its input_ids must be a tensor"):
+        moefy.convert(tiny.tiny("llama"), COUNTED, [tiny.inputs("llama"), {"input_ids": ids}])
+
+
+def test_a_terminal_that_knows_ascii_alone_gets_question_marks(dense):
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    command = [sys.executable, "-m", "moefy", "inspect", "nö where", "out"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 2
+    assert "n? where" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
