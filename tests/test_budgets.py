@@ -126,6 +126,49 @@ def test_a_budget_for_the_whole_model_is_kept(family, budget):
     assert report.predicted_loss >= 0
 
 
+@pytest.mark.parametrize("family", ["t5-v1.1", "swin", "clip", "whisper"])
+def test_a_budget_counts_the_tokens_and_the_width_of_every_layer(family):
+    feeds = [tiny.inputs(family, seed=seed, batch=4) for seed in range(8)]
+    if family == "t5-v1.1":  # long inputs, short answers
+        ids = torch.randint(3, 90, (8, 4, 72), generator=torch.Generator().manual_seed(0))
+        feeds = [{"input_ids": x[:, :64], "decoder_input_ids": x[:, 64:]} for x in ids]
+    feeds = [{name: x for name, x in feed.items() if name != "attention_mask"} for feed in feeds]  # every token counts
+    model = tiny.tiny(family)
+    work = {site.entry_name: site.read().multiply_adds for site in find_sites(model)}
+    rows = dict.fromkeys(work, 0)
+    hooks = [
+        site.entry.register_forward_pre_hook(
+            lambda _, args, n=site.entry_name: rows.update({n: rows[n] + count(args[0])})
+        )
+        for site in find_sites(model)
+    ]
+    for feed in feeds:
+        tiny.output(model, feed)
+    for hook in hooks:
+        hook.remove()
+    report = moefy.convert(model, moefy.Recipe.of(moefy.recipe.DEFAULT, budget=0.6, expert_size=2), feeds)
+    assert {layer.name: layer.work for layer in report.layers} == {name: work[name] * rows[name] for name in work}
+    with moefy.moe.usage(model) as counted:
+        for feed in feeds:
+            tiny.output(model, feed)
+    realised = moefy.moe.realised_fraction(model, counted)
+    assert realised == pytest.approx(report.active_fraction, abs=0.05)
+    assert 0.45 < realised < 0.63
+
+
+def count(x):
+    return x.numel() // x.shape[-1]
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
+def test_a_budget_is_kept_whatever_the_loss_is_measured_in(scale):
+    grid = torch.linspace(0, 1, GRID, dtype=torch.float64)
+    curves = {name: Curve(scale * dear * (1 - grid) ** 2, 100) for name, dear in (("a", 1.0), ("b", 4.0))}
+    shares = allocate(curves, 0.5)
+    assert sum(shares.values()) / 2 == pytest.approx(0.5, abs=0.01)
+    assert shares["b"] > shares["a"]
+
+
 @pytest.mark.parametrize(("experts", "budget"), [(8, 0.5), (8, 0.3), (4, 0.5)])
 def test_a_layer_that_matters_little_gets_one_expert_at_least(experts, budget):
     model, batches = tiny.tiny("llama"), [tiny.inputs("llama", seed=i) for i in range(2)]

@@ -72,6 +72,45 @@ def test_spilling_changes_nothing(repair, monkeypatch):
         assert all(torch.equal(state[k], v) for k, v in states[0].items())
 
 
+def test_which_tokens_an_expert_sees_outlives_spilling(monkeypatch):
+    """The numbers of its rows are the batch's own tensor, and were gone when it was written to disk."""
+    monkeypatch.setattr("moefy.one_pass.SMALLEST_SPILLED", 64)
+    feeds = [tiny.inputs("mixtral", seed=seed, batch=16, length=24) for seed in range(3)]
+    assert all((feed["attention_mask"] == 0).any() for feed in feeds)
+    states = []
+    for hold_bytes in (1 << 30, 0):
+        model = tiny.tiny("mixtral")
+        report = moefy.convert(model, RECIPE, feeds, hold_bytes=hold_bytes)
+        states.append((model.state_dict(), [layer.work for layer in report.layers]))
+    assert states[0][1] == states[1][1]
+    assert all(torch.equal(value, states[1][0][name]) for name, value in states[0][0].items())
+
+
+@pytest.mark.parametrize("hold_bytes", [1 << 30, 0])
+def test_what_may_not_be_spilled_is_looked_for_when_something_must_be(hold_bytes, monkeypatch):
+    calls, real = [], OnePass._common_addresses
+    monkeypatch.setattr(OnePass, "_common_addresses", lambda self: (calls.append(1), real(self))[1])
+    monkeypatch.setattr("moefy.one_pass.SMALLEST_SPILLED", 64)
+    moefy.convert(tiny.tiny("llama"), RECIPE, [tiny.inputs("llama", seed=s) for s in range(3)], hold_bytes=hold_bytes)
+    assert bool(calls) == (hold_bytes == 0)
+
+
+@pytest.mark.parametrize("hold_bytes", [1 << 30, 0])
+def test_what_twins_add_is_kept_within_the_bound(hold_bytes, monkeypatch):
+    kept, real = [], OnePass._targets
+
+    def targets(self, batches, twins, name):
+        for number, rows in enumerate(real(self, batches, twins, name), 1):
+            kept.append(sum(twin.output is not None for twin in twins) / number)
+            yield rows
+
+    monkeypatch.setattr(OnePass, "_targets", targets)
+    recipe = moefy.Recipe.of(RECIPE, refit=True, repair=0.5)
+    moefy.convert(tiny.tiny("llama"), recipe, [tiny.inputs("llama", seed=s) for s in range(3)], hold_bytes=hold_bytes)
+    assert kept
+    assert min(kept) >= 1 if hold_bytes else not any(kept)
+
+
 def test_padding_does_not_count():
     model, padded = tiny.tiny("llama"), tiny.inputs("llama", batch=2, length=12)
     longer = {

@@ -70,6 +70,13 @@ def test_relufy_makes_an_ordinary_checkpoint_that_learned(tmp_path, data):
         load_for_task(tmp_path / "out", TASKS["mnli"])
 
 
+def test_a_home_is_a_place_for_a_model_without_the_head(tmp_path, monkeypatch):
+    encoder(tmp_path / "bert")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    made, _ = load_for_task("~/bert", TASKS["sst2"])
+    assert type(made).__name__ == "BertForSequenceClassification"
+
+
 def test_a_run_that_was_cut_off_ends_with_the_same_weights(tmp_path, data):
     source, options = encoder(tmp_path / "dense"), {"epochs": 1, "batch_size": 8}
     relufy(source, tmp_path / "whole", "sst2", data, **options)

@@ -12,7 +12,9 @@ from torch import nn
 
 import moefy
 import tiny
-from moefy.moe import moe_layers
+from moefy import hf
+from moefy.moe import moe_layers, usage
+from moefy.relufy import with_activation
 from moefy.routers import Router
 from moefy.sources import load_source
 
@@ -79,6 +81,64 @@ def test_a_frozen_model_stays_frozen():
     moefy.convert(model, COUNTED, batches("llama"))
     assert not any(p.requires_grad for p in model.model.layers[0].parameters())
     assert model.model.layers[1].mlp.experts_up.requires_grad
+
+
+@pytest.mark.parametrize("part", ["experts_down", "shared_up", "down_bias"])
+def test_one_trained_matrix_is_enough_to_need_gradients(part):
+    model, feed = converted(), tiny.inputs("llama")
+    wanted = [p for name, p in model.requires_grad_(False).named_parameters() if name.endswith(part) and p.numel()]
+    for parameter in wanted:
+        parameter.requires_grad_(True)
+    tiny.output(model, feed)  # packs the weights
+    model(**feed, labels=feed["input_ids"]).loss.backward()  # in eval()
+    assert wanted
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in wanted)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_the_experts_of_a_mixture_can_be_trained_after_it(family):
+    model = tiny.tiny(family)
+    moefy.convert(model, COUNTED, [tiny.inputs(family)])
+    assert all(moe.experts_up.requires_grad for moe in moe_layers(model).values())
+
+
+def test_a_checkpoint_in_the_hub_s_cache_is_read_once(tmp_path):
+    """There safetensors files are links to files without that name, which stayed mapped beside the copy."""
+    model = converted(COUNTED)
+    moefy.save(model, tmp_path / "out")
+    (tmp_path / "blob").write_bytes((tmp_path / "out" / "model.safetensors").read_bytes())
+    (tmp_path / "out" / "model.safetensors").unlink()
+    (tmp_path / "out" / "model.safetensors").symlink_to(tmp_path / "blob")
+    again = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    mapped = hf._mapped_files()
+    assert not any(low <= p.data_ptr() < high for p in again.parameters() for low, high in mapped)
+    assert torch.equal(tiny.output(again, tiny.inputs("llama")), tiny.output(model, tiny.inputs("llama")))
+    held = torch.from_file(str(tmp_path / "blob"), size=16, dtype=torch.uint8)
+    assert any(low <= held.data_ptr() < high for low, high in hf._mapped_files())
+
+
+def test_the_dense_model_keeps_how_it_generates(tmp_path):
+    model = tiny.tiny("llama")
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = [2, 5, 7], 0
+    swapped = with_activation(model)
+    moefy.convert(model, COUNTED, batches("llama"))
+    dense = moefy.to_dense(model)
+    for made in (swapped, dense):
+        assert made.generation_config.eos_token_id == [2, 5, 7]
+        assert made.generation_config.pad_token_id == 0
+    assert not {p.data_ptr() for p in dense.parameters()} & {p.data_ptr() for p in model.parameters()}
+
+
+def test_counting_within_counting_counts_for_both():
+    model, feed = converted(COUNTED), tiny.inputs("llama")
+    with usage(model) as outer:
+        tiny.output(model, feed)
+        with usage(model) as inner:
+            tiny.output(model, feed)
+        tiny.output(model, feed)
+    for name in outer:
+        assert outer[name].tokens == 3 * inner[name].tokens > 0
+        assert torch.equal(outer[name].counts, 3 * inner[name].counts)
 
 
 @pytest.mark.parametrize("family", ["afmoe", "granitemoe", "phimoe", "jamba"])

@@ -211,7 +211,7 @@ class OnePass:
             batch = self._track.batch
             if batch is not None and name not in self._done:
                 batch.inputs = args[0] if args else kwargs["hidden_states"]
-                batch.rows, batch.waiting_at = _own(token_rows(self.model, name)), name
+                batch.rows, batch.waiting_at = self._untracked(token_rows(self.model, name)), name
                 self._root.switch()
             if batch is not None and batch.dense:
                 output, batch.output = batch.output, None
@@ -220,6 +220,14 @@ class OnePass:
             return dense_forward(*args, **kwargs) if mounted is module else mounted(*args, **kwargs)
 
         return forward
+
+    def _untracked(self, rows: tuple[Tensor, int] | None) -> tuple[Tensor, int] | None:
+        """A copy that is not spilled: it is read while the batch waits, wherever its activations are then."""
+        if rows is None:
+            return None
+        batch, self._track.batch = self._track.batch, None
+        copy, self._track.batch = rows[0].clone(), batch
+        return copy, rows[1]
 
     def _resume(self, batch: _Batch) -> None:
         self._restore(batch)
@@ -341,11 +349,6 @@ def not_spilled(folder: Path | str, error: Exception) -> MoefyError:
         f"Activations that wait for their turn cannot be written to {folder} ({why}); set TMPDIR to a disk with room, "
         f"or give more --memory."
     )
-
-
-def _own(rows: tuple[Tensor, int] | None) -> tuple[Tensor, int] | None:
-    """A copy in a storage that is nobody's to spill: they are read wherever the batch's activations are."""
-    return rows and (torch.from_numpy(rows[0].cpu().numpy().copy()), rows[1])
 
 
 def _parked(batch: _Batch, tensor: Tensor) -> Tensor:
