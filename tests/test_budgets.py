@@ -13,7 +13,7 @@ from moefy.budgets import GRID, Curve, Sensitivity, allocate, loss_curve
 from moefy.calibrate import real_tokens
 from moefy.construct.elimination import eliminate
 from moefy.convert import LAYER_WORK
-from moefy.sensitivity import output_metrics
+from moefy.sensitivity import Metrics, output_metrics
 from moefy.sites import find_sites, join_experts
 from moefy.stats import NeuronStats
 from test_construct import make_stats
@@ -64,7 +64,9 @@ def test_a_budget_is_divided_where_it_costs_least():
     # Equal slopes where nothing binds: a (1 - a) * 1 = (1 - b) * 4.
     assert (1 - shares["a"]) == pytest.approx(4 * (1 - shares["b"]), abs=0.02)
     uniform = dict.fromkeys(curves, 0.5)
-    assert Sensitivity({}, curves).predicted_loss(shares) < Sensitivity({}, curves).predicted_loss(uniform)
+    assert Sensitivity(Metrics({}, {}), curves).predicted_loss(shares) < Sensitivity(
+        Metrics({}, {}), curves
+    ).predicted_loss(uniform)
     assert set(allocate(curves, 1.0).values()) == {1.0}
 
 
@@ -268,3 +270,37 @@ def test_progress_counts_work_and_ends_at_the_total(recipe, measured):
     assert [done for done, _ in seen] == sorted({done for done, _ in seen})
     assert [done for done, _ in seen][-2:] == [total - 4 * LAYER_WORK, total]
     assert (seen[-3][0] if measured else 0) == measured
+
+
+def test_the_experts_of_a_layer_share_a_metric_and_are_weighted_by_their_own():
+    model, feed = tiny.tiny("mixtral"), tiny.inputs("mixtral")
+    sites = {site.entry_name: site for site in find_sites(model)}
+    found = output_metrics(model, sites, [feed])
+    assert len(found.matrices) == 2
+    assert len(found) == len(sites)
+    gradients = {name: [] for name in sites}
+    hooks = []
+    for name, site in sites.items():
+        down = site.owner.get_submodule(site.family.down)
+
+        def watch(_, __, out, name=name):
+            asking = out + out.new_zeros(()).requires_grad_()
+            asking.register_hook(lambda g: gradients[name].append(g.clone()))
+            return asking
+
+        hooks.append(down.register_forward_hook(watch))
+    from moefy.sensitivity import _loss
+
+    with torch.enable_grad():
+        _loss(model.requires_grad_(False)(**feed), feed, torch.Generator().manual_seed(0)).backward()
+    for hook in hooks:
+        hook.remove()
+    mask = int(feed["attention_mask"].sum())
+    for layer, matrix in found.matrices.items():
+        names = [name for name in sites if name.startswith(layer)]
+        rows = torch.cat([torch.cat(gradients[name]) for name in names])
+        torch.testing.assert_close(matrix, rows.t() @ rows / (2 * mask), rtol=1e-4, atol=1e-9)  # two experts a token
+        traces = torch.tensor([float(found[name].trace()) for name in names])
+        mine = torch.tensor([float(torch.cat(gradients[name]).square().sum()) for name in names])
+        counts = torch.tensor([sum(int(g.abs().sum(1).gt(0).sum()) for g in gradients[name]) for name in names])
+        torch.testing.assert_close(traces * counts, mine, rtol=0.02, atol=0)

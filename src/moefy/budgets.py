@@ -19,7 +19,7 @@ from moefy.calibrate import real_tokens, spread
 from moefy.construct.elimination import eliminate
 from moefy.one_pass import Arrival, OnePass
 from moefy.resume import Store, digest
-from moefy.sensitivity import output_metrics
+from moefy.sensitivity import Metrics, output_metrics
 from moefy.sites import Site, join_experts
 from moefy.stats import NeuronStats
 from moefy.types import FFNWeights
@@ -53,7 +53,7 @@ class Curve:
 class Sensitivity:
     """What was measured of a dense model's FFNs, by name: the metric of an error, and the curve of the loss."""
 
-    metrics: dict[str, Tensor]
+    metrics: Metrics
     curves: dict[str, Curve]
 
     def predicted_loss(self, shares: Mapping[str, float]) -> float:
@@ -63,7 +63,8 @@ class Sensitivity:
     def fingerprint(self) -> str:
         """16 hexadecimal digits that follow from all of it."""
         curves = {f"curve.{n}.{curve.size!r}": curve.loss for n, curve in self.curves.items()}
-        return digest({**self.metrics, **curves})
+        scales = {f"scale.{n}.{matrix}.{scale!r}": torch.empty(0) for n, (matrix, scale) in self.metrics.scales.items()}
+        return digest({**self.metrics.matrices, **scales, **curves})
 
 
 def measure(
@@ -89,8 +90,8 @@ def measure(
         known = store.get("metrics")
         if known is None:
             found = output_metrics(model, sites, some, progress=step, hold_bytes=hold_bytes)
-            known = store.put("metrics", found)
-        metrics, _ = known
+            known = store.put("metrics", found.matrices, {"scales": found.scales})
+        metrics = Metrics(known[0], {name: (matrix, scale) for name, (matrix, scale) in known[1]["scales"].items()})
         curves: dict[str, Curve] = {}
         tokens: dict[str, int] = {}
         most = 1

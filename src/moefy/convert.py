@@ -93,7 +93,7 @@ class Plan:
     recipe: Recipe
     batches: list[Mapping[str, Any]]
     hold_bytes: int
-    metrics: dict[str, Tensor]
+    metrics: Mapping[str, Tensor]
 
 
 @_float32_by_default()

@@ -22,10 +22,32 @@ from torch import Tensor, nn
 from moefy.calibrate import row_mask, without_cache
 from moefy.kernels.native import return_freed_memory
 from moefy.one_pass import SMALLEST_SPILLED, not_spilled, spill_folder
-from moefy.sites import Site
+from moefy.sites import ExpertSite, Site
 from moefy.types import MoefyError
 
 _LOGITS = ("logits", "start_logits", "end_logits")
+
+
+@dataclass(frozen=True)
+class Metrics(Mapping[str, Tensor]):
+    """G (D, D) float32 by site: `matrices` by name times a number of the site's own, both in `scales`.
+
+    The experts of a mixture's layer share one: of a layer of 128 experts and D 2,048 they would be 2 GB, and of the few
+    tokens that an expert gets hardly one has full rank. What differs is how much they are weighted.
+    """
+
+    matrices: Mapping[str, Tensor]
+    scales: Mapping[str, tuple[str, float]]
+
+    def __getitem__(self, name: str) -> Tensor:
+        matrix, scale = self.scales[name]
+        return self.matrices[matrix] if scale == 1 else self.matrices[matrix] * scale
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.scales)
+
+    def __len__(self) -> int:
+        return len(self.scales)
 
 
 def output_metrics(
@@ -35,22 +57,25 @@ def output_metrics(
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
     hold_bytes: int = 1 << 30,
-) -> dict[str, Tensor]:
-    """G (D, D) float32 by site, the mean over the batches' real tokens: a forward and a backward pass each.
+) -> Metrics:
+    """G by site, the mean over the batches' real tokens: a forward and a backward pass each.
 
     Memory: `hold_bytes` of what the backward pass needs of one batch; the rest goes to a temporary directory. A model
     without logits is measured by random projections of its output, which makes layers comparable but is no loss.
     Raises MoefyError if real tokens get NaN or infinite logits, or if the temporary directory is full.
     """
-    metrics: dict[str, Tensor] = {}
-    counts = dict.fromkeys(sites, 0)
+    sums: dict[str, Tensor] = {}
+    squares, counts = dict.fromkeys(sites, 0.0), dict.fromkeys(sites, 0)
+    groups = {name: site.layer_name if isinstance(site, ExpertSite) else name for name, site in sites.items()}
     generator = torch.Generator().manual_seed(seed)
     trained = [p for p in model.parameters() if p.requires_grad]
 
     def probe(name: str) -> Callable[..., Tensor]:
         def add(gradient: Tensor) -> None:
             rows = gradient.reshape(-1, gradient.shape[-1]).float()
-            metrics[name] = metrics.get(name, 0) + rows.t() @ rows
+            product = rows.t() @ rows
+            sums[groups[name]] = sums.get(groups[name], 0) + product
+            squares[name] += product.trace().item()
 
         def hook(module: nn.Module, args: tuple, out: Tensor) -> Tensor:
             rows = out.numel() // out.shape[-1]
@@ -78,7 +103,25 @@ def output_metrics(
             handle.remove()
         for parameter in trained:
             parameter.requires_grad_(True)
-    return {name: metric / max(1, counts[name]) for name, metric in metrics.items()}
+    return _means(sums, squares, counts, groups)
+
+
+def _means(
+    sums: Mapping[str, Tensor], squares: Mapping[str, float], counts: Mapping[str, int], groups: Mapping[str, str]
+) -> Metrics:
+    """The means of what was summed over the tokens of each group's sites, scaled by each site's own mean square."""
+    total, square = dict.fromkeys(sums, 0), dict.fromkeys(sums, 0.0)
+    for name, group in groups.items():
+        if group in sums:
+            total[group], square[group] = total[group] + counts[name], square[group] + squares[name]
+    matrices = {group: matrix / max(1, total[group]) for group, matrix in sums.items()}
+    scales: dict[str, tuple[str, float]] = {}
+    for name, group in groups.items():
+        if group == name and group in sums:
+            scales[name] = group, 1.0
+        elif group in sums and counts[name]:  # without a token it cannot be measured
+            scales[name] = group, squares[name] / counts[name] / (square[group] / total[group] or 1.0)
+    return Metrics(matrices, scales)
 
 
 @dataclass(frozen=True)
