@@ -167,11 +167,17 @@ def attends_by(name):
     return change
 
 
+def sliced(model):
+    model.config.slow_but_exact, model.config.pretraining_tp = True, 2
+    return model
+
+
 REFUSED = {
     "compiled": (lambda model: torch.compile(model, backend="eager"), "is compiled; convert it first"),
     "a part compiled": (compiled_inside, "is compiled; convert it first"),
     "wrapped": (nn.DataParallel, "This DataParallel is no model of transformers"),
     "on meta": (lambda model: model.to("meta"), "are not in memory"),
+    "BLOOM's slices": (sliced, "set slow_but_exact to false"),
     "flex_attention": (attends_by("flex_attention"), 'load it with "sdpa"'),
 }
 

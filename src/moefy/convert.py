@@ -236,6 +236,10 @@ def check_dense(model: nn.Module) -> None:
         raise MoefyError(f"This {type(model).__name__} is no model of transformers; give the model that it wraps.")
     if getattr(model.config, "_attn_implementation", None) == "flex_attention":
         raise MoefyError('This model attends by flex_attention, which compiles itself; load it with "sdpa" instead.')
+    if getattr(model.config, "slow_but_exact", False) and getattr(model.config, "pretraining_tp", 1) > 1:
+        raise MoefyError(
+            "This model multiplies in slices of its own matrices; set slow_but_exact to false in its config."
+        )
     if any(p.device.type not in ("cpu", "meta") for p in model.parameters()):
         raise MoefyError('moefy converts on the CPU: call model.to("cpu") first, and move what comes of it.')
     if any(p.is_meta for p in model.parameters()):
