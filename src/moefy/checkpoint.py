@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from transformers import GenerationConfig, PreTrainedModel
 
 from moefy import hf, hub, slim
+from moefy.files import put_in_place, sync
 from moefy.model_card import model_card
 from moefy.recipe import Recipe
 from moefy.sites import bamboo, find_sites
@@ -118,9 +119,7 @@ def written_file(out: Path) -> Iterator[Path]:
     """
     with _beside(out) as partial:
         yield partial
-        _sync_one(partial)
-        os.replace(partial, out)
-        _sync_one(out.parent)
+        put_in_place(partial, out)
 
 
 @contextmanager
@@ -346,15 +345,7 @@ def _recover(out: Path) -> None:
 
 def _sync(folder: Path, files: bool = True) -> None:
     for path in [*(folder.iterdir() if files else ()), folder]:
-        _sync_one(path)
-
-
-def _sync_one(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        sync(path)
 
 
 def why_not_written(error: Exception, out: Path) -> str:

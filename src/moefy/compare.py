@@ -7,7 +7,6 @@ goes on where it stopped.
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +24,7 @@ from moefy.evaluate import is_causal_lm, perplexity
 from moefy.hf import versions
 from moefy.moe import realised_fraction, usage
 from moefy.recipe import DEFAULT, RECIPES, Recipe
+from moefy.resume import digest
 from moefy.routers import ROUTERS
 from moefy.sites import find_sites
 from moefy.slim import ordinary
@@ -157,9 +157,9 @@ def settings(dense: Any, data: Data, rounds: int, model_name: str) -> dict[str, 
     """What all lines of one comparison have in common; lines of other settings are not mixed with them."""
     return {
         "model": model_name,
-        "weights": _digest(_samples(dense)),
-        "calibration": {"pool": list(data.pool.shape), "taken": data.take, "tokens": _digest([data.pool])},
-        "texts": {name: {"windows": list(t.shape), "tokens": _digest([t])} for name, t in data.texts.items()},
+        "weights": digest(_samples(dense)),
+        "calibration": {"pool": list(data.pool.shape), "taken": data.take, "tokens": digest({"pool": data.pool})},
+        "texts": {name: {"windows": list(t.shape), "tokens": digest({"text": t})} for name, t in data.texts.items()},
         "prefix": data.prefix,
         "rounds": rounds,
         "versions": versions(),
@@ -277,15 +277,7 @@ def _perplexities(model: nn.Module, data: Data) -> dict[str, float]:
     return {name: perplexity(model, windows, data.prefix).perplexity for name, windows in data.texts.items()}
 
 
-def _samples(model: nn.Module) -> list[Tensor]:
+def _samples(model: nn.Module) -> dict[str, Tensor]:
     """Some 64 weights of each parameter: enough to tell checkpoints apart without reading them twice."""
-    flat = [p.detach().flatten() for _, p in sorted(model.named_parameters())]
-    return [p[:: max(1, p.numel() // 64)].float() for p in flat]
-
-
-def _digest(tensors: Sequence[Tensor]) -> str:
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(f"{tuple(tensor.shape)}".encode())
-        digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
+    flat = {name: p.detach().flatten() for name, p in model.named_parameters()}
+    return {name: p[:: max(1, p.numel() // 64)] for name, p in flat.items()}

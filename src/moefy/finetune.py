@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import random
 import signal
 import threading
@@ -28,6 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from moefy.files import put_in_place
 from moefy.resume import fingerprint
 from moefy.tasks.base import by_answers, collate, longest_of
 from moefy.types import MoefyError
@@ -278,7 +278,7 @@ class _Run:
         try:
             self.state.parent.mkdir(parents=True, exist_ok=True)
             save_file(tensors, partial, metadata=metadata)
-            os.replace(partial, self.state)
+            put_in_place(partial, self.state)
         except (SafetensorError, OSError) as error:
             kept = "; the one before it is kept" if self.state.exists() else ""
             raise MoefyError(

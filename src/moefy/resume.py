@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from moefy.calibrate import CalibrationInfo, add_tensor
 from moefy.errors import MoefyWarning
+from moefy.files import put_in_place
 from moefy.moe import moe_layers
 from moefy.version import __version__
 
@@ -85,9 +86,7 @@ class Store:
             self.folder.mkdir(parents=True, exist_ok=True)
             whole = {key: tensor.detach().contiguous() for key, tensor in tensors.items()}
             save_file(whole, partial, metadata={"moefy": json.dumps(came[1])})
-            with partial.open("rb") as written:
-                os.fsync(written.fileno())
-            os.replace(partial, file)
+            put_in_place(partial, file)
         except (SafetensorError, OSError) as error:
             self._failed.append(error)
             why = getattr(error, "strerror", None) or error

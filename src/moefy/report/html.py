@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import base64
-import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from html import escape
 from pathlib import Path
 
 from moefy.checkpoint import why_not_written
+from moefy.files import put_in_place
 from moefy.types import MoefyError
 
 _STYLE = """
@@ -68,7 +68,7 @@ def write_together(texts: Mapping[Path, str]) -> None:
         for path, partial in partials.items():
             partial.write_text(texts[path], encoding="utf-8")
         for path, partial in partials.items():
-            os.replace(partial, path)
+            put_in_place(partial, path)
     except OSError as error:
         raise MoefyError(why_not_written(error, path)) from None
     finally:

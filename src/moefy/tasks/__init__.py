@@ -53,9 +53,7 @@ def task_examples(task: str | Task, data: str | Path | Sequence[str | Path], lim
     if not found:
         listed = [data] if isinstance(data, (str, Path)) else data
         raise MoefyError(f"There are no questions in {', '.join(map(str, listed))}; give data with some.")
-    if limit is None or limit >= len(found):
-        return found
-    return [found[i * len(found) // limit] for i in range(limit)]
+    return found if limit is None else spread(found, limit)
 
 
 def evaluate_task(
