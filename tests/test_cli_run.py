@@ -85,7 +85,7 @@ def test_json_lines_are_cut_at_line_feeds_alone(models):
 
 @pytest.mark.parametrize("rows", [[], [{"text": " "}], [{"text": None}]])
 def test_a_data_set_without_text_is_a_sentence(rows, monkeypatch):
-    monkeypatch.setattr(texts, "hub_rows", lambda _: rows)
+    monkeypatch.setattr(texts, "hub_rows", lambda _, **__: rows)
     with pytest.raises(MoefyError, match="has no text in it"):
         read_text("hf:empty")
 

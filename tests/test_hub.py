@@ -10,6 +10,7 @@ from huggingface_hub import HfApi, constants
 
 import tiny
 from moefy import hub, sources, texts
+from moefy.errors import MoefyWarning
 from moefy.types import MoefyError
 from words import pydoc_tokenizer
 
@@ -37,7 +38,7 @@ def test_a_data_set_that_is_not_cached_is_a_sentence(asked, monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     with pytest.raises(MoefyError, match=r"data set 'acme/set:dev' \(No way there\), and it is not in the cache; "):
-        texts.hub_rows("acme/set:dev")
+        list(texts.hub_rows("acme/set:dev"))
     assert asked == ["acme/set"]
     assert not constants.HF_HUB_OFFLINE
     assert not datasets.config.HF_HUB_OFFLINE
@@ -61,7 +62,25 @@ def test_what_the_hub_gives_may_fail_otherwise(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     with pytest.raises(MoefyError, match=r"^The data set 'acme/set' cannot be read: Unknown split\.$"):
-        texts.hub_rows("acme/set")
+        list(texts.hub_rows("acme/set"))
+
+
+def test_of_a_data_set_as_large_as_the_web_no_more_is_read_than_can_be_used(monkeypatch):
+    monkeypatch.setattr(hub, "failure", lambda *_: None)
+    monkeypatch.setattr(texts, "HUB_CHARACTERS", 100)
+    given = []
+
+    def load_dataset(*_, streaming=False, **__):
+        assert streaming
+        for number in range(10**9):
+            given.append(number)
+            yield {"text": "w" * 30}
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.warns(MoefyWarning, match="'acme/web' is read to its character 120"):
+        assert texts.read_text("hf:acme/web") == "\n\n".join(["w" * 30] * 4)
+    assert given == [0, 1, 2, 3]
+    assert not datasets.config.HF_HUB_OFFLINE
 
 
 def test_a_model_that_is_not_cached_is_a_sentence(asked):

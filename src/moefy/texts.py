@@ -6,14 +6,18 @@ import gzip
 import json
 import os
 import pydoc_data.topics
+import warnings
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from moefy import hub
-from moefy.errors import MoefyError
+from moefy.errors import MoefyError, MoefyWarning
 
 BUILTIN = "pydoc"
+# Of a hub's data set, which may be larger than any disk: some 16 million tokens.
+HUB_CHARACTERS = 1 << 26
 
 
 def read_text(source: str | os.PathLike[str]) -> str:
@@ -102,17 +106,27 @@ def _documents(lines: str, path: Path) -> str:
 
 
 def _hub_text(name: str) -> str:
-    rows = hub_rows(name)
-    if rows and "text" not in rows[0]:
-        raise MoefyError(f'The data set {name!r} has no "text" column.')
-    texts = [row["text"] for row in rows if isinstance(row["text"], str) and row["text"].strip()]
+    texts: list[str] = []
+    held = 0
+    for row in hub_rows(name, streamed=True):
+        if "text" not in row:
+            raise MoefyError(f'The data set {name!r} has no "text" column.')
+        if isinstance(row["text"], str) and row["text"].strip():
+            texts.append(row["text"])
+            held += len(row["text"])
+        if held >= HUB_CHARACTERS:
+            warnings.warn(f"The data set {name!r} is read to its character {held:,}.", MoefyWarning, stacklevel=2)
+            break
     if not texts:
         raise MoefyError(f"The data set {name!r} has no text in it; choose another, or another split.")
     return "\n\n".join(texts)
 
 
-def hub_rows(name: str) -> list[dict[str, Any]]:
-    """The rows of a hub data set NAME[/CONFIG][:SPLIT] (needs the `datasets` package)."""
+def hub_rows(name: str, streamed: bool = False) -> Iterator[dict[str, Any]]:
+    """The rows of a hub data set NAME[/CONFIG][:SPLIT] (needs the `datasets` package).
+
+    `streamed`, what is not asked for is not downloaded either; where the hub is out of reach rows come from the cache.
+    """
     try:
         import datasets
     except ImportError:
@@ -124,7 +138,10 @@ def hub_rows(name: str) -> list[dict[str, Any]]:
     failure = None if Path(owner_and_name).exists() else hub.failure(owner_and_name, "dataset")
     try:
         with hub.quiet(cached_only=failure is not None):
-            return [dict(row) for row in datasets.load_dataset(owner_and_name, config, split=split or "train")]
+            whole = not streamed or failure is not None or Path(owner_and_name).exists()
+            options = {} if whole else {"streaming": True}
+            for row in datasets.load_dataset(owner_and_name, config, split=split or "train", **options):
+                yield dict(row)
     except Exception as error:
         said = str(error if failure is None else failure).strip().splitlines() or [type(error).__name__]
         if failure is None:

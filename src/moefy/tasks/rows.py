@@ -78,7 +78,7 @@ def label_text(value: Any) -> str:
 
 def _read(source: str) -> list[Row]:
     if source.startswith("hf:"):
-        return hub_rows(source[3:])
+        return list(hub_rows(source[3:]))
     path = Path(source).expanduser()
     if not path.is_file():
         raise MoefyError(f"There is no data file {source!r}; name a file or a hub data set (hf:NAME).")
