@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 
 import accelerate
 import pytest
@@ -13,10 +14,12 @@ from torch import nn
 import moefy
 import tiny
 from moefy import hf
+from moefy.calibrate import positions
 from moefy.moe import moe_layers, usage
 from moefy.relufy import with_activation
 from moefy.routers import Router
 from moefy.sources import load_source
+from moefy.texts import read_text
 
 COUNTED = moefy.Recipe(experts=6, shared=1, active=2, top_activated=4)
 DEFAULT = moefy.Recipe.of("reconstructed", budget=0.6, expert_size=2)
@@ -203,3 +206,18 @@ def test_a_terminal_that_knows_ascii_alone_gets_question_marks(dense):
     assert done.returncode == 2
     assert "n? where" in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_text_may_come_through_a_pipe(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=lambda: (tmp_path / "pipe").write_text("words of a pipe"))
+    writer.start()
+    assert read_text(tmp_path / "pipe") == "words of a pipe"
+    writer.join()
+
+
+def test_a_config_that_counts_no_positions_bounds_no_window():
+    model = tiny.tiny("llama")
+    assert positions(model) == model.config.max_position_embeddings
+    model.config.max_position_embeddings = -1
+    assert positions(model) is None
