@@ -244,10 +244,15 @@ def check_dense(model: nn.Module) -> None:
         raise MoefyError('moefy converts on the CPU: call model.to("cpu") first, and move what comes of it.')
     if any(p.is_meta for p in model.parameters()):
         raise MoefyError("Weights of this model are not in memory (meta tensors); load it without offloading them.")
-    if any(type(module).__module__.startswith("peft.") for module in model.modules()):
-        raise MoefyError("This model has adapters of peft; merge them into its weights first: merge_and_unload().")
+    check_no_adapters(model)
     if getattr(model.config, "moefy", None):
         raise MoefyError("This model is converted already, if only in part; start from the dense model it came from.")
+
+
+def check_no_adapters(model: nn.Module) -> None:
+    """MoefyError if the model has adapters of peft."""
+    if any(type(module).__module__.startswith("peft.") for module in model.modules()):
+        raise MoefyError("This model has adapters of peft; merge them into its weights first: merge_and_unload().")
 
 
 def planned_shares(sites: Mapping[str, Site], recipe: Recipe, found: Sensitivity) -> dict[str, float]:

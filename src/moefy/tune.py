@@ -24,6 +24,7 @@ from torch import Tensor
 from moefy.adapters import Adapters
 from moefy.balance import Gates
 from moefy.calibrate import CalibrationInfo, check_batches, spread, tokens_of
+from moefy.convert import check_no_adapters
 from moefy.finetune import Progress, Schedule, Trained, check_positive, train
 from moefy.losses import teacher_loss, text_loss
 from moefy.moe import moe_layers
@@ -145,8 +146,7 @@ def _check(model: Any, batches: Sequence[Mapping[str, Any]], options: TuneOption
     """MoefyError, before anything is changed, for what cannot be tuned."""
     if not getattr(model.config, "moefy", None) or not moe_layers(model):
         raise MoefyError("This model is not a mixture of experts that moefy made; convert it first.")
-    if any(type(module).__module__.startswith("peft.") for module in model.modules()):
-        raise MoefyError("This model has adapters of peft; merge them into its weights first: merge_and_unload().")
+    check_no_adapters(model)
     if len(batches) < 2:
         raise MoefyError("Fine-tuning takes at least two batches: one of them is held out; give more or smaller ones.")
     if (options.gate_scale or options.balance) and not Gates.possible(model):
