@@ -3,6 +3,7 @@
     python benchmarks/ffn.py                      # every shape, the fastest instruction set
     python benchmarks/ffn.py --quick              # a minute: one shape, fewer rounds
     python benchmarks/ffn.py --isa avx2 --json out.jsonl
+    python benchmarks/ffn.py --shapes ReLU --zeros 0.8    # biases that make 80 % of the hidden values 0
 
 All contenders take turns in every round and walk over layers that do not fit any cache (200 MB of fp32
 weights); the figures are medians over rounds. Columns:
@@ -10,6 +11,7 @@ weights); the figures are medians over rounds. Columns:
   ms, x      native, speedup over F.linear   x best       over the best dense path
   share      time of the active share of the native kernel run densely, over the time it takes
   floor      time the active weights need from DRAM, or the multiply-adds at full rate, over the time it takes
+             (of all active neurons: with ReLU the down phase leaves those out whose value is 0, so it can be beaten)
   route      what router, selection and sorting take of the threads' time in a call, by clocks around the kernel's jobs
 The calls of `ms` are prepared, as a layer's are (kernels/bound.py); those of `share` and `route` check their arguments
 (`PackedFFN.forward`).
@@ -24,6 +26,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from statistics import NormalDist
 
 import torch
 from limits import limits, machine
@@ -85,7 +88,7 @@ NATIVE = {  # contender: weights, dtype of x
 class Layer:
     """One FFN in every form; random weights, since only their number matters."""
 
-    def __init__(self, shape: Shape, tokens: int, isa: str, contenders: list[str], dense: bool) -> None:
+    def __init__(self, shape: Shape, tokens: int, isa: str, contenders: list[str], args: argparse.Namespace) -> None:
         self.shape, self.isa = shape, isa
         F_, D = shape.neurons, shape.D
         up, down = torch.randn(F_, D) / D**0.5, torch.randn(F_, D) / F_**0.5
@@ -100,6 +103,10 @@ class Layer:
         shared = {f"shared_{n}": w[:S] for n, w in parts.items()} if S else {}
         none = {f"experts_{n}": w[:0].view(0, 1, D) for n, w in parts.items()}
         every = {f"shared_{n}": w for n, w in parts.items()}
+        bias = None
+        if args.zeros is not None and not shape.gated:  # x . up has the standard normal distribution
+            bias = torch.full((F_,), NormalDist().inv_cdf(1 - args.zeros))
+            experts["experts_up_bias"], every["shared_up_bias"] = bias[S:].view(shape.E, shape.M), bias
         for precision in {NATIVE[name][0] for name in contenders}:
             options = {"activation": activation, "precision": precision, "isa": isa}
             self.packed[precision] = native.PackedFFN(**experts, **shared, **options)
@@ -108,27 +115,30 @@ class Layer:
             name: Bound(self.packed[NATIVE[name][0]], self.router, NATIVE[name][1], top_k=shape.K)
             for name in contenders
         }
-        self.paths = dense_paths(self.linear, tokens) if dense else {}
+        self.paths = {} if args.no_dense else dense_paths(self.linear, bias, tokens)
 
     def routed(self, precision: str, x: Tensor, phases: list[Tensor]) -> Tensor:
         phases.append(torch.zeros(len(native.PHASES), dtype=torch.int64))
         return self.packed[precision].forward(x, router=self.router, top_k=self.shape.K, phases=phases[-1])
 
 
-def dense_paths(weights: tuple[list[Tensor], Tensor], tokens: int) -> dict[str, Callable[[Tensor], Tensor]]:
+def dense_paths(
+    weights: tuple[list[Tensor], Tensor], bias: Tensor | None, tokens: int
+) -> dict[str, Callable[[Tensor], Tensor]]:
     """The dense FFN by every means that torch has, each a function of x in fp32 or bf16."""
     ups, down = weights
 
-    def ffn(linear: Callable[[Tensor, Tensor], Tensor], ups: list[Tensor], down: Tensor) -> Callable[[Tensor], Tensor]:
+    def ffn(linear: Callable[..., Tensor], ups: list[Tensor], down: Tensor) -> Callable[[Tensor], Tensor]:
         if len(ups) == 2:
             return lambda x: linear(F.silu(linear(x, ups[0])) * linear(x, ups[1]), down)
-        return lambda x: linear(F.relu(linear(x, ups[0])), down)
+        b = None if bias is None else bias.to(down.dtype)
+        return lambda x: linear(F.relu(linear(x, ups[0], b)), down)
 
     half = [w.bfloat16() for w in ups], down.bfloat16()
     paths = {"F.linear": ffn(F.linear, ups, down), "F.linear bf16": ffn(F.linear, *half)}
 
-    def prepacked(x: Tensor, w: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
+    def prepacked(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, w, b, "none", [], "")
 
     for name, (many, one) in {"oneDNN": (ups, down), "oneDNN bf16": half}.items():
         try:
@@ -173,8 +183,9 @@ def routing_share(calls: list[Tensor]) -> float:
 def run(shape: Shape, tokens: int, isa: str, names: list[str], args: argparse.Namespace) -> tuple[dict, dict, dict]:
     """Seconds of each contender, those of the dense paths of torch alone, and the share of routing by contender."""
     layer_bytes = shape.matrices * shape.neurons * shape.D * 4
-    count = max(2, round(ROTATE / layer_bytes + 0.5))
-    layers = [Layer(shape, tokens, isa, names, dense=not args.no_dense) for _ in range(count)]
+    read = 1 if args.zeros is None or shape.gated else 1 - args.zeros / 2  # of the weights, where zeros are left out
+    count = max(2, round(ROTATE / (layer_bytes * read) + 0.5))
+    layers = [Layer(shape, tokens, isa, names, args) for _ in range(count)]
     inputs = {
         dtype: [torch.randn(tokens, shape.D).to(dtype) for _ in layers] for dtype in (torch.float32, torch.bfloat16)
     }
@@ -207,7 +218,7 @@ def report(shape: Shape, tokens: int, isa: str, args: argparse.Namespace, peak: 
         seconds = found["native " + name]
         record = {
             "shape": asdict(shape), "tokens": tokens, "isa": isa, "contender": name, "seconds": seconds,
-            "quantile": args.quantile,
+            "quantile": args.quantile, "zeros": args.zeros,
             "active": shape.active, "dense_seconds": dense, "native_dense_seconds": found["dense " + name],
             "share_of_own_dense": shape.active * found["dense " + name] / found["routed " + name],
             "routing_share": routing[name],
@@ -254,6 +265,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--seconds", type=float, default=20, help="most time for one line")
     parser.add_argument("--quantile", type=float, default=0.5, help="0.5: medians; 0.1 where other work disturbs")
+    parser.add_argument("--zeros", type=float, help="share of hidden values that ReLU makes 0; without it, half")
     parser.add_argument("--no-dense", action="store_true", help="leave torch out")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--json", help="append one line per measurement to this file")

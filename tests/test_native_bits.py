@@ -63,3 +63,32 @@ def test_long_sums_and_many_panels(isa: str, precision: str, D: int, M: int, gat
     for T in (1, 2, 3, 5, 9, 32):
         few = problem.check(x[:T], weight[:T], chosen=chosen[:T])
         assert torch.equal(few, y[:T]) or (isa, precision) == ("amx", "bf16")
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize(("M", "gated"), [(5, False), (8, True), (33, False), (64, True), (130, False)])
+def test_zeros_of_relu_are_left_out_with_the_same_bits(isa: str, precision: str, M: int, gated: bool) -> None:
+    """A row with few values other than 0 alone, where the others are left out, and among rows without a zero."""
+    for activation, dtype in (("relu", torch.float32), ("relu2", torch.bfloat16)):
+        problem = Problem(E=3, M=M, D=150, S=70, gated=gated, activation=activation, precision=precision, isa=isa)
+        _, weight = problem.choose(40, 3)  # all of them
+        rare, full = problem.x(40), torch.zeros(160, 150)
+        rare[:, 0], rare[:, 1], full[:, 1] = 1, 0, 1
+        first = "gate" if gated else "up"
+        for part in ("experts_", "shared_"):  # input 0 makes nine of ten hidden values 0, input 1 none
+            problem.weights[part + first][..., 0] = -1.3
+            problem.weights[part + first][..., 1] = 6
+            problem.weights[f"{part}{first}_bias"] *= 0.1
+        problem.packed = native.PackedFFN(**problem.weights, activation=activation, precision=precision, isa=isa)
+        chosen = torch.arange(3).expand(40, 3)
+        rare, full = rare.to(dtype), full.to(dtype)
+        alone = problem.check(rare, weight, chosen=chosen)
+        for T in (1, 2, 7, 40):
+            mixed = torch.cat([full[: 3 * T], rare[:T], full[:T]])
+            ids = torch.arange(3).expand(5 * T, 3)
+            among = problem.packed.forward(mixed, chosen=ids)[3 * T : 4 * T]
+            few = problem.packed.forward(rare[:T], chosen=chosen[:T])
+            if (isa, precision) != ("amx", "bf16"):
+                assert torch.equal(few, alone[:T])
+                assert torch.equal(few, among)

@@ -38,6 +38,7 @@ def test_units_share_no_code() -> None:
     for name in (
         "kernels.h",
         "tiles.h",
+        "sparse.h",
         "activations.h",
         "ffn.h",
         *(p.name for glob in ("lanes_*.h", "amx*.h") for p in CSRC.glob(glob)),

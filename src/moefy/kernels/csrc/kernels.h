@@ -4,7 +4,7 @@
 // nothing of the standard library is used: a shared inline function compiled here could be the copy the linker keeps.
 #pragma once
 #include "activations.h"
-#include "tiles.h"
+#include "sparse.h"
 
 namespace {
 
@@ -153,6 +153,18 @@ void with_up_format(const Bank& bank, bool dot, const Do& run) {
   }
 }
 
+template <class Do>
+void with_down_format(const Bank& bank, bool dot, const Do& run) {
+  if constexpr (Lanes::kHasDot) {
+    if (dot) return run(DownDot<Lanes>{});
+  }
+  switch (bank.type) {
+    case Weights::f32: return run(DownF32{});
+    case Weights::bf16: return run(DownBf16{});
+    case Weights::i8: return run(DownI8{});
+  }
+}
+
 void up(const UpTask& task) {
   const Bank& bank = *task.bank;
   const int panel0 = task.unit0 * bank.unit_panels();
@@ -230,14 +242,11 @@ void down(const DownTask& task) {
   };
   const Product job{task.rows, task.panel1 - task.panel0, bank.down_steps(), task.hidden, weights(task.expert), bytes,
                     task.y, true, weights(task.next)};
-  if constexpr (Lanes::kHasDot) {
-    if (task.dot) return multiply_in_chunks<DownDot<Lanes>>(job);
-  }
-  switch (bank.type) {
-    case Weights::f32: return multiply_in_chunks<DownF32>(job);
-    case Weights::bf16: return multiply_in_chunks<DownBf16>(job);
-    case Weights::i8: return multiply_in_chunks<DownI8>(job);
-  }
+  const bool zeros = bank.act == Activation::relu || bank.act == Activation::relu2;
+  with_down_format(bank, task.dot, [&](auto format) {
+    using Format = decltype(format);
+    if (!zeros || !multiply_nonzero<Format>(job)) multiply_in_chunks<Format>(job);
+  });
 }
 
 // ---- routing

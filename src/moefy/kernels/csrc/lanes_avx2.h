@@ -6,6 +6,10 @@
 
 namespace {
 
+// For a shuffle of bytes: the low or the high halves of pairs of bf16, as floats.
+alignas(16) const __m128i kBf16Bytes[2] = {{0x0504808001008080ll, int64_t(0x0d0c808009088080ll)},
+                                           {0x0706808003028080ll, int64_t(0x0f0e80800b0a8080ll)}};
+
 struct Lanes {
   static constexpr int kTile = 6;  // 6 x 2 accumulators + 2 weights + 1 input of 16 registers
   static constexpr bool kHasDot = false;
@@ -49,6 +53,15 @@ struct Lanes {
   static Lanes below(Lanes x, Lanes limit, Lanes yes, Lanes no) {
     return {_mm256_blendv_ps(no.a, yes.a, _mm256_cmp_ps(x.a, limit.a, _CMP_LT_OQ)),
             _mm256_blendv_ps(no.b, yes.b, _mm256_cmp_ps(x.b, limit.b, _CMP_LT_OQ))};
+  }
+  static unsigned nonzero(Lanes x) {
+    const __m256 none = _mm256_setzero_ps();
+    return unsigned(_mm256_movemask_ps(_mm256_cmp_ps(x.a, none, _CMP_NEQ_UQ))) |
+           unsigned(_mm256_movemask_ps(_mm256_cmp_ps(x.b, none, _CMP_NEQ_UQ))) << 8;
+  }
+  static Lanes load_bf16(const char* p, int part) {
+    const __m256i bytes = _mm256_broadcastsi128_si256(_mm_load_si128(kBf16Bytes + part));
+    return {_mm256_castsi256_ps(_mm256_shuffle_epi8(raw(p), bytes)), _mm256_castsi256_ps(_mm256_shuffle_epi8(raw(p + 32), bytes))};
   }
   // Sums of neighbours: 8 of x, then 8 of y.
   static Lanes pair_sum(Lanes x, Lanes y) { return {pair_sum(x.a, x.b), pair_sum(y.a, y.b)}; }

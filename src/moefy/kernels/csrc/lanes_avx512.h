@@ -6,6 +6,10 @@
 
 namespace {
 
+// For a shuffle of bytes: the low or the high halves of pairs of bf16, as floats.
+alignas(16) const __m128i kBf16Bytes[2] = {{0x0504808001008080ll, int64_t(0x0d0c808009088080ll)},
+                                           {0x0706808003028080ll, int64_t(0x0f0e80800b0a8080ll)}};
+
 struct Lanes {
   static constexpr int kTile = 24;  // accumulators of a tile: 24 + 4 weights + 1 input of 32 registers
   __m512 v;
@@ -37,6 +41,11 @@ struct Lanes {
   static Lanes below(Lanes a, Lanes limit, Lanes yes, Lanes no) {
     return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, limit.v, _CMP_LT_OQ), no.v, yes.v)};
   }
+  static unsigned nonzero(Lanes a) { return _mm512_cmp_ps_mask(a.v, _mm512_setzero_ps(), _CMP_NEQ_UQ); }
+  static Lanes load_bf16(const char* p, int part) {
+    const __m512i bytes = _mm512_broadcast_i32x4(_mm_load_si128(kBf16Bytes + part));
+    return {_mm512_castsi512_ps(_mm512_shuffle_epi8(_mm512_loadu_si512(p), bytes))};
+  }
   // Sums of neighbours: 8 of a, then 8 of b.
   static Lanes pair_sum(Lanes a, Lanes b) {
     const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
@@ -54,6 +63,11 @@ struct Lanes {
   static Lanes bits(const char* p) { return {_mm512_loadu_ps(p)}; }
   static Lanes bits32(const char* p) { return {_mm512_castsi512_ps(_mm512_set1_epi32(*reinterpret_cast<const unaligned_int*>(p)))}; }
   static Lanes bits64(const char* p) { return pair(reinterpret_cast<const float*>(p)); }
+  // Which of 8 pairs are not 0.
+  static unsigned nonzero_pairs(const char* p) {
+    const __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return _mm256_test_epi32_mask(pairs, pairs);
+  }
   // c + low(a) low(b) + high(a) high(b) in every lane
   static Lanes dot(Lanes a, Lanes b, Lanes c) {
     return {_mm512_dpbf16_ps(c.v, (__m512bh)_mm512_castps_si512(a.v), (__m512bh)_mm512_castps_si512(b.v))};

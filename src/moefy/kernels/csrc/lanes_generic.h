@@ -49,6 +49,13 @@ struct Lanes {
   static Lanes exp2(Lanes n) MOEFY_EACH((f4)((__builtin_convertvector(n.v[i], i4) + 127) << 23))
   static Lanes below(Lanes a, Lanes limit, Lanes yes, Lanes no)
       MOEFY_EACH(choose(a.v[i] < limit.v[i], yes.v[i], no.v[i]))
+  static unsigned nonzero(Lanes a) {
+    unsigned mask = 0;
+    for (int i = 0; i < 16; ++i) mask |= unsigned(a.v[i / 4][i % 4] != 0.f) << i;
+    return mask;
+  }
+  static Lanes load_bf16(const char* p, int part)
+      MOEFY_EACH((f4)((get<i4>(p + 16 * i) << (16 - 16 * part)) & int32_t(0xffff0000)))
   // Sums of neighbours: 8 of a, then 8 of b.
   static Lanes pair_sum(Lanes a, Lanes b) {
     Lanes result;

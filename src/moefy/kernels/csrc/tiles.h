@@ -37,20 +37,25 @@ struct UpBf16 : UpF32 {
   static Lanes weights(const char* w, int part) { return part ? Lanes::load_bf16_high(w) : Lanes::load_bf16_low(w); }
   static Lanes input(const char* row, int k, int part) { return UpF32::input(row, 2 * k + part, 0); }
 };
-struct DownF32 : UpF32 {
-  static constexpr bool kShortPanels = true;
-  static constexpr int kInputBytes = 4;
-  static Lanes input(const char* row, int k, int) { return Lanes::set(reinterpret_cast<const float*>(row)[k]); }
+// Inputs of down one by one, for those that are not 0 (sparse.h): a neuron, or with dot a pair of them.
+struct FloatInputs {
+  static constexpr int kMaskInputs = kLanes;  // of one mask
+  static unsigned mask(const char* row, int i) { return Lanes::nonzero(Lanes::load(reinterpret_cast<const float*>(row) + i)); }
+  static Lanes one_input(const char* row, int i) { return Lanes::set(reinterpret_cast<const float*>(row)[i]); }
+  static size_t input_bytes(int i) { return size_t(i) * 4; }
 };
-struct DownI8 : UpI8 {
+template <class Up>
+struct DownBlocks : Up, FloatInputs {
   static constexpr bool kShortPanels = true;
-  static constexpr int kInputBytes = 4;
-  static Lanes input(const char* row, int k, int) { return DownF32::input(row, k, 0); }
+  static constexpr int kInputBytes = 4 * Up::kParts;
+  static Lanes input(const char* row, int k, int part) { return one_input(row, Up::kParts * k + part); }
+  static size_t bytes_before(int i) { return size_t(i / Up::kParts) * Up::kBytes; }
+  static Lanes one(const char* w, int i) { return Up::weights(w + bytes_before(i), 0); }
 };
-struct DownBf16 : UpBf16 {
-  static constexpr bool kShortPanels = true;
-  static constexpr int kInputBytes = 8;
-  static Lanes input(const char* row, int k, int part) { return DownF32::input(row, 2 * k + part, 0); }
+using DownF32 = DownBlocks<UpF32>;
+using DownI8 = DownBlocks<UpI8>;
+struct DownBf16 : DownBlocks<UpBf16> {
+  static Lanes one(const char* w, int i) { return Lanes::load_bf16(w + bytes_before(i), i % 2); }
 };
 template <class L>
 struct UpDot {
@@ -63,8 +68,13 @@ struct UpDot {
 template <class L>
 struct DownDot : UpDot<L> {
   static constexpr bool kShortPanels = true;
-  static constexpr int kInputBytes = 4;
-  static L input(const char* row, int k, int) { return L::bits32(row + 4 * k); }
+  static constexpr int kInputBytes = 4, kMaskInputs = 8;
+  static L input(const char* row, int k, int) { return one_input(row, k); }
+  static unsigned mask(const char* row, int i) { return L::nonzero_pairs(row + 4 * i); }
+  static L one_input(const char* row, int i) { return L::bits32(row + 4 * i); }
+  static size_t input_bytes(int i) { return size_t(i) * 4; }
+  static size_t bytes_before(int i) { return size_t(i) * UpDot<L>::kBytes; }
+  static L one(const char* w, int i) { return L::bits(w + bytes_before(i)); }
 };
 
 // Weights to prefetch while tiles are multiplied, shared by the row tiles of a task. A panel is read once per task, by
