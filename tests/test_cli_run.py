@@ -6,10 +6,12 @@ import pytest
 import torch
 
 import command
+import moefy
 import tiny
 from moefy import calibrate, evaluate, texts
 from moefy.texts import read_text
 from moefy.types import MoefyError
+from native_problem import needs_native
 from words import pydoc_tokenizer
 
 
@@ -44,6 +46,7 @@ MISTAKES = {
     "another vocabulary": (["eval", "llama", "--against", "wider", "--window", "16"], "cannot run on the same input"),
     "another kind": (["bench", "llama", "--against", "bert"], "cannot run on the same input"),
     "nothing to make int8": (["bench", "llama", "--int8"], "no experts to make int8"),
+    "nothing to measure in int8": (["eval", "llama", "--int8"], "no experts to make int8"),
     "nothing to predict": (["eval", "llama", "--window", "1"], "nothing to predict"),
     "no name of a data set": (["eval", "llama", "--text", "hf:"], "needs the name of a data set"),
 }
@@ -138,3 +141,33 @@ def test_what_moefy_does_not_know_is_one_line_too(models, monkeypatch, capsys):
     monkeypatch.setenv("MOEFY_TRACEBACK", "1")
     with pytest.raises(RuntimeError):
         run(models, monkeypatch, "eval", "llama")
+
+
+@pytest.fixture(scope="module")
+def converted(models):
+    """All neurons of `llama`, so that int8 is all that differs."""
+    model, recipe = tiny.tiny("llama"), moefy.Recipe.of("shared-only", budget=1.0)
+    moefy.convert(model, recipe, [{"input_ids": torch.arange(2, 66)[None]}])
+    moefy.save(model, models / "whole", pydoc_tokenizer())
+    return "whole"
+
+
+@needs_native
+def test_int8_is_measured_and_generates(converted, models, monkeypatch, capsys):
+    shown = []
+    for options in ([], ["--int8"]):
+        args = ["eval", converted, "--against", "llama", "--window", "32", "--windows", "2", "--json", *options]
+        assert run(models, monkeypatch, *args) == 0
+        shown.append(json.loads(capsys.readouterr().out))
+    exact, rounded = (figures["output_error"] for figures in shown)
+    assert exact < 1e-9 < rounded < 1e-2
+    assert shown[1]["active_fraction"] == shown[0]["active_fraction"] == 1.0
+    assert run(models, monkeypatch, "generate", converted, "the value of", "--tokens", "3", "--int8") == 0
+    assert capsys.readouterr().out.strip()
+
+
+def test_int8_without_the_native_kernel_is_a_sentence(converted, models, monkeypatch, capsys):
+    monkeypatch.setattr("moefy.kernels.native.available", lambda: False)
+    monkeypatch.setattr("moefy.kernels.native.why_not", lambda: "there is no compiler")
+    assert run(models, monkeypatch, "generate", converted, "the value of", "--int8") == 2
+    assert "needs the native kernel, and there is no compiler" in " ".join(capsys.readouterr().err.split())

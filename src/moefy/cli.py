@@ -19,7 +19,7 @@ import typer
 import moefy
 import moefy_cli
 from moefy import cli_compare, cli_convert, cli_export, cli_run, cli_tasks, cli_tune
-from moefy.cli_common import Dtype, RemoteCode, TaskName, load_any, text_batches
+from moefy.cli_common import Dtype, Int8, RemoteCode, TaskName, load_any, text_batches
 from moefy.errors import MoefyError, MoefyWarning
 from moefy.version import __version__
 
@@ -88,6 +88,7 @@ def evaluate(
     against: Annotated[str | None, typer.Option(help="A dense model to measure beside it.")] = None,
     window: Annotated[int, typer.Option(min=1, help="Tokens in a window.")] = 1024,
     windows: Annotated[int, typer.Option(min=1, help="Windows at most.")] = 12,
+    int8: Int8 = False,
     dtype: Dtype = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
     trust_remote_code: RemoteCode = False,
@@ -97,10 +98,10 @@ def evaluate(
     from moefy.evaluate import evaluate_model
 
     if task or data or limit:
-        cli_tasks.evaluate_task(model, task, data, limit, against, dtype, as_json, trust_remote_code)
+        cli_tasks.evaluate_task(model, task, data, limit, against, int8, dtype, as_json, trust_remote_code)
         return
     body = texts.read_text(text)
-    ours, tokenizer = load_any(model, dtype, trust_remote_code)
+    ours, tokenizer = load_any(model, dtype, trust_remote_code, int8)
     dense = load_any(against, dtype, trust_remote_code)[0] if against else None
     batches = text_batches(ours, tokenizer, body, window, windows)
     with console.progress("Evaluating") as update:

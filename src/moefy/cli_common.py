@@ -19,6 +19,9 @@ TaskName = Annotated[
     str | None, typer.Option(help="sst2, mnli, mrpc, rte, piqa, arc, race, squad or t2t (text to text).")
 ]
 Dtype = Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")]
+Int8 = Annotated[
+    bool, typer.Option(help="Run the experts with int8 weights (a scale a row), which are half of bf16's.")
+]
 RemoteCode = Annotated[bool, typer.Option(help="Run the checkpoint's own code. Only for sources you trust.")]
 
 
@@ -31,8 +34,31 @@ def loading(name: str) -> Iterator[None]:
         yield
 
 
-def load_any(name: str, dtype: str, remote_code: bool) -> tuple[Any, Any]:
-    """A converted or a dense model, with its tokenizer; shows its progress."""
+def load_any(name: str, dtype: str, remote_code: bool, int8: bool = False) -> tuple[Any, Any]:
+    """A converted or a dense model, with its tokenizer; shows its progress. With `int8` a converted one's experts are
+    packed so."""
+    model, tokenizer = _load(name, dtype, remote_code)
+    if int8:
+        _pack_int8(name, model)
+    return model, tokenizer
+
+
+def _pack_int8(name: str, model: Any) -> None:
+    from moefy import console
+    from moefy.kernels import native
+    from moefy.moe import moe_layers
+
+    layers = moe_layers(model)
+    if not layers:
+        raise MoefyError(f"{name} has no experts to make int8; leave out --int8, or convert it first.")
+    if not native.available():
+        raise MoefyError(f"--int8 needs the native kernel, and {native.why_not()}; leave it out.")
+    with console.status("Packing the experts as int8"):
+        for layer in layers.values():
+            layer.pack("int8")
+
+
+def _load(name: str, dtype: str, remote_code: bool) -> tuple[Any, Any]:
     from moefy import checkpoint
     from moefy.hf import MODEL_TYPE
     from moefy.sources import load_source, load_tokenizer, local_path, read_config, torch_dtype

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from moefy.cli_common import Dtype, RemoteCode, load_any
+from moefy.cli_common import Dtype, Int8, RemoteCode, load_any
 from moefy.errors import MoefyError
 
 # A short text is repeated to so many characters, enough for 1,024 tokens of any tokenizer.
@@ -19,6 +19,7 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="The text to continue.")],
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 64,
     chat: Annotated[bool, typer.Option(help="Put the prompt into the model's chat template.")] = False,
+    int8: Int8 = False,
     dtype: Dtype = "auto",
     trust_remote_code: RemoteCode = False,
 ) -> None:
@@ -31,7 +32,7 @@ def generate(
 
     if not is_text(prompt):
         raise MoefyError("The prompt is no valid text (it is not UTF-8, or holds half a character); write it in UTF-8.")
-    loaded, tokenizer = load_any(model, dtype, trust_remote_code)
+    loaded, tokenizer = load_any(model, dtype, trust_remote_code, int8)
     if tokenizer is None:
         raise MoefyError(f"{model} has no tokenizer, so it cannot read a prompt; put its tokenizer files beside it.")
     if not loaded.can_generate():
@@ -75,7 +76,6 @@ def bench(
     from moefy.bench import cases, compare
     from moefy.calibrate import check_ids, token_windows
     from moefy.evaluate import check_comparable
-    from moefy.moe import moe_layers
     from moefy.texts import read_text
 
     body = read_text(text)  # a wrong name is refused before anything is loaded
@@ -86,13 +86,8 @@ def bench(
     models["model"], tokenizer = load_any(model, dtype, trust_remote_code)
     if against:
         check_comparable(models["model"], models["dense"])
-    if int8 and not moe_layers(models["model"]):
-        raise MoefyError(f"{model} has no experts to make int8; leave out --int8, or convert it first.")
     if int8:
-        models["model int8"] = load_any(model, dtype, trust_remote_code)[0]
-        with console.status("Packing the experts as int8"):
-            for layer in moe_layers(models["model int8"]).values():
-                layer.pack("int8")
+        models["model int8"] = load_any(model, dtype, trust_remote_code, int8)[0]
     tokens = token_windows(tokenizer, whole, 128, 8).flatten() if tokenizer is not None else None
     if tokens is not None:
         check_ids(models["model"], tokens)

@@ -87,6 +87,7 @@ def evaluate_task(
     data: list[str] | None,
     limit: int | None,
     against: str | None,
+    int8: bool,
     dtype: str,
     as_json: bool,
     remote_code: bool,
@@ -99,7 +100,7 @@ def evaluate_task(
     examples = tasks.task_examples(task, data, limit)
     figures: dict[str, dict[str, float]] = {}
     for name in (model, *([against] if against else [])):
-        loaded, tokenizer = load_any(name, dtype, remote_code)
+        loaded, tokenizer = load_any(name, dtype, remote_code, int8 and name == model)
         with console.progress(f"{task}: {name}") as update, usage(loaded) as counted:
             figures[name] = tasks.evaluate_task(loaded, tokenizer, task, data, limit, update)
         figures[name]["active_fraction"] = realised_fraction(loaded, counted) if counted else 1.0

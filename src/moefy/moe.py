@@ -195,7 +195,7 @@ class MoEFFN(nn.Module):
             return self._packed
 
     def _runs_native(self, x: Tensor) -> bool:
-        if self._packed is not None and self._packed.ffn.precision == "int8":
+        if self.is_int8:
             return True
         return (
             kernels.native_wanted()
@@ -276,6 +276,11 @@ class MoEFFN(nn.Module):
         self.requires_grad_(wanted)
         if self.router is not None:
             self.router.freeze()
+
+    @property
+    def is_int8(self) -> bool:
+        """Whether the weights are packed as int8, and so no longer there to look at."""
+        return self._packed is not None and self._packed.ffn.precision == "int8"
 
     def packed_bytes(self) -> int:
         """Bytes of packed memory, the packed router's copy included; 0 when not packed."""
