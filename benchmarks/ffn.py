@@ -107,6 +107,7 @@ class Layer:
         if args.zeros is not None and not shape.gated:  # x . up has the standard normal distribution
             bias = torch.full((F_,), NormalDist().inv_cdf(1 - args.zeros))
             experts["experts_up_bias"], every["shared_up_bias"] = bias[S:].view(shape.E, shape.M), bias
+            shared |= {"shared_up_bias": bias[:S]} if S else {}
         for precision in {NATIVE[name][0] for name in contenders}:
             options = {"activation": activation, "precision": precision, "isa": isa}
             self.packed[precision] = native.PackedFFN(**experts, **shared, **options)
@@ -218,7 +219,7 @@ def report(shape: Shape, tokens: int, isa: str, args: argparse.Namespace, peak: 
         seconds = found["native " + name]
         record = {
             "shape": asdict(shape), "tokens": tokens, "isa": isa, "contender": name, "seconds": seconds,
-            "quantile": args.quantile, "zeros": args.zeros,
+            "quantile": args.quantile, "zeros": None if shape.gated else args.zeros,
             "active": shape.active, "dense_seconds": dense, "native_dense_seconds": found["dense " + name],
             "share_of_own_dense": shape.active * found["dense " + name] / found["routed " + name],
             "routing_share": routing[name],
@@ -270,6 +271,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--json", help="append one line per measurement to this file")
     args = parser.parse_args()
+    if args.zeros is not None and not 0 < args.zeros < 1:
+        parser.error("--zeros is a share above 0 and below 1")
     if args.quick:
         args.rounds, args.seconds, args.tokens, args.shapes = 12, 4, [1, 16, 256], ["D576 F1536, S2A2E16"]
     peak = limits(args.isa, torch.get_num_threads())

@@ -152,7 +152,7 @@ int main() {
             for (int T : {0, 1, 6, 49}) {
               if (T == 49 && gated == bf16) continue;  // half of them: the loops in double take most of the time
               const int K = 1 + generator() % s[0];
-              check(*kernels(names[i]), {s[0], s[1], s[2], s[3], K, T, gated, weights, bf16, checks % 2 == 1}, 1 + T % 3);
+              check(*kernels(names[i]), {s[0], s[1], s[2], s[3], K, T, gated, weights, bf16, generator() % 2 == 1}, 1 + T % 3);
             }
   std::printf("%d instruction sets: %d passed, %d failed\n", count, checks - failures, failures);
   return failures != 0;

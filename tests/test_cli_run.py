@@ -4,11 +4,13 @@ import json
 
 import pytest
 import torch
+import transformers as tf
 
 import command
 import moefy
 import tiny
 from moefy import calibrate, evaluate, texts
+from moefy.kernels import native
 from moefy.texts import read_text
 from moefy.types import MoefyError
 from native_problem import needs_native
@@ -111,6 +113,9 @@ def test_a_task_is_measured_with_what_ran(models, monkeypatch, capsys):
     ours, dense = json.loads(capsys.readouterr().out)["figures"].values()
     assert 0.4 < ours["active_fraction"] < 0.7
     assert dense["active_fraction"] == 1.0
+    if native.available():  # int8 beside the same model as it is
+        assert run(models, monkeypatch, "eval", "routed", *task[:4], "--against", "routed", "--int8", "--json") == 0
+        assert list(json.loads(capsys.readouterr().out)["figures"]) == ["routed int8", "routed"]
 
 
 def test_a_loss_that_is_not_finite_is_refused():
@@ -162,6 +167,8 @@ def test_int8_is_measured_and_generates(converted, models, monkeypatch, capsys):
     exact, rounded = (figures["output_error"] for figures in shown)
     assert exact < 1e-9 < rounded < 1e-2
     assert shown[1]["active_fraction"] == shown[0]["active_fraction"] == 1.0
+    assert run(models, monkeypatch, "eval", converted, "--int8", "--window", "32", "--windows", "2") == 0
+    assert "active fraction" in capsys.readouterr().out
     assert run(models, monkeypatch, "generate", converted, "the value of", "--tokens", "3", "--int8") == 0
     assert capsys.readouterr().out.strip()
 
@@ -171,3 +178,24 @@ def test_int8_without_the_native_kernel_is_a_sentence(converted, models, monkeyp
     monkeypatch.setattr("moefy.kernels.native.why_not", lambda: "there is no compiler")
     assert run(models, monkeypatch, "generate", converted, "the value of", "--int8") == 2
     assert "needs the native kernel, and there is no compiler" in " ".join(capsys.readouterr().err.split())
+
+
+@needs_native
+def test_int8_of_an_encoder_alone_says_what_ran(models, monkeypatch, capsys):
+    model = tiny.tiny("bert")
+    moefy.convert(
+        model, moefy.Recipe.of("cmoe", experts=4, shared=1, active=1), [{"input_ids": torch.arange(2, 66)[None]}]
+    )
+    moefy.save(model, models / "encoder", pydoc_tokenizer())
+    assert run(models, monkeypatch, "eval", "encoder", "--int8", "--window", "32", "--windows", "2", "--json") == 0
+    assert 0 < json.loads(capsys.readouterr().out)["active_fraction"] < 1
+
+
+@needs_native
+def test_int8_of_an_activation_without_a_kernel_is_a_sentence(models, monkeypatch, capsys):
+    model = tiny._decoder(tf.LlamaConfig, tf.LlamaForCausalLM, hidden_act="mish")
+    moefy.convert(model, moefy.Recipe.of("shared-only", budget=1.0), [{"input_ids": torch.arange(2, 66)[None]}])
+    moefy.save(model, models / "mish", pydoc_tokenizer())
+    for command_line in (["bench", "mish"], ["generate", "mish", "the"], ["eval", "mish"]):
+        assert run(models, monkeypatch, *command_line, "--int8") == 2
+        assert "no activation mish; leave it out" in " ".join(capsys.readouterr().err.split())

@@ -19,9 +19,7 @@ TaskName = Annotated[
     str | None, typer.Option(help="sst2, mnli, mrpc, rte, piqa, arc, race, squad or t2t (text to text).")
 ]
 Dtype = Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")]
-Int8 = Annotated[
-    bool, typer.Option(help="Run the experts with int8 weights (a scale a row), which are half of bf16's.")
-]
+Int8 = Annotated[bool, typer.Option(help="Run the experts with int8 weights (a scale a row).")]
 RemoteCode = Annotated[bool, typer.Option(help="Run the checkpoint's own code. Only for sources you trust.")]
 
 
@@ -39,12 +37,13 @@ def load_any(name: str, dtype: str, remote_code: bool, int8: bool = False) -> tu
     packed so."""
     model, tokenizer = _load(name, dtype, remote_code)
     if int8:
-        _pack_int8(name, model)
+        check_int8(name, model)
+        _pack_int8(model)
     return model, tokenizer
 
 
-def _pack_int8(name: str, model: Any) -> None:
-    from moefy import console
+def check_int8(name: str, model: Any) -> None:
+    """MoefyError unless a model's experts can be packed as int8."""
     from moefy.kernels import native
     from moefy.moe import moe_layers
 
@@ -53,8 +52,17 @@ def _pack_int8(name: str, model: Any) -> None:
         raise MoefyError(f"{name} has no experts to make int8; leave out --int8, or convert it first.")
     if not native.available():
         raise MoefyError(f"--int8 needs the native kernel, and {native.why_not()}; leave it out.")
+    for layer in layers.values():
+        if not native.supports(layer.spec.activation):
+            raise MoefyError(f"The kernel for --int8 has no activation {layer.spec.activation}; leave it out.")
+
+
+def _pack_int8(model: Any) -> None:
+    from moefy import console
+    from moefy.moe import moe_layers
+
     with console.status("Packing the experts as int8"):
-        for layer in layers.values():
+        for layer in moe_layers(model).values():
             layer.pack("int8")
 
 

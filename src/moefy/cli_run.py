@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from moefy.cli_common import Dtype, Int8, RemoteCode, load_any
+from moefy.cli_common import Dtype, Int8, RemoteCode, check_int8, load_any
 from moefy.errors import MoefyError
 
 # A short text is repeated to so many characters, enough for 1,024 tokens of any tokenizer.
@@ -87,6 +87,7 @@ def bench(
     if against:
         check_comparable(models["model"], models["dense"])
     if int8:
+        check_int8(model, models["model"])
         models["model int8"] = load_any(model, dtype, trust_remote_code, int8)[0]
     tokens = token_windows(tokenizer, whole, 128, 8).flatten() if tokenizer is not None else None
     if tokens is not None:

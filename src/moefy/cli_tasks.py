@@ -99,15 +99,16 @@ def evaluate_task(
         raise MoefyError("A task is measured on its data; give both --task and --data.")
     examples = tasks.task_examples(task, data, limit)
     figures: dict[str, dict[str, float]] = {}
-    for name in (model, *([against] if against else [])):
-        loaded, tokenizer = load_any(name, dtype, remote_code, int8 and name == model)
+    ours = f"{model} int8" if int8 else model
+    for name in (ours, *([against] if against else [])):
+        loaded, tokenizer = load_any(model if name == ours else name, dtype, remote_code, int8 and name == ours)
         with console.progress(f"{task}: {name}") as update, usage(loaded) as counted:
             figures[name] = tasks.evaluate_task(loaded, tokenizer, task, data, limit, update)
         figures[name]["active_fraction"] = realised_fraction(loaded, counted) if counted else 1.0
     if as_json:
         print(json.dumps({"task": task, "examples": len(examples), "figures": figures}, indent=2))
         return
-    rows = [[key.replace("_", " "), *(f"{figures[n][key]:.4f}" for n in figures)] for key in figures[model]]
+    rows = [[key.replace("_", " "), *(f"{figures[n][key]:.4f}" for n in figures)] for key in figures[ours]]
     console.table(f"{task}, {len(examples):,} examples", ["", *figures], rows)
 
 

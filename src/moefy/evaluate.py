@@ -154,8 +154,11 @@ def _output(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, bool]:
 
 @torch.no_grad()
 def routing(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> dict[str, Routing]:
-    """What every routed layer chooses, beside the ground truths, over the real tokens of model inputs."""
-    layers = {n: m for n, m in moe_layers(model).items() if routes(m)}
+    """What every routed layer chooses, beside the ground truths, over the real tokens of model inputs.
+
+    Layers in int8 are left out: the ground truths look at the weights, which are no longer there.
+    """
+    layers = {n: m for n, m in moe_layers(model).items() if routes(m) and not m.is_int8}
     tallies = {name: RoutingTally(moe) for name, moe in layers.items()}
     batch: Mapping[str, Any] = {}
 
@@ -210,11 +213,9 @@ def evaluate_model(
         figures.update(output_error=near.error)
         if near.top1 is not None:
             figures.update(top1_agreement=near.top1, kl_nats=near.kl)
-    routed = {}
-    if not any(moe.is_int8 for moe in moe_layers(model).values()):  # whose weights the ground truths cannot look at
-        with usage(model) as seen:
-            routed = routing(model, few)
-        counted = counted or seen
+    with usage(model) as seen:
+        routed = routing(model, few)
+    counted = counted or seen
     if counted:
         figures["active_fraction"] = realised_fraction(model, counted)
     if routed:

@@ -7,8 +7,8 @@
 namespace {
 
 // For a shuffle of bytes: the low or the high halves of pairs of bf16, as floats.
-alignas(16) const __m128i kBf16Bytes[2] = {{0x0504808001008080ll, int64_t(0x0d0c808009088080ll)},
-                                           {0x0706808003028080ll, int64_t(0x0f0e80800b0a8080ll)}};
+alignas(16) const __m128i kBf16Bytes[2] = {{0x0504808001008080ll, 0x0d0c808009088080ll},
+                                           {0x0706808003028080ll, 0x0f0e80800b0a8080ll}};
 
 struct Lanes {
   static constexpr int kTile = 24;  // accumulators of a tile: 24 + 4 weights + 1 input of 32 registers

@@ -1,13 +1,14 @@
 // The down phase without products with hidden values that are 0: with ReLU half of them for random weights, and eight
-// or nine of ten in trained models. Such a product adds nothing, so the sums are those of tiles.h bit for bit (but that
-// -0 may be 0, and weights that are not finite are not seen). Rows have their zeros in different places, so a tile here is
-// one row and many panels: as many loads as products, which the cores make as fast as the products alone.
+// or nine of ten in trained models. Such a product adds nothing, so the sums are those of tiles.h bit for bit, but
+// where nothing else is added to a bias of -0 or, with dot, to a denormal (it would be flushed), and where weights are not
+// finite. Rows have their zeros in different places, so a tile here is one row and many panels: as many loads as products,
+// which the cores make as fast as the products alone.
 #pragma once
 #include "tiles.h"
 
 namespace {
 
-constexpr int kSparsePanels = Lanes::kTile >= 24 ? 8 : 4;  // sums of a row, in registers
+constexpr int kSparsePanels = Lanes::kTile >= 24 ? 8 : Lanes::kTile >= 6 ? 4 : 3;  // sums of a row, in registers
 constexpr int kMaskBits = 64;  // inputs of a chunk: its weights are at most 32 KB of eight panels
 
 // Which of `count` inputs of a row from `first` on are not 0; rows end at a multiple of 16 values.
@@ -87,7 +88,7 @@ void add_chunk(const Product& job, int first, int count, const char* next) {
   }
 }
 
-// Whether leaving zeros out pays, by up to eight rows. Setting up a row takes as long as one to three products, and weights
+// Whether leaving zeros out pays, by some of the rows. Setting up a row takes as long as one to three products, and weights
 // that are widened are so for every row: with experts of 32 and fp32 it pays below 60 % of values other than 0 (AVX2 46 %),
 // of 8 below 46 % (AVX2 17 %). Few rows wait for weights, which long panels are read faster for in a row.
 template <class Format>
