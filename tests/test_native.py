@@ -128,8 +128,9 @@ def test_denormals(isa: str, precision: str) -> None:
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("M", [8, 20])
-def test_nan_and_infinity_stay_in_their_token(isa: str, precision: str, M: int) -> None:
-    problem = Problem(E=8, M=M, precision=precision, isa=isa)
+@pytest.mark.parametrize("activation", ["silu", "relu"])
+def test_nan_and_infinity_stay_in_their_token(isa: str, precision: str, M: int, activation: str) -> None:
+    problem = Problem(E=8, M=M, activation=activation, precision=precision, isa=isa)
     x = problem.x(60)
     chosen, _ = problem.choose(60, 2)
     clean = problem.packed.forward(x, chosen=chosen)
