@@ -14,9 +14,15 @@ torch.set_num_threads(2)
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _heeds_ctrl_c():
-    """A shell that runs the tests in the background has them, and what they start, ignore it."""
+def _heeds_signals():
+    """What runs the tests in the background has them, and what they start, ignore Ctrl-C, and nohup a closed terminal.
+
+    What is ignored is inherited and a handler is not: with one that does nothing the tests go on under nohup, and the
+    commands that they start can be stopped.
+    """
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, lambda *_: None)
 
 
 @pytest.fixture(autouse=True)

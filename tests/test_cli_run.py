@@ -177,7 +177,9 @@ def test_int8_without_the_native_kernel_is_a_sentence(converted, models, monkeyp
     monkeypatch.setattr("moefy.kernels.native.available", lambda: False)
     monkeypatch.setattr("moefy.kernels.native.why_not", lambda: "there is no compiler")
     assert run(models, monkeypatch, "generate", converted, "the value of", "--int8") == 2
-    assert "needs the native kernel, and there is no compiler" in " ".join(capsys.readouterr().err.split())
+    assert "Only the native kernel packs weights, and there is no compiler. Leave out --int8." in " ".join(
+        capsys.readouterr().err.split()
+    )
 
 
 @needs_native
@@ -198,4 +200,4 @@ def test_int8_of_an_activation_without_a_kernel_is_a_sentence(models, monkeypatc
     moefy.save(model, models / "mish", pydoc_tokenizer())
     for command_line in (["bench", "mish"], ["generate", "mish", "the"], ["eval", "mish"]):
         assert run(models, monkeypatch, *command_line, "--int8") == 2
-        assert "no activation mish; leave it out" in " ".join(capsys.readouterr().err.split())
+        assert "it has no activation mish. Leave out --int8." in " ".join(capsys.readouterr().err.split())

@@ -231,6 +231,14 @@ def test_int8_is_near_and_has_no_way_back():
         moe.state_dict()
 
 
+def test_what_cannot_be_packed_is_told():
+    moe = build(make_stats()[0]).double()
+    with pytest.raises(moefy.MoefyError, match=r"torch.float64 cannot be packed as they are; name a precision"):
+        moe.pack()
+    with pytest.raises(ValueError, match="precision is one of fp32, bf16, int8"):
+        moe.pack("int4")
+
+
 def test_one_place_chooses_the_kernel():
     weights, x, _ = random_moe(3, 8, 4, 2, 3, True, False, torch.float32, 0)
     with kernels.using("reference"):

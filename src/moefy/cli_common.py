@@ -37,33 +37,23 @@ def load_any(name: str, dtype: str, remote_code: bool, int8: bool = False) -> tu
     packed so."""
     model, tokenizer = _load(name, dtype, remote_code)
     if int8:
-        check_int8(name, model)
-        _pack_int8(model)
+        _pack_int8(name, model)
     return model, tokenizer
 
 
-def check_int8(name: str, model: Any) -> None:
-    """MoefyError unless a model's experts can be packed as int8."""
-    from moefy.kernels import native
+def _pack_int8(name: str, model: Any) -> None:
+    from moefy import console
     from moefy.moe import moe_layers
 
     layers = moe_layers(model)
     if not layers:
         raise MoefyError(f"{name} has no experts to make int8; leave out --int8, or convert it first.")
-    if not native.available():
-        raise MoefyError(f"--int8 needs the native kernel, and {native.why_not()}; leave it out.")
-    for layer in layers.values():
-        if not native.supports(layer.spec.activation):
-            raise MoefyError(f"The kernel for --int8 has no activation {layer.spec.activation}; leave it out.")
-
-
-def _pack_int8(model: Any) -> None:
-    from moefy import console
-    from moefy.moe import moe_layers
-
-    with console.status("Packing the experts as int8"):
-        for layer in moe_layers(model).values():
-            layer.pack("int8")
+    try:
+        with console.status("Packing the experts as int8"):
+            for layer in layers.values():
+                layer.pack("int8")
+    except MoefyError as error:
+        raise MoefyError(f"{error} Leave out --int8.") from None
 
 
 def _load(name: str, dtype: str, remote_code: bool) -> tuple[Any, Any]:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from moefy.cli_common import Dtype, Int8, RemoteCode, check_int8, load_any
+from moefy.cli_common import Dtype, Int8, RemoteCode, load_any
 from moefy.errors import MoefyError
 
 # A short text is repeated to so many characters, enough for 1,024 tokens of any tokenizer.
@@ -80,15 +80,15 @@ def bench(
 
     body = read_text(text)  # a wrong name is refused before anything is loaded
     whole = [body] * -(-_CHARACTERS // len(body))
+    rounded = load_any(model, dtype, trust_remote_code, int8)[0] if int8 else None  # first: it may be refused
     models: dict[str, Any] = {}
     if against:
         models["dense"] = load_any(against, dtype, trust_remote_code)[0]
     models["model"], tokenizer = load_any(model, dtype, trust_remote_code)
     if against:
         check_comparable(models["model"], models["dense"])
-    if int8:
-        check_int8(model, models["model"])
-        models["model int8"] = load_any(model, dtype, trust_remote_code, int8)[0]
+    if rounded is not None:
+        models["model int8"] = rounded
     tokens = token_windows(tokenizer, whole, 128, 8).flatten() if tokenizer is not None else None
     if tokens is not None:
         check_ids(models["model"], tokens)

@@ -17,7 +17,7 @@ from moefy.kernels.bound import Bound
 from moefy.packed import LOCK, Packed
 from moefy.routers import ROUTERS, Router
 from moefy.selection import above, highest
-from moefy.types import FFNWeights, LayerSpec, MoEWeights, Partition
+from moefy.types import FFNWeights, LayerSpec, MoefyError, MoEWeights, Partition
 
 _PARTS = ("gate", "up", "down", "gate_bias", "up_bias")
 
@@ -245,8 +245,14 @@ class MoEFFN(nn.Module):
 
         `precision` is "fp32" or "bf16" (the weights' own type if None), or "int8": weight-only, a scale a
         row, a relative error of 1 to 1.5 %, and no way back to the parameters. fp32 that bf16 holds exactly takes
-        half the memory, with the same results.
+        half the memory, with the same results. MoefyError where the native kernel is missing or lacks the activation,
+        and without a `precision` for weights of another type; ValueError for another precision.
         """
+        if not native.supports(self.spec.activation):
+            why = native.why_not() or f"it has no activation {self.spec.activation}"
+            raise MoefyError(f"Only the native kernel packs weights, and {why}.")
+        if precision is None and self.experts_up.dtype not in native.PRECISIONS:
+            raise MoefyError(f"Weights in {self.experts_up.dtype} cannot be packed as they are; name a precision.")
         with LOCK, torch.inference_mode(False):
             self.unpack()
             packed = Packed(self._parameters, self.spec, precision)
