@@ -47,11 +47,11 @@ Matrices make(int E, int M, int D, bool gated) {
   return m;
 }
 
-PackedBank pack(Matrices& m, Weights type, bool tiled, bool relu) {
+PackedBank pack(Matrices& m, Weights type, bool tiled, bool relu, const float* columns) {
   const Shape shape{m.E, m.M, m.D, relu ? Activation::relu : Activation::silu, false, false, type, tiled};
   const bool gated = !m.gate.empty();
   PackedBank packed(shape, {gated ? m.gate.data() : nullptr}, {m.up.data()}, {m.down.data()},
-                    gated ? m.gate_bias.data() : nullptr, m.up_bias.data(), 2);
+                    columns, gated ? m.gate_bias.data() : nullptr, m.up_bias.data(), 2);
   const auto read = [&](Matrix which, std::vector<float>& to) {
     if (to.empty()) return;
     if (type != Weights::bf16) return packed.unpack(which, to.data(), 2);
@@ -60,6 +60,7 @@ PackedBank pack(Matrices& m, Weights type, bool tiled, bool relu) {
     for (size_t i = 0; i < to.size(); ++i) to[i] = from_bf16(half[i]);
   };
   read(Matrix::gate, m.gate), read(Matrix::up, m.up), read(Matrix::down, m.down);
+  for (size_t i = 0; columns && i < m.down.size(); ++i) m.down[i] *= columns[i % size_t(m.D)];
   return packed;
 }
 
@@ -81,10 +82,13 @@ void check(const Kernels& kernels, const Problem& p, int threads) {
   for (Matrices* m : {&routed, &shared})
     for (float& b : p.gated ? m->gate_bias : m->up_bias) b -= p.zeros ? 1.5f : 0.f;
   std::vector<float> router_rows = random(size_t(p.E) * p.D, 1), x = random(size_t(p.T) * p.D, 1);
-  const PackedBank experts = pack(routed, p.weights, kernels.tiled, p.zeros),
-                   always = pack(shared, p.weights, kernels.tiled, p.zeros);
+  std::vector<float> columns = random(p.D, 2);
+  for (float& column : columns) column = std::exp(column);
+  const float* y_scale = p.weights == Weights::i8 ? columns.data() : nullptr;
+  const PackedBank experts = pack(routed, p.weights, kernels.tiled, p.zeros, y_scale),
+                   always = pack(shared, p.weights, kernels.tiled, p.zeros, y_scale);
   const Shape router_shape{1, p.E, p.D, Activation::identity, false, false, Weights::f32};
-  const PackedBank router(router_shape, {}, {router_rows.data()}, {}, nullptr, nullptr, 1);
+  const PackedBank router(router_shape, {}, {router_rows.data()}, {}, nullptr, nullptr, nullptr, 1);
   std::vector<float> bias = random(round_up(p.D, 16), 1);
 
   std::vector<uint16_t> half(p.bf16 ? x.size() : 0);
@@ -102,7 +106,7 @@ void check(const Kernels& kernels, const Problem& p, int threads) {
   c.routed = &experts.bank();
   c.shared = p.S ? &always.bank() : nullptr;
   c.router = &router.bank();
-  c.down_bias = bias.data();
+  c.down_bias = bias.data(), c.y_scale = y_scale;
   c.width = p.D, c.x_row = p.D, c.tokens = p.T, c.bf16 = p.bf16, c.threads = threads;
   c.x = p.bf16 ? static_cast<const void*>(half.data()) : x.data();
   c.y = p.bf16 ? static_cast<void*>(y_half) : y;

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moefy.kernels import native
+from moefy.kernels.bank import WEIGHTS
 from moefy.types import MoefyError
 from native_problem import ISAS, REFERENCE, Problem, needs_native
 
@@ -60,7 +61,7 @@ def test_the_names_of_transformers() -> None:
 
     a = torch.linspace(-8, 8, 1001)
     one = torch.ones(1, 1)
-    for name in native._ACTIVATIONS:
+    for name in native.ACTIVATIONS:
         ffn = native.PackedFFN(experts_up=one[None], experts_down=one[None], activation=name)
         y = ffn.forward(a[:, None], chosen=torch.zeros(len(a), 1))[:, 0]
         torch.testing.assert_close(y, ACT2FN[name](a), rtol=2e-6, atol=2e-6, msg=name)
@@ -238,7 +239,7 @@ def test_drawn_shapes(data: st.DataObject) -> None:
         gated=one_of([False, True]),
         bias=one_of([False, True]),
         activation=one_of(REFERENCE),
-        precision=one_of(native._WEIGHTS),
+        precision=one_of(WEIGHTS),
         isa=one_of(ISAS),
         seed=draw(0, 99),
     )
@@ -253,14 +254,32 @@ def test_unpack(precision: str, source: torch.dtype) -> None:
     weights = {k: v.to(source) for k, v in Problem(E=3, M=11, D=37, S=10).weights.items()}
     found = native.PackedFFN(**weights, activation="silu", precision=precision).unpack()
     assert found.keys() == weights.keys()
+    columns = torch.cat([weights["experts_down"].flatten(0, 1), weights["shared_down"]]).float().abs().amax(0)
     for name, tensor in weights.items():
         if "bias" in name or precision == "fp32":
             assert torch.equal(found[name], tensor.float())
         elif precision == "bf16":
             assert torch.equal(found[name], tensor.bfloat16())
         else:
-            step = tensor.float().abs().amax(-1, keepdim=True) / 127
+            column = columns if "down" in name else 1
+            step = (tensor.float().abs() / column).amax(-1, keepdim=True) * column / 127
             assert ((found[name] - tensor.float()).abs() <= step / 2 * 1.001).all()
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_int8_keeps_small_columns_of_y_beside_large_ones(bias: bool) -> None:
+    """Layers that write massive activations have such columns in `down`."""
+    problem = Problem(E=4, M=24, D=40, S=16, bias=bias)
+    size = torch.logspace(-4, 4, 39)
+    weights = {k: v * torch.cat([size, torch.zeros(1)]) if "down" in k else v for k, v in problem.weights.items()}
+    x, (chosen, _) = problem.x(33), problem.choose(33, 2)
+    exact, int8 = (
+        native.PackedFFN(**weights, activation="silu", precision=precision).forward(x, chosen=chosen)
+        for precision in ("fp32", "int8")
+    )
+    error = (int8 - exact).norm(dim=0)[:-1] / exact.norm(dim=0)[:-1]
+    assert 0 < error.max() < 0.025
+    assert not int8[:, -1].any()
 
 
 @pytest.mark.parametrize("isa", ISAS)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from moefy.kernels import native
+from moefy.kernels.extension import EXTENSION
 
 
 class Bound:
@@ -38,7 +39,7 @@ class Bound:
         self._threshold = threshold
         capacity = packed._capacity(None, top_k, None if threshold is None else 0.0, most)
         fixed = packed._fixed(packed._routed, router, capacity, threshold is not None)
-        self._call = native._native.Prepared(*fixed, dtype == torch.bfloat16)
+        self._call = EXTENSION.Prepared(*fixed, dtype == torch.bfloat16)
 
     @staticmethod
     def possible(packed: native.PackedFFN, dtype: torch.dtype) -> bool:

@@ -64,7 +64,7 @@ struct Bank {
   char *up = nullptr, *down = nullptr;
   // One row of hidden_stride() per expert, zero padded; null when the model has none.
   float *up_bias = nullptr, *gate_bias = nullptr;
-  float *up_scale = nullptr, *gate_scale = nullptr, *down_scale = nullptr;  // int8 only
+  float *up_scale = nullptr, *gate_scale = nullptr, *down_scale = nullptr;  // int8 only; see Call::y_scale
 
   size_t block_bytes() const { return type == Weights::i8 ? 16 : 64; }
   size_t value_bytes() const { return type == Weights::f32 ? 4 : type == Weights::bf16 ? 2 : 1; }

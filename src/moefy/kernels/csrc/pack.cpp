@@ -77,14 +77,14 @@ struct Put {  // writes one weight in the bank's format
 
 }  // namespace
 
-PackedBank::PackedBank(const Shape& shape, Source gate, Source up, Source down, const float* gate_bias,
-                       const float* up_bias, int threads) {
+PackedBank::PackedBank(const Shape& shape, Source gate, Source up, Source down, const float* columns,
+                       const float* gate_bias, const float* up_bias, int threads) {
   Bank& b = bank_;
   b.experts = shape.experts, b.neurons = shape.neurons, b.width = shape.width;
   b.gated = gate.data != nullptr, b.act = shape.act, b.activate_up = shape.activate_up;
   b.absolute = shape.absolute, b.type = shape.type, b.tiled = shape.tiled && shape.type == Weights::bf16;
   b.joined = b.tiled && down.data && b.experts > 1 && b.neurons <= kJoinedNeurons;
-  if (b.type == Weights::i8) find_scales(gate, up, down);
+  if (b.type == Weights::i8) find_scales(gate, up, down, columns);
   pack_bias(up_bias, b.up_bias, up_bias_);
   pack_bias(gate_bias, b.gate_bias, gate_bias_);
 
@@ -107,7 +107,8 @@ PackedBank::PackedBank(const Shape& shape, Source gate, Source up, Source down, 
   down_.clear();
   const Put put{b.type, b.down, down};
   each_down(b, threads, [&](int e, int n, int k, size_t element) {
-    put(element, (size_t(e) * b.neurons + n) * b.width + k, b.down_scale ? b.down_scale[e * stride + n] : 1.f);
+    const float scale = (b.down_scale ? b.down_scale[e * stride + n] : 1.f) * (columns ? columns[k] : 1.f);
+    put(element, (size_t(e) * b.neurons + n) * b.width + k, scale);
   });
 }
 
@@ -124,21 +125,21 @@ void PackedBank::pack_bias(const float* from, float*& to, Memory& memory) {
     std::memcpy(to + size_t(e) * bank_.hidden_stride(), from + size_t(e) * bank_.neurons, bank_.neurons * sizeof(float));
 }
 
-void PackedBank::find_scales(Source gate, Source up, Source down) {
-  const auto find = [&](Source from, float*& to, Memory& memory) {
+void PackedBank::find_scales(Source gate, Source up, Source down, const float* columns) {
+  const auto find = [&](Source from, const float* over, float*& to, Memory& memory) {
     if (!from.data) return;
     to = rows(memory);
     for (int e = 0; e < bank_.experts; ++e)
       for (int n = 0; n < bank_.neurons; ++n) {
         float most = 0;
         const size_t row = (size_t(e) * bank_.neurons + n) * bank_.width;
-        for (int k = 0; k < bank_.width; ++k) most = std::fmax(most, std::fabs(value(from, row + k)));
+        for (int k = 0; k < bank_.width; ++k) most = std::fmax(most, std::fabs(value(from, row + k)) / (over ? over[k] : 1.f));
         to[size_t(e) * bank_.hidden_stride() + n] = most > 0 ? most / 127 : 1;
       }
   };
-  find(gate, bank_.gate_scale, gate_scale_);
-  find(up, bank_.up_scale, up_scale_);
-  find(down, bank_.down_scale, down_scale_);
+  find(gate, nullptr, bank_.gate_scale, gate_scale_);
+  find(up, nullptr, bank_.up_scale, up_scale_);
+  find(down, columns, bank_.down_scale, down_scale_);
 }
 
 size_t PackedBank::bytes() const {

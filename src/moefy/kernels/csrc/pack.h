@@ -21,19 +21,20 @@ enum class Matrix : int { gate, up, down };
 
 class PackedBank {
  public:
-  // down may be null (a router). Biases are (experts, neurons) fp32 or null.
-  PackedBank(const Shape& shape, Source gate, Source up, Source down, const float* gate_bias, const float* up_bias,
-             int threads);
+  // down may be null (a router). Biases are (experts, neurons) fp32 or null. `columns` (width), for int8, or null: what
+  // down's columns are divided by first, and y multiplied by in the end (Call::y_scale).
+  PackedBank(const Shape& shape, Source gate, Source up, Source down, const float* columns, const float* gate_bias,
+             const float* up_bias, int threads);
   const Bank& bank() const { return bank_; }
   size_t bytes() const;
-  // Writes (experts, neurons, width): fp32, or bf16 when the weights are bf16. Exact for both.
+  // Writes (experts, neurons, width): fp32, or bf16 when the weights are bf16. Exact for both. Not times `columns`.
   void unpack(Matrix which, void* out, int threads) const;
   bool unpack_bias(Matrix which, float* out) const;
 
  private:
   float* rows(Memory& memory);
   void pack_bias(const float* from, float*& to, Memory& memory);
-  void find_scales(Source gate, Source up, Source down);
+  void find_scales(Source gate, Source up, Source down, const float* columns);
 
   Bank bank_;
   Memory up_, down_, up_bias_, gate_bias_, up_scale_, gate_scale_, down_scale_;

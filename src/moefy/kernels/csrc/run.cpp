@@ -213,7 +213,7 @@ void Run::down(Tokens tile, int slice, int thread) {
   const int64_t stride = y_stride(panel1 - panel0), columns = (panel1 - panel0) * kLanes;
   float* y = thread_y(thread);
   for (int t = 0; t < token1 - token0; ++t) {
-    if (c_.down_bias)
+    if (c_.down_bias && !c_.y_scale)
       std::memcpy(y + t * stride, c_.down_bias + column0, columns * 4);
     else
       std::memset(y + t * stride, 0, columns * 4);
@@ -235,7 +235,15 @@ void Run::down(Tokens tile, int slice, int thread) {
     }
     if (first < end) add_down(*c_.routed, e, first, end - first, false, y, stride, token0, panel0, panel1, next, scratch);
   }
+  if (c_.y_scale) scale_y(y, stride, token1 - token0, column0, column1);
   write_y(tile, y, stride, token0, token1, column0, column1);
+}
+
+// Where down's columns were divided by a scale, that of y; with it the bias, which was not.
+void Run::scale_y(float* y, int64_t stride, int rows, int column0, int column1) {
+  const float *scale = c_.y_scale + column0, *bias = c_.down_bias ? c_.down_bias + column0 : nullptr;
+  for (int r = 0; r < rows; ++r, y += stride)
+    for (int i = 0; i < column1 - column0; ++i) y[i] = y[i] * scale[i] + (bias ? bias[i] : 0.f);
 }
 
 void Run::write_y(Tokens tile, const float* y, int64_t stride, int token0, int token1, int column0, int column1) {

@@ -11,6 +11,7 @@ struct Call {
   const Kernels* kernels = nullptr;
   const Bank *routed = nullptr, *shared = nullptr;  // either may be null
   const float* down_bias = nullptr;                 // (D rounded up to 16,)
+  const float* y_scale = nullptr;                   // (D,), multiplied into y before the bias is added; may be null
   int width = 0;
 
   const void* x = nullptr;  // (T, D), strides in elements

@@ -1,0 +1,139 @@
+"""Weights in the native kernel's packed form: the experts of one size, or the rows of a router.
+
+T tokens, D model width, E routed experts, M neurons per expert; weights are neuron-major as everywhere: one row per
+neuron, `down` too.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moefy.kernels.extension import EXTENSION
+
+ACTIVATIONS = {
+    "linear": 0,
+    "relu": 1,
+    "relu2": 2,
+    "gelu": 3,
+    "gelu_python": 3,
+    "gelu_new": 4,
+    "gelu_fast": 4,
+    "gelu_accurate": 4,
+    "gelu_pytorch_tanh": 4,
+    "gelu_python_tanh": 4,
+    "silu": 5,
+    "swish": 5,
+    "quick_gelu": 6,
+    "sigmoid": 7,
+    "tanh": 8,
+}
+WEIGHTS = {"fp32": 0, "bf16": 1, "int8": 2}
+_GATE, _UP, _DOWN = 0, 1, 2
+
+
+def address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def plain(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if tensor is None else tensor.detach().to("cpu", dtype).contiguous()
+
+
+def _check_shapes(up: Tensor, matrices: list[Tensor], biases: tuple[Tensor | None, Tensor | None]) -> None:
+    if any(m.shape != up.shape for m in matrices):
+        raise ValueError(f"matrices must have one shape: {[tuple(m.shape) for m in matrices]}")
+    if any(b is not None and b.shape != up.shape[:2] for b in biases):
+        raise ValueError(f"biases must be {tuple(up.shape[:2])}")
+
+
+def largest_of_columns(matrices: list[Tensor]) -> Tensor:
+    """The largest magnitude of each column (D,) of some (..., D) matrices as fp32, 1 for columns of zeros."""
+    ends = [end for m in matrices if m.numel() for end in torch.aminmax(m.detach().flatten(0, -2), dim=0)]
+    most = torch.stack(ends).abs().amax(0).float() if ends else torch.ones(matrices[0].shape[-1])
+    return torch.where(most > 0, most, 1.0).cpu().contiguous()
+
+
+class Bank:
+    """Experts of one size in packed memory. Matrices (E, M, D), biases (E, M)."""
+
+    def __init__(
+        self,
+        gate: Tensor | None,
+        up: Tensor,
+        down: Tensor | None,
+        gate_bias: Tensor | None,
+        up_bias: Tensor | None,
+        activation: str,
+        activate_up: bool,
+        weights: str,
+        tiled: bool = False,
+        absolute: bool = False,
+        columns: Tensor | None = None,
+    ) -> None:
+        """`columns` (D,) fp32, for int8 only: what the columns of `down` are divided by before they are rounded."""
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"no native {activation!r}; there are {', '.join(ACTIVATIONS)}")
+        if weights not in WEIGHTS:
+            raise ValueError(f"precision is one of {', '.join(WEIGHTS)}, not {weights!r}")
+        matrices = [m for m in (gate, up, down) if m is not None]
+        _check_shapes(up, matrices, (gate_bias, up_bias))
+        if gate is None and (gate_bias is not None or activate_up):
+            raise ValueError("gate_bias and activate_up need a gate")
+        self.shape = tuple(up.shape)
+        self.gated, self.weights, self._columns = gate is not None, weights, columns
+        source = torch.bfloat16 if all(m.dtype == torch.bfloat16 for m in matrices) else torch.float32
+        gate, up, down = (plain(m, source) for m in (gate, up, down))  # type: ignore[assignment]
+        gate_bias, up_bias = plain(gate_bias, torch.float32), plain(up_bias, torch.float32)
+        self.packed = EXTENSION.Bank(
+            *self.shape,
+            ACTIVATIONS[activation],
+            activate_up,
+            absolute,
+            WEIGHTS[weights],
+            source == torch.bfloat16,
+            *map(address, (gate, up, down, columns, gate_bias, up_bias)),
+            torch.get_num_threads(),
+            tiled,
+        )
+
+    def unpack(self, prefix: str) -> dict[str, Tensor]:
+        dtype = torch.bfloat16 if self.weights == "bf16" else torch.float32
+        found = {}
+        for name, which in (("gate", _GATE), ("up", _UP), ("down", _DOWN)):
+            if which != _GATE or self.gated:
+                found[prefix + name] = torch.empty(self.shape, dtype=dtype)
+                self.packed.unpack(which, found[prefix + name].data_ptr(), torch.get_num_threads())
+                if which == _DOWN and self._columns is not None:
+                    found[prefix + name] *= self._columns
+            bias = torch.empty(self.shape[:2], dtype=torch.float32)
+            if which != _DOWN and self.packed.unpack_bias(which, bias.data_ptr()):
+                found[f"{prefix}{name}_bias"] = bias
+        return found
+
+
+class PackedRouter:
+    """Scores every expert in fp32; made by `linear` or `representative`."""
+
+    def __init__(self, bank: Bank) -> None:
+        self._bank = bank
+
+    @classmethod
+    def linear(cls, weight: Tensor, bias: Tensor | None = None) -> PackedRouter:
+        """x·weightᵀ + bias: weight (E, D), bias (E,)."""
+        up_bias = None if bias is None else bias[None].float()
+        return cls(Bank(None, weight[None].float(), None, None, up_bias, "linear", False, "fp32"))
+
+    @classmethod
+    def representative(cls, up: Tensor, gate: Tensor | None = None, *, activation: str) -> PackedRouter:
+        """CMoE: |act(x·gateᵀ) * (x·upᵀ)|, ungated |act(x·upᵀ)|; rows (E, D) of one neuron per expert."""
+        gates = None if gate is None else gate[None].float()
+        return cls(Bank(gates, up[None].float(), None, None, None, activation, False, "fp32", absolute=True))
+
+    @property
+    def experts(self) -> int:
+        return self._bank.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        return self._bank.packed.nbytes
