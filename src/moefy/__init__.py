@@ -27,7 +27,7 @@ if TYPE_CHECKING or _is_whole:
     from moefy.calibrate import text_calibration
     from moefy.checkpoint import load, save, to_dense
     from moefy.convert import Report, convert
-    from moefy.moe import MoEFFN
+    from moefy.moe import MoEFFN, pack
     from moefy.recipe import RECIPES, Recipe
     from moefy.relufy import relufy
     from moefy.tasks import evaluate_task, task_calibration
@@ -51,6 +51,7 @@ __all__ = [
     "convert",
     "evaluate_task",
     "load",
+    "pack",
     "relufy",
     "save",
     "task_calibration",

@@ -43,15 +43,13 @@ def load_any(name: str, dtype: str, remote_code: bool, int8: bool = False) -> tu
 
 def _pack_int8(name: str, model: Any) -> None:
     from moefy import console
-    from moefy.moe import moe_layers
+    from moefy.moe import moe_layers, pack
 
-    layers = moe_layers(model)
-    if not layers:
+    if not moe_layers(model):
         raise MoefyError(f"{name} has no experts to make int8; leave out --int8, or convert it first.")
     try:
         with console.status("Packing the experts as int8"):
-            for layer in layers.values():
-                layer.pack("int8")
+            pack(model, "int8")
     except MoefyError as error:
         raise MoefyError(f"{error} Leave out --int8.") from None
 
