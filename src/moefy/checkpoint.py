@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from transformers import GenerationConfig, PreTrainedModel
 
 from moefy import hf, hub, slim
+from moefy.convert import check_no_adapters
 from moefy.files import put_in_place, sync
 from moefy.model_card import model_card
 from moefy.recipe import Recipe
@@ -89,6 +90,9 @@ def save(
     is written to a hidden directory beside `path` and renamed, so a crash leaves nothing or the whole.
     Raises MoefyError if the output exists (unless `overwrite`), the disk is full or it is not writable.
     """
+    check_no_adapters(model)
+    if not isinstance(model, PreTrainedModel):
+        raise MoefyError(f"This {type(model).__name__} is no model of transformers; give the model that it wraps.")
     record = getattr(model.config, "moefy", None)
     if not record:
         raise MoefyError("This model is not converted, so there is nothing for moefy to save; convert it first.")
@@ -161,11 +165,13 @@ def load(path: str | os.PathLike[str], **options: Any) -> PreTrainedModel:
     try:
         with quiet_transformers():
             base = _base_class(path, config)
-            options = {"dtype": "auto", **options}
+            dtype = options.pop("dtype", "auto")
             if converted:
-                options["config"] = hf.MoefyConfig.from_pretrained(folder)
+                if "config" not in options:  # options may be for it: what is left of them is the model's
+                    stored, options = hf.MoefyConfig.from_pretrained(folder, return_unused_kwargs=True, **options)
+                    options["config"] = stored
                 base = hf.model_class(base, type(options["config"]))
-            model, info = weights_of(base, folder, **options)
+            model, info = weights_of(base, folder, dtype=dtype, **options)
     except LOAD_ERRORS as error:
         raise MoefyError(f"The model {os.fspath(path)!r} cannot be loaded: {reason(error)}") from None
     check_complete(model, info, os.fspath(path))

@@ -83,6 +83,13 @@ def _float32_by_default() -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
+@contextmanager
+def _without_autocast() -> Iterator[None]:
+    """Models are converted on the CPU, in the type they have."""
+    with torch.autocast("cpu", enabled=False):
+        yield
+
+
 @dataclass(frozen=True)
 class Plan:
     """What a conversion works on: the FFNs by name, the shapes each may get, and what an error in each costs."""
@@ -97,6 +104,7 @@ class Plan:
 
 
 @_float32_by_default()
+@_without_autocast()
 @torch.inference_mode(False)  # parameters made in that mode could not be trained, and sensitivities need gradients
 @torch.no_grad()
 def convert(

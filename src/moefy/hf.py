@@ -2,8 +2,9 @@
 
 A converted LlamaForCausalLM becomes a MoefyLlamaForCausalLM with a MoefyLlamaConfig, subclasses made
 here, whose `model_type` is "moefy". So `save_pretrained`, `from_pretrained`, `generate` and peft work
-as they are, and a transformers without moefy refuses the directory instead of silently
-re-initialising the FFNs that it does not find.
+as they are, and the Auto classes of a transformers without moefy refuse the directory instead of
+silently re-initialising the FFNs that they do not find. (A class that is named, such as
+LlamaForCausalLM.from_pretrained, does not look at the type: it warns and makes random FFNs.)
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import copy
 import ctypes
 import mmap
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, fields
 from functools import cache
 from pathlib import Path
@@ -26,14 +28,20 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.feature_extraction_auto import FEATURE_EXTRACTOR_MAPPING
+from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
 from moefy.moe import MoEFFN, moe_layers
+from moefy.quiet import quiet_transformers
 from moefy.routers import ROUTERS, Router
 from moefy.sites import bamboo, base_model_type, find_sites
 from moefy.types import LayerSpec, MoefyError
 from moefy.version import __version__
 
 MODEL_TYPE = "moefy"
+# Where the Auto classes find what reads images and sound, if a checkpoint's own files do not name it.
+_PROCESSORS = (PROCESSOR_MAPPING, IMAGE_PROCESSOR_MAPPING, FEATURE_EXTRACTOR_MAPPING)
 
 
 class MoefyConfig(PretrainedConfig):
@@ -91,6 +99,11 @@ def config_class(base: Any) -> Any:
             model = auto._model_mapping.get(base, None)
             if isinstance(model, type):
                 auto.register(made, model_class(model, made), exist_ok=True)
+    with quiet_transformers():
+        for processors in _PROCESSORS:
+            with suppress(ImportError):  # of a package that images or sound take
+                if base in processors:
+                    processors.register(made, processors[base], exist_ok=True)
     return made
 
 
@@ -122,7 +135,7 @@ def model_class(base: Any, config: Any) -> Any:
         "__module__": __name__,
         "config_class": config,
     }
-    made = type(f"Moefy{base.__name__}", (base,), members)
+    made = type(f"Moefy{_known(base).__name__}", (base,), members)
     _share_renamings(base, made)
     return made
 
@@ -142,7 +155,8 @@ def _initialise(model: PreTrainedModel) -> None:
 
 def __getattr__(name: str) -> Any:
     """The classes made here by name: so models and configs pickle as dense ones do, for spawned processes."""
-    base = getattr(transformers, name.removeprefix("Moefy"), None) if name.startswith("Moefy") else None
+    own = name.removeprefix("Moefy")
+    base = getattr(transformers, own, None) or getattr(bamboo, own, None) if own != name else None
     if isinstance(base, type) and issubclass(base, PretrainedConfig):
         return config_class(base)
     if isinstance(base, type) and issubclass(base, PreTrainedModel):
@@ -235,6 +249,15 @@ def mark_converted(model: Any, specs: Mapping[str, LayerSpec], record: dict[str,
     config.dtype = model.dtype
     model.__class__ = model_class(base_model, type(config))
     model.config = config
+
+
+def _known(model_class: Any) -> Any:
+    """The class by which a checkpoint names a model: of a user's subclass the one that others have, too."""
+    for known in model_class.__mro__:
+        name = known.__name__
+        if not name.endswith("PreTrainedModel") and known in (getattr(transformers, name, 0), getattr(bamboo, name, 0)):
+            return known
+    return model_class
 
 
 def base_class(model: PreTrainedModel) -> Any:

@@ -14,12 +14,14 @@ from transformers.activations import ACT2FN
 from moefy import kernels
 from moefy.kernels import native
 from moefy.kernels.bound import Bound
-from moefy.packed import LOCK, Packed
+from moefy.packed import LOCK, Graphs, Packed, keeps
 from moefy.routers import ROUTERS, Router
+from moefy.routers.base import without_autocast
 from moefy.selection import above, highest
 from moefy.types import FFNWeights, LayerSpec, MoefyError, MoEWeights, Partition
 
 _PARTS = ("gate", "up", "down", "gate_bias", "up_bias")
+_MATRICES = frozenset(f"{group}_{part}" for group in ("shared", "experts") for part in _PARTS)
 
 
 class MoEFFN(nn.Module):
@@ -55,6 +57,7 @@ class MoEFFN(nn.Module):
         self.act: nn.Module = ACT2FN[spec.activation]
         self.router: Router | None = ROUTERS[spec.router](spec) if spec.router else None
         self._packed: Packed | None = None
+        self._graphs = Graphs()
         self._usage: Usage | None = None
 
     @classmethod
@@ -133,7 +136,7 @@ class MoEFFN(nn.Module):
         if router is None or self.top_k == 0:
             return torch.empty(len(x), 0, dtype=torch.long, device=x.device), None
         threshold, scale, balance = router.settings()
-        with torch.set_grad_enabled(torch.is_grad_enabled() and scale is not None):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and scale is not None), without_autocast(x):
             scores = router(x, None if router.ships else self.weights())
         with torch.no_grad():
             ranked = scores if balance is None else scores + balance
@@ -157,6 +160,9 @@ class MoEFFN(nn.Module):
         return self._run(hidden_states)
 
     def _run(self, hidden_states: Tensor) -> Tensor:
+        if torch.jit.is_tracing():
+            why = "torch.jit.trace cannot record a converted model, whose experts depend on the input"
+            raise MoefyError(f"{why}; use torch.compile, or convert with the recipe slim.")
         bound = self._prepared()
         if bound is not None and bound.takes(hidden_states):
             return bound(hidden_states)
@@ -167,6 +173,7 @@ class MoEFFN(nn.Module):
         else:
             weights, (chosen, gate) = self.weights(), self.choose(x)
             y = kernels.pick(x, weights)(x, weights, chosen, gate)
+            self._graphs.watch(y)
             if self._usage:
                 self._usage.counts += torch.bincount(chosen[chosen >= 0], minlength=self.spec.experts).cpu()
         if self._usage:
@@ -195,10 +202,16 @@ class MoEFFN(nn.Module):
             return self._packed
 
     def _runs_native(self, x: Tensor) -> bool:
+        plain = native.readable(x)
         if self.is_int8:
+            if torch.is_grad_enabled() and x.requires_grad:
+                raise MoefyError("int8 experts have no gradients: run under torch.no_grad(), or load the model again.")
+            if not plain:
+                raise MoefyError("int8 experts run on plain tensors only, not fake or vmapped ones.")
             return True
         return (
-            kernels.native_wanted()
+            plain
+            and kernels.native_wanted()
             and not (torch.is_grad_enabled() and (x.requires_grad or self._trains()))
             and native.supports(self.spec.activation, x.dtype, x.device)
             and (self._packed is not None or self._may_pack())
@@ -214,6 +227,8 @@ class MoEFFN(nn.Module):
         own = [p for p in self._parameters.values() if p is not None]
         return (
             not self.training
+            and self._parameters.keys() >= _MATRICES  # not where pruning has put a plain tensor
+            and not self._graphs.alive()
             and self.experts_up.dtype in native.PRECISIONS
             and all(isinstance(p, nn.Parameter) and p.device.type == "cpu" and p.grad is None for p in own)
             and not hasattr(self, "_hf_hook")
@@ -243,10 +258,10 @@ class MoEFFN(nn.Module):
     def pack(self, precision: str | None = None) -> None:
         """Pack the weights for the native kernel and release the parameters' memory.
 
-        `precision` is "fp32" or "bf16" (the weights' own type if None), or "int8": weight-only, a scale a
-        row, a relative error of about 1 %, and no way back to the parameters. fp32 that bf16 holds exactly takes
-        half the memory, with the same results. MoefyError where the native kernel is missing or lacks the activation,
-        and without a `precision` for weights of another type; ValueError for another precision.
+        `precision` is "fp32" or "bf16" (the weights' own type if None; "bf16" rounds fp32, for good), or "int8":
+        weight-only, a scale a row, a relative error of about 1 %, and no way back to the parameters. fp32 that bf16
+        holds exactly takes half the memory, with the same results. MoefyError where the native kernel is missing or
+        lacks the activation, and without a `precision` for weights of another type; ValueError for another precision.
         """
         if not native.supports(self.spec.activation):
             why = native.why_not() or f"it has no activation {self.spec.activation}"
@@ -255,6 +270,8 @@ class MoEFFN(nn.Module):
             raise MoefyError(f"Weights in {self.experts_up.dtype} cannot be packed as they are; name a precision.")
         with LOCK, torch.inference_mode(False):
             self.unpack()
+            if any(p.is_meta for p in self.parameters()):
+                raise MoefyError("Weights that are offloaded cannot be packed; load the model without device_map.")
             packed = Packed(self._parameters, self.spec, precision)
             packed.follow(self.router)
             self._packed = packed
@@ -293,12 +310,13 @@ class MoEFFN(nn.Module):
         return self._packed.nbytes if self._packed is not None else 0
 
     def train(self, mode: bool = True) -> MoEFFN:
-        if mode:
+        if mode and not self.is_int8:  # whose layers stay as they are: without gradients
             self.unpack()
         return super().train(mode)
 
     def _apply(self, fn: Any, recurse: bool = True) -> MoEFFN:
-        self.unpack()
+        if not (self.is_int8 and keeps(fn, self.experts_up.dtype)):  # type: ignore[arg-type]
+            self.unpack()
         return super()._apply(fn, recurse)
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:

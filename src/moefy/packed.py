@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import weakref
 from collections.abc import Mapping
 from operator import attrgetter
 from typing import Any
@@ -50,6 +51,38 @@ def _counts(tensor: Tensor) -> bool:
         return tensor._version >= 0
     except RuntimeError:
         return False
+
+
+class _Graph:
+    """Lives as long as a graph of autograd does."""
+
+
+class Graphs:
+    """The graphs of autograd that may still need a layer's weights: from its forward pass until a backward pass has
+    come through, or until nobody has the graph any more. Copies and pickles know of none."""
+
+    def __init__(self) -> None:
+        self._alive: weakref.WeakSet[_Graph] = weakref.WeakSet()
+
+    def watch(self, y: Tensor) -> None:
+        """Count the graph that made y, if one did."""
+        if not y.requires_grad:
+            return
+        graph, alive = _Graph(), self._alive
+        alive.add(graph)
+        y.register_hook(lambda _: alive.discard(graph))  # the hook, and with it `graph`, is the graph's own
+
+    def alive(self) -> bool:
+        return len(self._alive) > 0
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Graphs, ()
+
+
+def keeps(fn: Any, dtype: torch.dtype) -> bool:
+    """Whether what a module's `_apply` does to tensors of a type on the CPU leaves type and device as they are."""
+    after = fn(torch.empty(0, dtype=dtype))
+    return after.dtype == dtype and after.device.type == "cpu"
 
 
 class Packed:

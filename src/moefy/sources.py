@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 import re
 from collections.abc import Iterable
@@ -234,6 +235,7 @@ def _load_pretrained(name: str, dtype: str, remote_code: bool) -> tuple[Any, Any
         config = AutoConfig.from_pretrained(name, **options)
         _check_plain(config, name)
         model_class = _model_class(config, name)
+        _check_held(model_class, config, Path(name))
         model, info = weights_of(model_class, name, dtype=kind, **options)
         if model_class is AutoModelForCausalLM and _only_head(model, info["missing_keys"]):
             # The config does not name the class: without a head it is a bare model.
@@ -247,6 +249,28 @@ def _load_pretrained(name: str, dtype: str, remote_code: bool) -> tuple[Any, Any
         raise _quantised(name, str(model.quantization_method))
     check_complete(model, info, name)
     return model, load_tokenizer(name, **options)
+
+
+def _check_held(model_class: Any, config: Any, folder: Path) -> None:
+    """MoefyError for a config that describes far more weights than a directory holds: without its sizes it has those of
+    some large model, for which transformers would make random weights until there is no memory."""
+    if not folder.is_dir():
+        return
+    held = 0
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as opened:
+            held += sum(math.prod(opened.get_slice(name).get_shape()) for name in opened.keys())  # noqa: SIM118
+    make = getattr(model_class, "_from_config", None) or model_class.from_config
+    try:
+        with torch.device("meta"):
+            described = sum(p.numel() for p in make(config).parameters())
+    except LOAD_ERRORS:
+        return  # loading says what is wrong
+    if described > 4 * held + 10**7:  # a quantised value may be a fourth of a number, and a head be missing
+        raise MoefyError(
+            f"The config.json of {folder} describes {described:,} weights and its files hold {held:,}; "
+            f"copy or download it again."
+        )
 
 
 def _check_plain(config: Any, name: str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from moefy.errors import MoefyError
 from moefy.kernels.extension import EXTENSION
 
 ACTIVATIONS = {
@@ -34,6 +35,16 @@ _GATE, _UP, _DOWN = 0, 1, 2
 
 def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
+
+
+def own_memory(tensor: Tensor) -> Tensor:
+    """A tensor that was made to be written; MoefyError if a mode of torch has made a fake one, without memory."""
+    if type(tensor) is not Tensor:
+        raise MoefyError(
+            "The native kernel cannot write fake tensors; leave their mode, or call moefy.kernels.use('torch') "
+            "and unpack() of what is packed before."
+        )
+    return tensor
 
 
 def plain(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -102,7 +113,7 @@ class Bank:
         found = {}
         for name, which in (("gate", _GATE), ("up", _UP), ("down", _DOWN)):
             if which != _GATE or self.gated:
-                found[prefix + name] = torch.empty(self.shape, dtype=dtype)
+                found[prefix + name] = own_memory(torch.empty(self.shape, dtype=dtype))
                 self.packed.unpack(which, found[prefix + name].data_ptr(), torch.get_num_threads())
                 if which == _DOWN and self._columns is not None:
                     found[prefix + name] *= self._columns

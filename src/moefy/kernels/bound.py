@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from moefy.kernels import native
+from moefy.kernels.bank import own_memory
 from moefy.kernels.extension import EXTENSION
 
 
@@ -47,10 +48,11 @@ class Bound:
         return packed._routed is not None and packed._takes(dtype)
 
     def takes(self, x: Tensor) -> bool:
-        return x.dtype == self.dtype and x.is_cpu and x.is_contiguous() and x.size(-1) == self.width
+        fits = x.dtype == self.dtype and x.is_cpu and x.is_contiguous() and x.size(-1) == self.width
+        return fits and native.readable(x)
 
     def __call__(self, x: Tensor) -> Tensor:
-        y = torch.empty_like(x)
+        y = own_memory(torch.empty_like(x))
         threshold = 0.0 if self._threshold is None else self._threshold.item()
         self._call(x.data_ptr(), y.data_ptr(), x.numel() // self.width, threshold, torch.get_num_threads())
         return y

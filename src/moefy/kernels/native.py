@@ -9,10 +9,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moefy.kernels.bank import ACTIVATIONS, Bank, PackedRouter, address, largest_of_columns, plain
+from moefy.kernels.bank import ACTIVATIONS, Bank, PackedRouter, address, largest_of_columns, own_memory, plain
 from moefy.kernels.extension import (
     EXTENSION,
     available,
@@ -31,6 +31,7 @@ __all__ = [
     "available",
     "default_isa",
     "instruction_sets",
+    "readable",
     "return_freed_memory",
     "supports",
     "why_not",
@@ -46,6 +47,17 @@ def supports(activation: str, dtype: torch.dtype = torch.float32, device: str | 
     """Whether an FFN with this activation (a name of transformers' ACT2FN) can run on inputs like these."""
     known = dtype in (torch.float32, torch.bfloat16, torch.float16)
     return available() and activation in ACTIVATIONS and known and torch.device(device).type == "cpu"
+
+
+def readable(x: Tensor) -> bool:
+    """Whether the memory of x holds its values: not of fake and vmapped tensors, or of negative views."""
+    if type(x) not in (Tensor, nn.Parameter) or x.is_neg():
+        return False
+    try:
+        x.data_ptr()
+    except RuntimeError:  # a wrapper of torch.func
+        return False
+    return True
 
 
 def _one(tensor: Tensor | None) -> Tensor | None:
@@ -188,7 +200,7 @@ class PackedFFN:
         gate_weights, expert_scale = plain(gate_weights, torch.float32), plain(expert_scale, torch.float32)
         self._check_added("counts", counts, self.experts)
         self._check_added("phases", phases, len(PHASES))
-        y = torch.empty((tokens, self.width), dtype=x.dtype)
+        y = own_memory(torch.empty((tokens, self.width), dtype=x.dtype))
         if chosen_out is not None:
             chosen_out.append(torch.full((tokens, capacity), -1, dtype=torch.int32))
         valid = EXTENSION.forward(
