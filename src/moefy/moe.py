@@ -32,8 +32,9 @@ class MoEFFN(nn.Module):
 
     For inference on the native kernel (`eval()`, no gradients) the weights are packed once and the parameters'
     memory is released (they become empty); whatever needs them again (training, state_dict, a move to another
-    device, a torch kernel) unpacks them first, to the same bits. Code of your own that looks at parameters calls
-    `unpack` before; a packed layer refuses to run after its empty parameters were changed in place.
+    device, a torch kernel) unpacks them first, to the same bits. What looks at parameters itself (code of
+    your own, peft's target_parameters, DDP, FSDP) needs `unpack` or `model.train()` before; a packed layer refuses
+    to run after its empty parameters were changed in place. While a backward pass may come, nothing is packed.
     """
 
     def __init__(self, spec: LayerSpec, dtype: torch.dtype | None = None):
