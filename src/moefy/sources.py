@@ -235,7 +235,8 @@ def _load_pretrained(name: str, dtype: str, remote_code: bool) -> tuple[Any, Any
         config = AutoConfig.from_pretrained(name, **options)
         _check_plain(config, name)
         model_class = _model_class(config, name)
-        _check_held(model_class, config, Path(name))
+        if not remote_code:  # a class of the checkpoint's own may do more than describe
+            _check_held(model_class, config, Path(name))
         model, info = weights_of(model_class, name, dtype=kind, **options)
         if model_class is AutoModelForCausalLM and _only_head(model, info["missing_keys"]):
             # The config does not name the class: without a head it is a bare model.
