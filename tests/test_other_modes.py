@@ -131,8 +131,10 @@ def test_int8_models_may_do_what_changes_nothing():
     with pytest.raises(moefy.MoefyError, match="int8 experts have no gradients"):
         model(**feed)
     layer = next(iter(moe_layers(model).values()))
-    with torch.no_grad(), pytest.raises(moefy.MoefyError, match="plain tensors only"):
+    with torch.no_grad(), pytest.raises(moefy.MoefyError, match="plain tensors on the CPU only"):
         torch.vmap(layer)(torch.randn(2, 3, layer.spec.width))
+    with torch.no_grad(), pytest.raises(moefy.MoefyError, match="plain tensors on the CPU only"):
+        layer(torch.empty(3, layer.spec.width, device="meta"))  # once a segmentation fault
 
 
 @needs_native

@@ -19,7 +19,7 @@ TaskName = Annotated[
     str | None, typer.Option(help="sst2, mnli, mrpc, rte, piqa, arc, race, squad or t2t (text to text).")
 ]
 Dtype = Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")]
-Int8 = Annotated[bool, typer.Option(help="Run the experts with int8 weights (a scale a row).")]
+Int8 = Annotated[bool, typer.Option(help="Run the experts with int8 weights (a scale a row and column).")]
 RemoteCode = Annotated[bool, typer.Option(help="Run the checkpoint's own code. Only for sources you trust.")]
 
 

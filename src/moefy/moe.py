@@ -208,7 +208,7 @@ class MoEFFN(nn.Module):
             if torch.is_grad_enabled() and x.requires_grad:
                 raise MoefyError("int8 experts have no gradients: run under torch.no_grad(), or load the model again.")
             if not plain:
-                raise MoefyError("int8 experts run on plain tensors only, not fake or vmapped ones.")
+                raise MoefyError("int8 experts run on plain tensors on the CPU only, not on fake or vmapped ones.")
             return True
         return (
             plain

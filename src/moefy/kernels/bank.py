@@ -58,11 +58,22 @@ def _check_shapes(up: Tensor, matrices: list[Tensor], biases: tuple[Tensor | Non
         raise ValueError(f"biases must be {tuple(up.shape[:2])}")
 
 
-def largest_of_columns(matrices: list[Tensor]) -> Tensor:
-    """The largest magnitude of each column (D,) of some (..., D) matrices as fp32, 1 for columns of zeros."""
-    ends = [end for m in matrices if m.numel() for end in torch.aminmax(m.detach().flatten(0, -2), dim=0)]
-    most = torch.stack(ends).abs().amax(0).float() if ends else torch.ones(matrices[0].shape[-1])
-    return torch.where(most > 0, most, 1.0).cpu().contiguous()
+def size_of_columns(matrices: list[Tensor]) -> Tensor:
+    """How large the weights of each column (D,) of some (..., D) matrices are, as fp32: the fourth root of their mean
+    fourth power, 1 for a column of zeros.
+
+    A neuron that writes a massive activation has one weight in `down` far above its others, which one scale for all
+    rounds coarsely, and a hidden value as large: int8 of layer 11's `down` alone cost SmolLM2 4.3 % of its perplexity.
+    Divided by its column's size that weight is like others. A column's largest weight does so best (0.0017 nats from
+    the fp32 model, this 0.0026, mean squares 0.0058, no scale 0.034), but where it is one neuron's, far above the
+    others', tokens without that neuron lose the column.
+    """
+    rows = [part for m in matrices if m.numel() for part in m.detach().flatten(0, -2).split(1024)]
+    total = torch.zeros(matrices[0].shape[-1], dtype=torch.float64, device="cpu")
+    for part in rows:
+        total += part.double().pow_(4).sum(0).cpu()
+    size = (total / max(1, sum(map(len, rows)))).pow(0.25).float()
+    return torch.where(size == 0, 1.0, size)  # what is not finite stays, and makes its column of y NaN
 
 
 class Bank:

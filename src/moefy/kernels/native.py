@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moefy.kernels.bank import ACTIVATIONS, Bank, PackedRouter, address, largest_of_columns, own_memory, plain
+from moefy.kernels.bank import ACTIVATIONS, Bank, PackedRouter, address, own_memory, plain, size_of_columns
 from moefy.kernels.extension import (
     EXTENSION,
     available,
@@ -50,8 +50,8 @@ def supports(activation: str, dtype: torch.dtype = torch.float32, device: str | 
 
 
 def readable(x: Tensor) -> bool:
-    """Whether the memory of x holds its values: not of fake and vmapped tensors, or of negative views."""
-    if type(x) not in (Tensor, nn.Parameter) or x.is_neg():
+    """Whether x is on the CPU and its memory holds its values: not those of fake or vmapped ones or negative views."""
+    if type(x) not in (Tensor, nn.Parameter) or not x.is_cpu or x.is_neg():
         return False
     try:
         x.data_ptr()
@@ -112,11 +112,10 @@ class PackedFFN:
         tiled = EXTENSION.tiled(self.isa) and not half_empty
         if shared_up is not None and shared_up.shape[1] != self.width:
             raise ValueError(f"shared width {shared_up.shape[1]} is not the experts' {self.width}")
-        # A neuron that writes a massive activation has one weight far above its others, which one scale for all rounds
-        # coarsely, and a hidden value as large. int8 of `down` in layer 11 alone cost SmolLM2 4.3 % of its perplexity,
-        # and 0.0 % in all layers with a scale per column of y too.
         downs = [m for m in (experts_down, shared_down) if m is not None]
-        self._columns = largest_of_columns(downs) if precision == "int8" else None
+        if any(m.shape[-1] != self.width for m in downs):
+            raise ValueError(f"down matrices must have width {self.width}: {[tuple(m.shape) for m in downs]}")
+        self._columns = size_of_columns(downs) if precision == "int8" else None
 
         def bank(up: Tensor, *rest: Tensor | None) -> Bank:
             gate, down, gate_bias, up_bias = rest

@@ -59,6 +59,10 @@ void each_down(const Bank& bank, int threads, const Visit& visit) {
   });
 }
 
+int8_t rounded(float v) {  // a scale that is denormal can be less than it should be, or 0
+  return v == v ? int8_t(std::lrintf(v > 127 ? 127 : v < -127 ? -127 : v)) : 0;
+}
+
 struct Put {  // writes one weight in the bank's format
   Weights type;
   char* to;
@@ -70,7 +74,7 @@ struct Put {  // writes one weight in the bank's format
         reinterpret_cast<uint16_t*>(to)[element] =
             from.bf16 ? static_cast<const uint16_t*>(from.data)[index] : to_bf16(value(from, index));
         break;
-      case Weights::i8: reinterpret_cast<int8_t*>(to)[element] = int8_t(std::lrintf(value(from, index) / scale)); break;
+      case Weights::i8: reinterpret_cast<int8_t*>(to)[element] = rounded(value(from, index) / scale); break;
     }
   }
 };
