@@ -162,8 +162,7 @@ class MoEFFN(nn.Module):
 
     def _run(self, hidden_states: Tensor) -> Tensor:
         if torch.jit.is_tracing():
-            why = "torch.jit.trace cannot record a converted model, whose experts depend on the input"
-            raise MoefyError(f"{why}; use torch.compile, or convert with the recipe slim.")
+            raise MoefyError("torch.jit.trace cannot record routing; use torch.compile, or the recipe slim.")
         bound = self._prepared()
         if bound is not None and bound.takes(hidden_states):
             return bound(hidden_states)
@@ -260,9 +259,10 @@ class MoEFFN(nn.Module):
         """Pack the weights for the native kernel and release the parameters' memory.
 
         `precision` is "fp32" or "bf16" (the weights' own type if None; "bf16" rounds fp32, for good), or "int8":
-        weight-only, a scale a row, a relative error of about 1 %, and no way back to the parameters. fp32 that bf16
-        holds exactly takes half the memory, with the same results. MoefyError where the native kernel is missing or
-        lacks the activation, and without a `precision` for weights of another type; ValueError for another precision.
+        weight-only, a scale a neuron and, in `down`, one a column of y; an error of about 1 %, and no way back to the
+        parameters. fp32 that bf16 holds exactly takes half the memory, with the same results. MoefyError where the
+        kernel is missing or lacks the activation, for offloaded weights, and for types that need a `precision`;
+        ValueError for another precision.
         """
         if not native.supports(self.spec.activation):
             why = native.why_not() or f"it has no activation {self.spec.activation}"
@@ -311,7 +311,7 @@ class MoEFFN(nn.Module):
         return self._packed.nbytes if self._packed is not None else 0
 
     def train(self, mode: bool = True) -> MoEFFN:
-        if mode and not self.is_int8:  # whose layers stay as they are: without gradients
+        if mode and not self.is_int8:  # which has no gradients
             self.unpack()
         return super().train(mode)
 
@@ -387,7 +387,7 @@ def realised_fraction(model: nn.Module, counted: dict[str, Usage]) -> float:
 
 
 def pack(model: nn.Module, precision: str | None = None) -> None:
-    """Pack every converted FFN of `model` for the native kernel, instead of at the first call: see `MoEFFN.pack`."""
+    """Pack every converted FFN of `model` for the native kernel now; `precision` and errors as of `MoEFFN.pack`."""
     layers = moe_layers(model)
     if not layers:
         raise MoefyError("The model has no experts to pack; convert it first.")
