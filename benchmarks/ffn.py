@@ -81,6 +81,7 @@ NATIVE = {  # contender: weights, dtype of x
     "fp32": ("fp32", torch.float32),
     "bf16 weights": ("bf16", torch.float32),
     "bf16": ("bf16", torch.bfloat16),
+    "fp16 weights": ("fp16", torch.float32),
     "int8": ("int8", torch.float32),
 }
 
@@ -242,7 +243,7 @@ def report(shape: Shape, tokens: int, isa: str, args: argparse.Namespace, peak: 
         cells += [f"{record['share_of_own_dense']:6.0%}"]
         if peak:
             values = shape.matrices * shape.neurons * shape.D
-            width = {"fp32": 4, "bf16": 2, "int8": 1}[NATIVE[name][0]]
+            width = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1}[NATIVE[name][0]]
             memory = shape.touched(tokens) * values * width / peak["gbps"] / 1e9
             unit, rate = "FMA", peak["gflops"]
             if isa == "amx" and NATIVE[name][0] == "bf16":  # fp32 x is a sum of three bf16 values there

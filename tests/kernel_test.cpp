@@ -8,9 +8,9 @@
 #include <random>
 #include <vector>
 
-#include "bf16.h"
 #include "pack.h"
 #include "run.h"
+#include "small_floats.h"
 
 using namespace moefy;
 
@@ -34,7 +34,7 @@ struct Matrices {  // one bank: (E, M, D) as packed, read back
 struct Problem {
   int E, M, D, S, K, T;
   bool gated;
-  Weights weights;
+  Weights up, down;
   bool bf16;
   bool zeros;  // ReLU, with biases that make six of seven hidden values 0
 };
@@ -47,17 +47,19 @@ Matrices make(int E, int M, int D, bool gated) {
   return m;
 }
 
-PackedBank pack(Matrices& m, Weights type, bool tiled, bool relu, const float* columns) {
-  const Shape shape{m.E, m.M, m.D, relu ? Activation::relu : Activation::silu, false, false, type, tiled};
+PackedBank pack(Matrices& m, const Problem& p, bool tiled, const float* columns) {
+  const Activation act = p.zeros ? Activation::relu : Activation::silu;
+  const Shape shape{m.E, m.M, m.D, act, false, false, p.up, p.down, tiled};
   const bool gated = !m.gate.empty();
   PackedBank packed(shape, {gated ? m.gate.data() : nullptr}, {m.up.data()}, {m.down.data()},
                     columns, gated ? m.gate_bias.data() : nullptr, m.up_bias.data(), 2);
   const auto read = [&](Matrix which, std::vector<float>& to) {
     if (to.empty()) return;
-    if (type != Weights::bf16) return packed.unpack(which, to.data(), 2);
+    const Weights type = which == Matrix::down ? p.down : p.up;
+    if (value_bytes(type) != 2) return packed.unpack(which, to.data(), 2);
     std::vector<uint16_t> half(to.size());
     packed.unpack(which, half.data(), 2);
-    for (size_t i = 0; i < to.size(); ++i) to[i] = from_bf16(half[i]);
+    for (size_t i = 0; i < to.size(); ++i) to[i] = type == Weights::bf16 ? from_bf16(half[i]) : from_f16(half[i]);
   };
   read(Matrix::gate, m.gate), read(Matrix::up, m.up), read(Matrix::down, m.down);
   for (size_t i = 0; columns && i < m.down.size(); ++i) m.down[i] *= columns[i % size_t(m.D)];
@@ -84,10 +86,10 @@ void check(const Kernels& kernels, const Problem& p, int threads) {
   std::vector<float> router_rows = random(size_t(p.E) * p.D, 1), x = random(size_t(p.T) * p.D, 1);
   std::vector<float> columns = random(p.D, 2);
   for (float& column : columns) column = std::exp(column);
-  const float* y_scale = p.weights == Weights::i8 ? columns.data() : nullptr;
-  const PackedBank experts = pack(routed, p.weights, kernels.tiled, p.zeros, y_scale),
-                   always = pack(shared, p.weights, kernels.tiled, p.zeros, y_scale);
-  const Shape router_shape{1, p.E, p.D, Activation::identity, false, false, Weights::f32};
+  const float* y_scale = p.up == Weights::i8 ? columns.data() : nullptr;
+  const PackedBank experts = pack(routed, p, kernels.tiled, y_scale),
+                   always = pack(shared, p, kernels.tiled, y_scale);
+  const Shape router_shape{1, p.E, p.D, Activation::identity, false, false, Weights::f32, Weights::f32};
   const PackedBank router(router_shape, {}, {router_rows.data()}, {}, nullptr, nullptr, nullptr, 1);
   std::vector<float> bias = random(round_up(p.D, 16), 1);
 
@@ -117,7 +119,7 @@ void check(const Kernels& kernels, const Problem& p, int threads) {
   int64_t total = 0;
   for (int64_t n : counts) total += n;
   good &= total == int64_t(p.T) * p.K;
-  const bool dot = kernels.has_dot && p.weights == Weights::bf16 && p.bf16;
+  const bool dot = kernels.has_dot && experts.bank().is_bf16() && p.bf16;
   const double relative = (dot ? 1.0 / 64 : 2e-5);
   for (int t = 0; t < p.T; ++t) {
     std::vector<double> want(bias.begin(), bias.begin() + p.D), size(p.D, 1);
@@ -137,8 +139,8 @@ void check(const Kernels& kernels, const Problem& p, int threads) {
   ++checks;
   if (good) return;
   ++failures;
-  std::printf("wrong: %s E%d M%d D%d S%d K%d T%d gated %d weights %d bf16 %d zeros %d threads %d\n", kernels.name, p.E, p.M, p.D,
-              p.S, p.K, p.T, p.gated, int(p.weights), p.bf16, p.zeros, threads);
+  std::printf("wrong: %s E%d M%d D%d S%d K%d T%d gated %d weights %d %d bf16 %d zeros %d threads %d\n", kernels.name, p.E, p.M, p.D,
+              p.S, p.K, p.T, p.gated, int(p.up), int(p.down), p.bf16, p.zeros, threads);
 }
 
 }  // namespace
@@ -148,15 +150,17 @@ int main() {
   const int count = instruction_sets(names, 8);
   const int shapes[][4] = {{1, 1, 1, 0}, {3, 8, 16, 8}, {5, 7, 37, 3}, {4, 20, 130, 70}, {33, 9, 66, 0}, {70, 8, 34, 5},
                            {2, 130, 35, 261}};
+  const Weights types[][2] = {{Weights::f32, Weights::f32}, {Weights::bf16, Weights::bf16}, {Weights::i8, Weights::i8},
+                              {Weights::f16, Weights::f16}, {Weights::bf16, Weights::f32}};
   for (int i = 0; i < count; ++i)
     for (const auto& s : shapes)
-      for (Weights weights : {Weights::f32, Weights::bf16, Weights::i8})
+      for (const auto& [up, down] : types)
         for (bool bf16 : {false, true})
           for (bool gated : {false, true})
             for (int T : {0, 1, 6, 49}) {
               if (T == 49 && gated == bf16) continue;  // half of them: the loops in double take most of the time
               const int K = 1 + generator() % s[0];
-              check(*kernels(names[i]), {s[0], s[1], s[2], s[3], K, T, gated, weights, bf16, generator() % 2 == 1}, 1 + T % 3);
+              check(*kernels(names[i]), {s[0], s[1], s[2], s[3], K, T, gated, up, down, bf16, generator() % 2 == 1}, 1 + T % 3);
             }
   std::printf("%d instruction sets: %d passed, %d failed\n", count, checks - failures, failures);
   return failures != 0;

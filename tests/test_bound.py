@@ -145,17 +145,6 @@ def test_a_router_made_in_inference_mode_runs(prepared):
 
 
 @torch.no_grad()
-def test_fp32_weights_that_bf16_holds_widen_bf16_inputs(prepared):
-    moe, x = build()
-    moe = moe.to(torch.bfloat16).float()
-    moe.eval()(x)
-    expected = moe._packed.ffn.forward(x.bfloat16(), router=moe._packed.router, top_k=2)
-    for _ in range(2):
-        assert torch.equal(moe(x.bfloat16()), expected)
-    assert not prepared
-
-
-@torch.no_grad()
 def test_is_what_a_compiled_model_runs(prepared):
     moe, x = build()
     compiled = torch.compile(moe, backend="eager")
@@ -164,8 +153,16 @@ def test_is_what_a_compiled_model_runs(prepared):
     assert len(prepared) == 1
 
 
-def test_refuses_inputs_that_need_a_conversion():
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_inputs_of_16_bits_that_the_kernel_takes_as_fp32(prepared, dtype):
     moe, x = build()
-    moe(x)
-    with pytest.raises(ValueError, match="conversion"):
-        Bound(moe._packed.ffn, moe._packed.router, torch.float16, top_k=2)
+    moe = moe.to(dtype)  # fp16 weights; bf16 ones that are held in fp32
+    moe = moe if dtype == torch.float16 else moe.float()
+    moe.eval()(x.to(dtype))
+    expected = moe._packed.ffn.forward(x.to(dtype), router=moe._packed.router, top_k=2)
+    for _ in range(2):
+        y = moe(x.to(dtype))
+        assert y.dtype == dtype
+        assert torch.equal(y, expected)
+    assert len(prepared) == 2

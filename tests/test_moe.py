@@ -119,7 +119,7 @@ def dense_reference(x, weights, chosen, expert_weight):
     gated=st.booleans(),
     bias=st.booleans(),
     weighted=st.booleans(),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
     seed=st.integers(0, 99),
 )
 def test_kernels_equal_the_reference(tokens, width, size, experts, shared, gated, bias, weighted, dtype, seed):
@@ -191,7 +191,7 @@ def test_a_router_costs_what_was_planned(router):
 
 
 @pytest.mark.parametrize("router", ROUTERS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_native_inference_equals_the_reference_and_unpacks_to_the_same_bits(router, dtype):
     stats, x = make_stats(activation="silu", bias=True)
     moe, x = build(stats, router=router).to(dtype), x.to(dtype)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from moefy.kernels import native
+from moefy.kernels.bank import WEIGHTS
 from native_problem import ISAS, REFERENCE, Problem, needs_native
 
 pytestmark = needs_native
@@ -15,7 +16,7 @@ pytestmark = needs_native
 @pytest.mark.parametrize("activation", REFERENCE)
 def test_activations_have_the_same_bits_in_any_batch(isa: str, activation: str) -> None:
     """Ungated experts of 8, of which a Zen 4 multiplies some rows with AVX-512 and more rows with AVX2."""
-    for precision in ("fp32", "int8"):
+    for precision in ("fp32", "int8", "fp16"):
         problem = Problem(E=2, M=8, D=200, S=0, gated=False, activation=activation, precision=precision, isa=isa)
         x, chosen = problem.x(40), torch.tensor([[0, 1]]).expand(40, 2)
         y = problem.packed.forward(x, chosen=chosen)
@@ -25,7 +26,7 @@ def test_activations_have_the_same_bits_in_any_batch(isa: str, activation: str) 
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("precision", WEIGHTS)
 @pytest.mark.parametrize(
     ("E", "M", "K", "gated"), [(12, 20, 5, True), (90, 8, 37, True), (90, 8, 70, False), (9, 66, 4, False)]
 )
@@ -52,7 +53,7 @@ def test_bits_do_not_depend_on_threads_or_batch(isa: str, precision: str, E: int
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("precision", WEIGHTS)
 @pytest.mark.parametrize(("D", "M", "gated"), [(1100, 20, True), (1100, 56, False), (2100, 8, False), (40, 600, True)])
 def test_long_sums_and_many_panels(isa: str, precision: str, D: int, M: int, gated: bool) -> None:
     """Few rows take panels in turns or far apart, and many rows chunks of the sums."""
@@ -66,7 +67,7 @@ def test_long_sums_and_many_panels(isa: str, precision: str, D: int, M: int, gat
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("precision", WEIGHTS)
 @pytest.mark.parametrize(("M", "gated"), [(5, False), (8, True), (33, False), (64, True), (130, False)])
 def test_zeros_of_relu_are_left_out_with_the_same_bits(isa: str, precision: str, M: int, gated: bool) -> None:
     """A row with few values other than 0 alone, where the others are left out, and among rows without a zero."""

@@ -258,9 +258,9 @@ class MoEFFN(nn.Module):
     def pack(self, precision: str | None = None) -> None:
         """Pack the weights for the native kernel and release the parameters' memory.
 
-        `precision` is "fp32" or "bf16" (the weights' own type if None; "bf16" rounds fp32, for good), or "int8":
+        `precision` is "fp32", "bf16", "fp16" (the weights' own type if None; 16 bits round fp32, for good) or "int8":
         weight-only, a scale a neuron and, in `down`, one a column of y; an error of about 1 %, and no way back to the
-        parameters. fp32 that bf16 holds exactly takes half the memory, with the same results. MoefyError where the
+        parameters. fp32 that 16 bits hold exactly takes half the memory, with the same results. MoefyError where the
         kernel is missing or lacks the activation, for offloaded weights, and for types that need a `precision`;
         ValueError for another precision.
         """

@@ -137,7 +137,7 @@ class Packed:
     def bind(self, dtype: torch.dtype, top_k: int, most: int) -> None:
         """Prepare the calls that follow on inputs of this type."""
         ready = self.bound is not None and self.bound.dtype == dtype and self.bound_top_k == top_k
-        if ready or self.router is None or self._router is None or not Bound.possible(self.ffn, dtype):
+        if ready or self.router is None or self._router is None or not Bound.possible(self.ffn):
             return
         routing: dict[str, Any] = {"threshold": self._threshold, "most": most} if most else {"top_k": top_k}
         self.bound = Bound(self.ffn, self.router, dtype, **routing)

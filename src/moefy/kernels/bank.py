@@ -6,6 +6,8 @@ neuron, `down` too.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -29,7 +31,10 @@ ACTIVATIONS = {
     "sigmoid": 7,
     "tanh": 8,
 }
-WEIGHTS = {"fp32": 0, "bf16": 1, "int8": 2}
+WEIGHTS = {"fp32": 0, "bf16": 1, "int8": 2, "fp16": 3}
+#: What holds values of a type exactly, and the other way round, the type of what is packed so.
+PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+_DTYPES = {name: dtype for dtype, name in PRECISIONS.items()}
 _GATE, _UP, _DOWN = 0, 1, 2
 
 
@@ -76,6 +81,23 @@ def size_of_columns(matrices: list[Tensor]) -> Tensor:
     return torch.where(size == 0, 1.0, size)  # what is not finite stays, and makes its column of y NaN
 
 
+def smallest_exact(matrices: Iterable[Tensor | None]) -> str:
+    """The name of the smallest type that holds every value exactly: 16 bits where a checkpoint in bf16 or fp16 was
+    loaded in fp32."""
+    found = ["bf16", "fp16"]
+    for matrix in matrices:
+        for rows in () if matrix is None else matrix.detach().flatten(0, -2).split(1024):
+            found = [name for name in found if _holds(_DTYPES[name], rows)]
+            if not found:
+                return "fp32"
+    return found[0]
+
+
+def _holds(dtype: torch.dtype, values: Tensor) -> bool:
+    exact = values.float()
+    return values.dtype == dtype or torch.equal(values.to(dtype).float().view(torch.int32), exact.view(torch.int32))
+
+
 class Bank:
     """Experts of one size in packed memory. Matrices (E, M, D), biases (E, M)."""
 
@@ -88,23 +110,26 @@ class Bank:
         up_bias: Tensor | None,
         activation: str,
         activate_up: bool,
-        weights: str,
+        weights: tuple[str, str],
         tiled: bool = False,
         absolute: bool = False,
         columns: Tensor | None = None,
     ) -> None:
-        """`columns` (D,) fp32, for int8 only: what the columns of `down` are divided by before they are rounded."""
+        """`weights`: the types of gate and up, and of down. `columns` (D,) fp32, for int8 only: what the columns of
+        `down` are divided by before they are rounded."""
         if activation not in ACTIVATIONS:
             raise ValueError(f"no native {activation!r}; there are {', '.join(ACTIVATIONS)}")
-        if weights not in WEIGHTS:
-            raise ValueError(f"precision is one of {', '.join(WEIGHTS)}, not {weights!r}")
+        for name in weights:
+            if name not in WEIGHTS:
+                raise ValueError(f"precision is one of {', '.join(WEIGHTS)}, not {name!r}")
         matrices = [m for m in (gate, up, down) if m is not None]
         _check_shapes(up, matrices, (gate_bias, up_bias))
         if gate is None and (gate_bias is not None or activate_up):
             raise ValueError("gate_bias and activate_up need a gate")
         self.shape = tuple(up.shape)
         self.gated, self.weights, self._columns = gate is not None, weights, columns
-        source = torch.bfloat16 if all(m.dtype == torch.bfloat16 for m in matrices) else torch.float32
+        of_one_type = len({m.dtype for m in matrices}) == 1 and up.dtype in PRECISIONS
+        source = up.dtype if of_one_type else torch.float32
         gate, up, down = (plain(m, source) for m in (gate, up, down))  # type: ignore[assignment]
         gate_bias, up_bias = plain(gate_bias, torch.float32), plain(up_bias, torch.float32)
         self.packed = EXTENSION.Bank(
@@ -112,18 +137,18 @@ class Bank:
             ACTIVATIONS[activation],
             activate_up,
             absolute,
-            WEIGHTS[weights],
-            source == torch.bfloat16,
+            *(WEIGHTS[name] for name in weights),
+            WEIGHTS[PRECISIONS[source]],
             *map(address, (gate, up, down, columns, gate_bias, up_bias)),
             torch.get_num_threads(),
             tiled,
         )
 
     def unpack(self, prefix: str) -> dict[str, Tensor]:
-        dtype = torch.bfloat16 if self.weights == "bf16" else torch.float32
         found = {}
         for name, which in (("gate", _GATE), ("up", _UP), ("down", _DOWN)):
             if which != _GATE or self.gated:
+                dtype = _DTYPES.get(self.weights[which == _DOWN], torch.float32)
                 found[prefix + name] = own_memory(torch.empty(self.shape, dtype=dtype))
                 self.packed.unpack(which, found[prefix + name].data_ptr(), torch.get_num_threads())
                 if which == _DOWN and self._columns is not None:
@@ -144,13 +169,13 @@ class PackedRouter:
     def linear(cls, weight: Tensor, bias: Tensor | None = None) -> PackedRouter:
         """x·weightᵀ + bias: weight (E, D), bias (E,)."""
         up_bias = None if bias is None else bias[None].float()
-        return cls(Bank(None, weight[None].float(), None, None, up_bias, "linear", False, "fp32"))
+        return cls(Bank(None, weight[None].float(), None, None, up_bias, "linear", False, ("fp32", "fp32")))
 
     @classmethod
     def representative(cls, up: Tensor, gate: Tensor | None = None, *, activation: str) -> PackedRouter:
         """CMoE: |act(x·gateᵀ) * (x·upᵀ)|, ungated |act(x·upᵀ)|; rows (E, D) of one neuron per expert."""
         gates = None if gate is None else gate[None].float()
-        return cls(Bank(gates, up[None].float(), None, None, None, activation, False, "fp32", absolute=True))
+        return cls(Bank(gates, up[None].float(), None, None, None, activation, False, ("fp32", "fp32"), absolute=True))
 
     @property
     def experts(self) -> int:

@@ -18,7 +18,7 @@ class Bound:
     """`packed.forward(x, router=..., top_k=...)`, or with a `threshold` and `most`, for inputs (..., D).
 
     The threshold () is a tensor that is read anew in every call. Only for inputs that `takes` agrees to; a ValueError
-    for a `dtype` that needs a conversion.
+    where there are no experts to choose from.
     """
 
     def __init__(
@@ -31,8 +31,8 @@ class Bound:
         threshold: Tensor | None = None,
         most: int | None = None,
     ) -> None:
-        if not self.possible(packed, dtype):
-            raise ValueError(f"inputs of {dtype} need a conversion, or there are no experts: use PackedFFN.forward")
+        if not self.possible(packed):
+            raise ValueError("there are no experts to choose from: use PackedFFN.forward")
         routing = {"top_k": top_k} if threshold is None else {"threshold": float(threshold), "most": most}
         packed.forward(torch.zeros(0, packed.width, dtype=dtype), router=router, **routing)  # checks the arguments
         self.dtype, self.width = dtype, packed.width
@@ -40,19 +40,21 @@ class Bound:
         self._threshold = threshold
         capacity = packed._capacity(None, top_k, None if threshold is None else 0.0, most)
         fixed = packed._fixed(packed._routed, router, capacity, threshold is not None)
-        self._call = EXTENSION.Prepared(*fixed, dtype == torch.bfloat16)
+        self._widen = not packed._takes(dtype)
+        self._call = EXTENSION.Prepared(*fixed, dtype == torch.bfloat16 and not self._widen)
 
     @staticmethod
-    def possible(packed: native.PackedFFN, dtype: torch.dtype) -> bool:
-        """Whether inputs of this type need no conversion and there are experts to choose from."""
-        return packed._routed is not None and packed._takes(dtype)
+    def possible(packed: native.PackedFFN) -> bool:
+        """Whether there are experts to choose from."""
+        return packed._routed is not None
 
     def takes(self, x: Tensor) -> bool:
         fits = x.dtype == self.dtype and x.is_cpu and x.is_contiguous() and x.size(-1) == self.width
         return fits and native.readable(x)
 
     def __call__(self, x: Tensor) -> Tensor:
+        x = x.float() if self._widen else x
         y = own_memory(torch.empty_like(x))
         threshold = 0.0 if self._threshold is None else self._threshold.item()
         self._call(x.data_ptr(), y.data_ptr(), x.numel() // self.width, threshold, torch.get_num_threads())
-        return y
+        return y.to(self.dtype)

@@ -12,7 +12,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moefy.kernels.bank import ACTIVATIONS, Bank, PackedRouter, address, own_memory, plain, size_of_columns
+from moefy.kernels.bank import (
+    ACTIVATIONS,
+    PRECISIONS,
+    Bank,
+    PackedRouter,
+    address,
+    own_memory,
+    plain,
+    size_of_columns,
+    smallest_exact,
+)
 from moefy.kernels.extension import (
     EXTENSION,
     available,
@@ -39,14 +49,11 @@ __all__ = [
 
 #: What a call does, in the order of Phase in run.h; `select` and `sort` are the choice of experts and sorting by them.
 PHASES = ("copy", "score", "select", "sort", "up", "down")
-#: The precision that keeps weights of a type exactly.
-PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 
 def supports(activation: str, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> bool:
     """Whether an FFN with this activation (a name of transformers' ACT2FN) can run on inputs like these."""
-    known = dtype in (torch.float32, torch.bfloat16, torch.float16)
-    return available() and activation in ACTIVATIONS and known and torch.device(device).type == "cpu"
+    return available() and activation in ACTIVATIONS and dtype in PRECISIONS and torch.device(device).type == "cpu"
 
 
 def readable(x: Tensor) -> bool:
@@ -62,15 +69,6 @@ def readable(x: Tensor) -> bool:
 
 def _one(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor[None]
-
-
-def _all_bf16(matrices: list[Tensor | None]) -> bool:
-    """Whether bf16 holds every value exactly, as with a checkpoint in bf16 that was loaded in fp32."""
-    for matrix in matrices:
-        for rows in () if matrix is None else matrix.detach().flatten(0, -2).split(1024):
-            if rows.dtype != torch.bfloat16 and (rows.float().contiguous().view(torch.int32) & 0xFFFF).any():
-                return False
-    return True
 
 
 class PackedFFN:
@@ -103,12 +101,15 @@ class PackedFFN:
         self.isa = isa or default_isa()
         if self.isa not in instruction_sets():
             raise ValueError(f"no instruction set {isa!r} here; there are {', '.join(instruction_sets())}")
-        # Half the bytes, the same values; the sums are those of fp32, bit for bit where nothing is tiled.
-        exact = [experts_gate, experts_up, experts_down, shared_gate, shared_up, shared_down]
-        self._stored = "bf16" if precision == "fp32" and _all_bf16(exact) else precision
+        # Half the bytes, the same values; the sums are those of fp32, bit for bit where nothing is tiled. `down` on its
+        # own: conversion makes it anew, in fp32 if the model was loaded so.
+        self._stored = precision, precision
+        if precision == "fp32":
+            ups = experts_gate, experts_up, shared_gate, shared_up
+            self._stored = smallest_exact(ups), smallest_exact((experts_down, shared_down))
         # Half of a tile is empty where an expert has no more than 8 columns, and fp32 x fills it three times:
         # 256 tokens of 512 such experts take 12.1 ms through AMX and 7.5 ms through AVX-512.
-        half_empty = experts_gate is None and experts_up.shape[1] <= 8 and self._stored != precision
+        half_empty = experts_gate is None and experts_up.shape[1] <= 8 and precision == "fp32"
         tiled = EXTENSION.tiled(self.isa) and not half_empty
         if shared_up is not None and shared_up.shape[1] != self.width:
             raise ValueError(f"shared width {shared_up.shape[1]} is not the experts' {self.width}")
@@ -237,7 +238,7 @@ class PackedFFN:
         return x if self._takes(x.dtype) else x.float()
 
     def _takes(self, dtype: torch.dtype) -> bool:
-        widen = self.precision == "fp32" and self._stored == "bf16"  # else hidden values would be rounded to bf16
+        widen = self.precision == "fp32" and self._stored == ("bf16", "bf16")  # else hidden values would be rounded
         return dtype == torch.float32 or (dtype == torch.bfloat16 and not widen)
 
     @staticmethod

@@ -172,7 +172,7 @@ void up_tiled(const UpTask& task) {
   const int panel0 = task.unit0 * bank.unit_panels(), end = task.unit1 * bank.unit_panels();
   const int panels = (end < bank.up_panels() ? end : bank.up_panels()) - panel0;
   const char* weights = up_panel(bank, task.expert, panel0);
-  if (!bank.tiled) return task.dot && bank.type == Weights::f32 ? score(task, weights, panels) : up(task);
+  if (!bank.tiled) return task.dot && bank.up_type == Weights::f32 ? score(task, weights, panels) : up(task);
   if (task.rows == 1) return up_one_row(&task, 1, panel0, panels);
   char* x = reinterpret_cast<char*>(task.scratch);
   float* sums = task.scratch + tile_scratch(bank.width, task.dot) / 4;

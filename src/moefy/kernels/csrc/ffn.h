@@ -6,7 +6,7 @@
 //   up    panel of 8 neurons; one block = 8 neurons x 2 values of k, so that experts of 8 neurons fill a vector.
 //         Gated experts interleave gate and up panels: g0 u0 g1 u1 ...
 //   down  panel of 16 output columns; one block = 16 columns of one neuron.
-// A bf16 block keeps two successive blocks lane by lane (low half first), an int8 block is 16 bytes.
+// A bf16 block keeps two successive blocks lane by lane (low half first); an fp16 block is 32 bytes, an int8 block 16.
 // Banks for AMX (`tiled`, bf16 only) are made of rows of 16 pairs instead, see TileCut.
 #pragma once
 #include <cstddef>
@@ -15,7 +15,7 @@
 namespace moefy {
 
 enum class Activation : int { identity, relu, relu2, gelu, gelu_tanh, silu, quick_gelu, sigmoid, tanh };
-enum class Weights : int { f32, bf16, i8 };
+enum class Weights : int { f32, bf16, i8, f16 };
 
 constexpr int kLanes = 16;     // values in a block
 constexpr int kNeurons = 8;    // neurons in an up panel
@@ -30,6 +30,10 @@ constexpr int most_rows(bool tiled) { return tiled ? kTiledRows : kRows; }
 // rows: with more, 256 tokens of those take 2 % less, larger experts 1 %.
 constexpr int kDownRows = 144;
 constexpr int most_down_rows(bool tiled) { return tiled ? kTiledRows : kDownRows; }
+
+constexpr size_t value_bytes(Weights type) { return type == Weights::f32 ? 4 : type == Weights::i8 ? 1 : 2; }
+constexpr int block_depth(Weights type) { return type == Weights::bf16 ? 2 : 1; }
+constexpr size_t block_bytes(Weights type) { return kLanes * block_depth(type) * value_bytes(type); }
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
@@ -60,22 +64,20 @@ struct Bank {
   // y once per expert (256 tokens, 48 of 144 experts of 8: the call takes 1.53 ms instead of 1.99).
   bool joined = false;
   Activation act = Activation::identity;
-  Weights type = Weights::f32;
+  Weights up_type = Weights::f32, down_type = Weights::f32;  // int8 is of both or of none
   char *up = nullptr, *down = nullptr;
   // One row of hidden_stride() per expert, zero padded; null when the model has none.
   float *up_bias = nullptr, *gate_bias = nullptr;
   float *up_scale = nullptr, *gate_scale = nullptr, *down_scale = nullptr;  // int8 only; see Call::y_scale
 
-  size_t block_bytes() const { return type == Weights::i8 ? 16 : 64; }
-  size_t value_bytes() const { return type == Weights::f32 ? 4 : type == Weights::bf16 ? 2 : 1; }
-  int block_depth() const { return type == Weights::bf16 ? 2 : 1; }
+  bool is_bf16() const { return up_type == Weights::bf16 && down_type == Weights::bf16; }
   int up_panels() const { return int(ceil_div(neurons, kNeurons)) * (gated ? 2 : 1); }
-  int up_steps() const { return int(ceil_div(width, 2 * block_depth())); }
+  int up_steps() const { return int(ceil_div(width, 2 * block_depth(up_type))); }
   int down_panels() const { return int(ceil_div(width, kLanes)); }
   int down_experts() const { return joined ? 1 : experts; }
   int down_neurons() const { return joined ? experts * neurons : neurons; }
   int down_steps() const {
-    return int(ceil_div(tiled ? TileCut(down_neurons()).inputs() : neurons, block_depth()));
+    return int(ceil_div(tiled ? TileCut(down_neurons()).inputs() : neurons, block_depth(down_type)));
   }
   int hidden_stride() const { return int(round_up(neurons, kLanes)); }
   // Hidden values of a row: of one expert, or of all when they are joined.
@@ -86,9 +88,9 @@ struct Bank {
   int unit_panels() const { return gated ? 4 : 2; }
   size_t up_panel_bytes() const {
     if (tiled) return size_t(round_up(TileCut(width).inputs() * kNeurons * 2, kAlign));
-    return size_t(up_steps()) * block_bytes();
+    return size_t(up_steps()) * block_bytes(up_type);
   }
-  size_t down_panel_bytes() const { return size_t(down_steps()) * block_bytes(); }
+  size_t down_panel_bytes() const { return size_t(down_steps()) * block_bytes(down_type); }
   size_t up_bytes() const { return size_t(experts) * up_panels() * up_panel_bytes(); }
   size_t down_bytes() const { return size_t(down_experts()) * down_panels() * down_panel_bytes(); }
 };

@@ -141,21 +141,22 @@ FinishRow finish_of(const Bank& bank) {
 // The expert whose weights are most likely read next: threads take what is there.
 int after(int expert, const Bank& bank) { return expert + 1 < bank.experts ? expert + 1 : expert; }
 
-template <class F32, class Bf16, class I8, template <class> class Dot, class Do>
-void with_format(const Bank& bank, bool dot, const Do& run) {
+template <class F32, class Bf16, class I8, class F16, template <class> class Dot, class Do>
+void with_format(Weights type, bool dot, const Do& run) {
   if constexpr (Lanes::kHasDot) {
     if (dot) return run(Dot<Lanes>{});
   }
-  switch (bank.type) {
+  switch (type) {
     case Weights::f32: return run(F32{});
     case Weights::bf16: return run(Bf16{});
     case Weights::i8: return run(I8{});
+    case Weights::f16: return run(F16{});
   }
 }
 
 template <class Do>
 void with_up_format(const Bank& bank, bool dot, const Do& run) {
-  with_format<UpF32, UpBf16, UpI8, UpDot>(bank, dot, run);
+  with_format<UpF32, UpBf16, UpI8, UpF16, UpDot>(bank.up_type, dot, run);
 }
 
 void up(const UpTask& task) {
@@ -236,7 +237,7 @@ void down(const DownTask& task) {
   const Product job{task.rows, task.panel1 - task.panel0, bank.down_steps(), task.hidden, weights(task.expert), bytes,
                     task.y, true, weights(task.next)};
   const bool zeros = bank.act == Activation::relu || bank.act == Activation::relu2;
-  with_format<DownF32, DownBf16, DownI8, DownDot>(bank, task.dot, [&](auto format) {
+  with_format<DownF32, DownBf16, DownI8, DownF16, DownDot>(bank.down_type, task.dot, [&](auto format) {
     using Format = decltype(format);
     if (!zeros || !multiply_nonzero<Format>(job)) multiply_in_chunks<Format>(job);
   });

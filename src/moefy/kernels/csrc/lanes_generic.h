@@ -9,6 +9,7 @@ namespace {
 struct Lanes {
   typedef float f4 __attribute__((vector_size(16)));
   typedef int32_t i4 __attribute__((vector_size(16)));
+  typedef uint16_t h4 __attribute__((vector_size(8)));
 #ifdef __aarch64__
   static constexpr int kTile = 6;  // 24 of 32 registers
 #else
@@ -32,6 +33,7 @@ struct Lanes {
   static Lanes load_bf16_high(const char* p) MOEFY_EACH((f4)(get<i4>(p + 16 * i) & int32_t(0xffff0000)))
   static Lanes load_i8(const char* p)
       MOEFY_EACH((f4{float(s(p, 4 * i)), float(s(p, 4 * i + 1)), float(s(p, 4 * i + 2)), float(s(p, 4 * i + 3))}))
+  static Lanes load_f16(const char* p) MOEFY_EACH(from_f16(get<h4>(p + 8 * i)))
   void store(float* p) const { std::memcpy(p, v, sizeof v); }
 
   static Lanes fma(Lanes a, Lanes b, Lanes c) MOEFY_EACH(a.v[i] * b.v[i] + c.v[i])
@@ -78,6 +80,14 @@ struct Lanes {
     V v;
     std::memcpy(&v, p, sizeof v);
     return v;
+  }
+  // As in small_floats.h; the smallest, which have no leading one, are got by taking it off again.
+  static f4 from_f16(h4 halves) {
+    const i4 x = __builtin_convertvector(halves, i4), sign = (x & 0x8000) << 16, size = (x & 0x7fff) << 13;
+    const i4 exponent = size & (31 << 23), offset = i4{} + (112 << 23);
+    const f4 small = (f4)(size + (113 << 23)) - 0x1p-14f;
+    const i4 normal = size + offset + ((exponent == (31 << 23)) & offset);
+    return (f4)((i4)choose(exponent == 0, small, (f4)normal) | sign);
   }
   static int s(const char* p, int i) { return static_cast<signed char>(p[i]); }
   static f4 choose(i4 mask, f4 yes, f4 no) { return (f4)((mask & (i4)yes) | (~mask & (i4)no)); }

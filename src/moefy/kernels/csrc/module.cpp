@@ -100,16 +100,17 @@ NB_MODULE(_native, m) {
       .def(
           "__init__",
           [](PackedBank* self, int experts, int neurons, int width, int activation, bool activate_up, bool absolute,
-             int weights, bool bf16, uintptr_t gate, uintptr_t up, uintptr_t down, uintptr_t columns,
-             uintptr_t gate_bias, uintptr_t up_bias, int threads, bool tiled) {
+             int up_type, int down_type, int source, uintptr_t gate, uintptr_t up, uintptr_t down,
+             uintptr_t columns, uintptr_t gate_bias, uintptr_t up_bias, int threads, bool tiled) {
             nb::gil_scoped_release release;
-            const Shape shape{experts, neurons, width, Activation(activation), activate_up, absolute, Weights(weights), tiled};
-            new (self) PackedBank(shape, {pointer<void>(gate), bf16}, {pointer<void>(up), bf16},
-                                  {pointer<void>(down), bf16}, pointer<float>(columns), pointer<float>(gate_bias),
-                                  pointer<float>(up_bias), threads);
+            const Weights up_as = Weights(up_type), down_as = Weights(down_type);
+            const Shape shape{experts, neurons, width, Activation(activation), activate_up, absolute, up_as, down_as, tiled};
+            const auto from = [&](uintptr_t matrix) { return Source{pointer<void>(matrix), Weights(source)}; };
+            new (self) PackedBank(shape, from(gate), from(up), from(down), pointer<float>(columns),
+                                  pointer<float>(gate_bias), pointer<float>(up_bias), threads);
           },
-          "experts"_a, "neurons"_a, "width"_a, "activation"_a, "activate_up"_a, "absolute"_a, "weights"_a, "bf16"_a,
-          "gate"_a, "up"_a, "down"_a, "columns"_a, "gate_bias"_a, "up_bias"_a, "threads"_a, "tiled"_a)
+          "experts"_a, "neurons"_a, "width"_a, "activation"_a, "activate_up"_a, "absolute"_a, "up_type"_a,
+          "down_type"_a, "source"_a, "gate"_a, "up"_a, "down"_a, "columns"_a, "gate_bias"_a, "up_bias"_a, "threads"_a, "tiled"_a)
       .def_prop_ro("nbytes", &PackedBank::bytes)
       .def(
           "unpack",

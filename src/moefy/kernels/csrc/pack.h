@@ -6,15 +6,15 @@ namespace moefy {
 
 struct Source {  // (experts, neurons, width), contiguous; data may be null
   const void* data = nullptr;
-  bool bf16 = false;
+  Weights type = Weights::f32;  // or bf16, f16
 };
 
 struct Shape {
   int experts, neurons, width;
   Activation act;
   bool activate_up, absolute;
-  Weights type;
-  bool tiled = false;  // for kernels that want it; taken for bf16 only
+  Weights up, down;    // types; int8 for both or for none
+  bool tiled = false;  // for kernels that want it; taken where both are bf16
 };
 
 enum class Matrix : int { gate, up, down };
@@ -27,7 +27,7 @@ class PackedBank {
              const float* up_bias, int threads);
   const Bank& bank() const { return bank_; }
   size_t bytes() const;
-  // Writes (experts, neurons, width): fp32, or bf16 when the weights are bf16. Exact for both. Not times `columns`.
+  // Writes (experts, neurons, width) in the type of the weights, exactly; int8 as fp32, and not times `columns`.
   void unpack(Matrix which, void* out, int threads) const;
   bool unpack_bias(Matrix which, float* out) const;
 

@@ -1,5 +1,5 @@
 // Before the phases: copies of x where they are needed, scores, selection, and sorting the pairs (token, expert).
-#include "bf16.h"
+#include "small_floats.h"
 #include "call.h"
 
 namespace moefy {

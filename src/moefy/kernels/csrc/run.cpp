@@ -12,7 +12,7 @@
 
 #include <chrono>
 
-#include "bf16.h"
+#include "small_floats.h"
 #include "call.h"
 #include "team.h"
 
@@ -53,13 +53,13 @@ Run::Run(const Call& call, Workspace& workspace)
       ws_(workspace),
       k_(*call.kernels),
       tiled_(weights_of(call) && weights_of(call)->tiled),
-      dot_(call.bf16 && call.kernels->has_dot && weights_of(call) && weights_of(call)->type == Weights::bf16),
+      dot_(call.bf16 && call.kernels->has_dot && weights_of(call) && weights_of(call)->is_bf16()),
       experts_(call.routed ? call.routed->experts : 0),
       capacity_(experts_ ? call.capacity : 0) {
   const Bank* weights = weights_of(c_);
   weighted_ = capacity_ && (c_.gate_weights || c_.expert_scale);
-  const int group = weights && weights->type == Weights::bf16 ? 4 : 2;  // k values that are read at once
-  tiled_scores_ = tiled_ && dot_ && c_.router && c_.router->type == Weights::f32;
+  const int group = weights && weights->up_type == Weights::bf16 ? 4 : 2;  // k values that are read at once
+  tiled_scores_ = tiled_ && dot_ && c_.router && c_.router->up_type == Weights::f32;
   copy32_ = (!dot_ || (c_.router && !tiled_scores_)) && (c_.bf16 || c_.x_column != 1 || c_.width % group != 0);
   copy16_ = dot_ && (!tiled_ || c_.x_column != 1);
   hidden_bytes_ = hidden_bytes(tiled_, dot_);

@@ -32,6 +32,10 @@ struct UpI8 : UpF32 {
   static constexpr int kBytes = 16;
   static Lanes weights(const char* w, int) { return Lanes::load_i8(w); }
 };
+struct UpF16 : UpF32 {
+  static constexpr int kBytes = 32;
+  static Lanes weights(const char* w, int) { return Lanes::load_f16(w); }
+};
 struct UpBf16 : UpF32 {
   static constexpr int kParts = 2, kInputBytes = 16;
   static Lanes weights(const char* w, int part) { return part ? Lanes::load_bf16_high(w) : Lanes::load_bf16_low(w); }
@@ -54,6 +58,7 @@ struct DownBlocks : Up, FloatInputs {
 };
 using DownF32 = DownBlocks<UpF32>;
 using DownI8 = DownBlocks<UpI8>;
+using DownF16 = DownBlocks<UpF16>;
 struct DownBf16 : DownBlocks<UpBf16> {
   static Lanes one(const char* w, int i) { return Lanes::load_bf16(w + bytes_before(i), i % 2); }
 };
