@@ -9,7 +9,7 @@ import torch
 import moefy
 import tiny
 from moefy import sensitivity
-from moefy.budgets import GRID, Curve, Sensitivity, allocate, loss_curve
+from moefy.budgets import GRID, METRIC_WORK, Curve, Sensitivity, allocate, loss_curve
 from moefy.calibrate import real_tokens
 from moefy.construct.elimination import eliminate
 from moefy.convert import LAYER_WORK
@@ -259,9 +259,9 @@ def test_a_broken_metric_is_a_sentence():
         eliminate(NeuronStats(stats.ffn, stats.batches, metric=metric))
 
 
-@pytest.mark.parametrize(("recipe", "measured"), [("reconstructed", 2 * (4 + 4)), ("slim", 0)])
+@pytest.mark.parametrize(("recipe", "measured"), [("reconstructed", 2 * 4 * (METRIC_WORK + 1)), ("slim", 0)])
 def test_progress_counts_work_and_ends_at_the_total(recipe, measured):
-    """A batch through a layer is 1 when it is measured, and more when it is converted."""
+    """A batch through a layer is 1 in a curve, and more with gradients and when the layer is converted."""
     model, batches, seen = tiny.tiny("llama"), [tiny.inputs("llama", seed=i) for i in range(4)], []
     recipe = moefy.Recipe.of(recipe, budget=0.75)
     moefy.convert(model, recipe, batches, progress=lambda done, total, name: seen.append((done, total)))

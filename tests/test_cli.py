@@ -16,21 +16,24 @@ import torch
 import transformers as tf
 
 import tiny
+from command import moefy
 from moefy.cli import main
 from moefy.texts import builtin_text
 from words import pydoc_tokenizer
 
 
-def moefy(*args, cwd=None, text=True):
+def moefy_process(*args, cwd=None):
     return subprocess.run(
-        [sys.executable, "-m", "moefy", *map(str, args)], capture_output=True, text=text, cwd=cwd, timeout=300
+        [sys.executable, "-m", "moefy", *map(str, args)], capture_output=True, text=True, cwd=cwd, timeout=300
     )
 
 
 @pytest.fixture(scope="module")
 def converted(dense, tmp_path_factory):
     out = tmp_path_factory.mktemp("converted") / "out"
-    done = moefy("convert", dense, out, "--experts", 6, "--shared", 2, "--active", 2, "--window", 32, "--windows", 4)
+    done = moefy_process(
+        "convert", dense, out, "--experts", 6, "--shared", 2, "--active", 2, "--window", 32, "--windows", 4
+    )
     assert done.returncode == 0, done.stderr
     assert "calibration tokens" in done.stdout
     assert "128" in done.stdout
@@ -72,7 +75,7 @@ def test_what_nobody_asked_for_is_said(neurons, options, sentence, tmp_path):
 
 
 def test_generate_continues_the_prompt(converted):
-    done = moefy("generate", converted, "the value of", "--tokens", 5)
+    done = moefy_process("generate", converted, "the value of", "--tokens", 5)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
 
@@ -228,7 +231,7 @@ def test_mistakes_are_a_sentence_and_leave_nothing(mistake, sources, monkeypatch
 
 
 def test_a_mistake_in_a_process_of_its_own(tmp_path):
-    done = moefy("convert", "no/such/model", "out", cwd=tmp_path)
+    done = moefy_process("convert", "no/such/model", "out", cwd=tmp_path)
     assert done.returncode == 2
     assert done.stderr == "moefy: There is no model at no/such/model; give a directory, a .gguf file or a hub name.\n"
     assert not _tree(tmp_path)

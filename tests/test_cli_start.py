@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+import command
 import moefy
 import moefy_cli
 from moefy import kernels
@@ -40,8 +41,8 @@ def test_help_and_mistakes_wait_for_no_torch(args, code):
 
 
 def test_running_the_package_waits_for_no_torch():
-    command = [sys.executable, "-X", "importtime", "-m", "moefy", "--version"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    version = [sys.executable, "-X", "importtime", "-m", "moefy", "--version"]
+    done = subprocess.run(version, capture_output=True, text=True)
     assert done.stdout == f"moefy {moefy.__version__}\n"
     assert " moefy.cli\n" in done.stderr
     assert " torch\n" not in done.stderr
@@ -107,8 +108,8 @@ def test_what_a_command_imports_is_all_of_moefy():
 
 def test_ctrl_c_at_any_moment(dense):
     for after in (0.3, 1.5, 3.0):
-        command = [sys.executable, "-m", "moefy", "eval", str(dense), "--window", "32", "--windows", "100000"]
-        running = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        long = [sys.executable, "-m", "moefy", "eval", str(dense), "--window", "32", "--windows", "100000"]
+        running = subprocess.Popen(long, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         time.sleep(after)
         running.send_signal(signal.SIGINT)
         shown = running.communicate(timeout=120)[1]
@@ -120,19 +121,18 @@ def test_ctrl_c_at_any_moment(dense):
 def test_a_slow_kernel_is_one_line(dense):
     environment = {**os.environ, "MOEFY_NATIVE": "0"}
     made = dense.parent / "routed"
-    command = [sys.executable, "-m", "moefy", "convert", dense, made, "--recipe", "cmoe", "--window", "32"]
-    done = subprocess.run([*map(str, command), "--windows", "4"], capture_output=True, text=True, env=environment)
+    done = command.moefy("convert", dense, made, "--recipe", "cmoe", "--window", 32, "--windows", 4)
     assert done.returncode == 0, done.stderr
-    command = [sys.executable, "-m", "moefy", "generate", str(made), "the value", "--tokens", "2"]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    generate = [sys.executable, "-m", "moefy", "generate", str(made), "the value", "--tokens", "2"]
+    done = subprocess.run(generate, capture_output=True, text=True, env=environment)
     told = "moefy runs on torch, slower: it is turned off with MOEFY_NATIVE=0."
     assert [line for line in done.stderr.splitlines() if not line.startswith("Loading")] == [told]
 
 
 def test_a_mistyped_kernel_is_refused_before_anything_is_loaded():
     environment = {**os.environ, "MOEFY_KERNEL": "ntive"}
-    command = [sys.executable, "-m", "moefy", "eval", "no/such/model"]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    mistyped = [sys.executable, "-m", "moefy", "eval", "no/such/model"]
+    done = subprocess.run(mistyped, capture_output=True, text=True, env=environment)
     assert done.returncode == 2
     assert done.stderr == (
         "moefy: In MOEFY_KERNEL: There is no kernel 'ntive'; choose one of auto, native, torch, reference, grouped, "

@@ -1,11 +1,14 @@
 """A converted model in use: generation with a cache, padding, compile, gradients, peft-style training mode."""
 
+import pytest
 import torch
 
 import moefy
 import tiny
 from moefy.evaluate import agreement, evaluate_model, perplexity, routing
 from moefy.moe import moe_layers
+from moefy.sites import find_sites
+from test_families import close
 
 RECIPE = moefy.Recipe(experts=6, shared=1, active=2, top_activated=4, router="linear")
 
@@ -33,6 +36,22 @@ def test_padding_does_not_change_real_tokens():
         alone = model(input_ids=ids).logits
         with_padding = model(input_ids=padded, attention_mask=mask).logits[:, 4:]
     torch.testing.assert_close(with_padding, alone, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral", "t5-v1.0"])
+def test_every_neuron_kept_needs_one_batch_and_is_the_dense_model(family):
+    dense, model = tiny.tiny(family), tiny.tiny(family)
+    batches = [tiny.inputs(family, seed=s) for s in range(4)]
+    report = moefy.convert(model, moefy.Recipe.of("shared-only", budget=1.0), batches)
+    assert report.calibration.batches == 1
+    assert all(layer.active_fraction == 1 and layer.error == 0 for layer in report.layers)
+    layers = moe_layers(model)
+    assert len(layers) == len(report.layers)
+    for name, site in ((site.entry_name, site) for site in find_sites(dense)):
+        assert torch.equal(layers[name].shared_up, site.read().up)
+    assert close(tiny.output(model, batches[3]), tiny.output(dense, batches[3]))
+    report = moefy.convert(tiny.tiny(family), moefy.Recipe.of("shared-only", budget=0.5), batches)
+    assert report.calibration.batches == 4
 
 
 def test_encoder_decoder_generates():

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from moefy import slim
 from moefy.budgets import Sensitivity, allocate, measure, measure_work
 from moefy.calibrate import CalibrationInfo, check_batches, real_tokens
-from moefy.convert_layer import LayerReport, convert_layer, whole_layer
+from moefy.convert_layer import LayerReport, as_it_is, convert_layer, whole_layer
 from moefy.hf import mark_converted
 from moefy.moe import MoEFFN, moe_layers
 from moefy.one_pass import Arrival, OnePass
@@ -139,6 +139,8 @@ def convert(
     specs = {name: _checked_specs(site, recipe) for name, site in sites.items()}
     if recipe.slim:
         slim.config_sizes(model, {name: spec for name, (spec,) in specs.items()})  # refused now, not when it is saved
+    if recipe.allocation != "sensitivity" and all(as_it_is(shapes, recipe) for shapes in specs.values()):
+        batches = batches[:1]  # nothing depends on them
     report, store = Report(recipe, CalibrationInfo.of(batches)), Store.of(state, model, batches)
     was_training = model.training
     model.eval()

@@ -66,11 +66,11 @@ def convert_layer(
     of the output costs. Raises MoefyError if there are too few tokens, or if they overflow.
     """
     start, ffn, inputs = time.perf_counter(), site.read(), arrival.inputs
-    if not arrival.suffices:
-        moe = whole_layer(ffn, specs[0])
-        return moe, LayerReport(
-            site.entry_name, ffn.neurons, ffn.neurons, 0, 0, 0, 1.0, 0.0, ffn.multiply_adds * arrival.tokens
-        )
+    if not arrival.suffices or as_it_is(specs, recipe):
+        tokens = max(1, sum(map(len, inputs()))) if arrival.suffices else arrival.tokens
+        work = ffn.multiply_adds * tokens
+        report = LayerReport(site.entry_name, ffn.neurons, ffn.neurons, 0, 0, 0, 1.0, 0.0, work)
+        return whole_layer(ffn, specs[0]), report
     stats = NeuronStats(
         ffn.to(torch.float32), inputs, recipe.chunk_tokens, recipe.top_activated, site.name, metric, arrival.targets
     )
@@ -100,8 +100,13 @@ def convert_layer(
     )
 
 
+def as_it_is(specs: list[LayerSpec], recipe: Recipe) -> bool:
+    """Whether every neuron of an FFN always runs with its own weights, whatever the calibration."""
+    return not recipe.refit and not any(spec.experts for spec in specs)
+
+
 def whole_layer(ffn: FFNWeights, spec: LayerSpec) -> MoEFFN:
-    """All neurons of an FFN, always running: an expert of a mixture that too few tokens choose to measure it."""
+    """All neurons of an FFN, always running: where a recipe keeps them, and an expert that too few tokens choose."""
     every = torch.arange(ffn.neurons)
     partition = Partition(every, every.new_empty(0, 0))
     moe = MoEFFN.from_dense(ffn, partition, spec.dense(ffn.down_bias is not None), None)
