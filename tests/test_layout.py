@@ -34,6 +34,7 @@ ORDER = [
     "resume",
     "residuals",
     "one_pass",
+    "work",
     "sensitivity",
     "budgets",
     "convert_layer",

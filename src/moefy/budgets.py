@@ -23,15 +23,13 @@ from moefy.sensitivity import Metrics, output_metrics
 from moefy.sites import Site, join_experts
 from moefy.stats import NeuronStats
 from moefy.types import FFNWeights
+from moefy.work import CURVE_BATCHES, METRIC_BATCHES, curve_work, measure_work, metric_work
 
 # Shares that a layer may get. Below a twelfth the predictions, which are of second order, mean nothing.
 GRID = 401
 LOWEST = 1 / 12
 # A layer that would get more than this stays dense: what it saves is less than what its router costs.
 DENSE = 0.97
-# Batches that are measured, evenly spread: for the Fisher information, and for the curves.
-METRIC_BATCHES, CURVE_BATCHES = 8, 12
-METRIC_WORK = 5  # of a batch through a layer with its gradients, where one in a curve is 1; SmolLM2's, windows of 512
 
 
 @dataclass(frozen=True)
@@ -79,12 +77,13 @@ def measure(
 ) -> Sensitivity:
     """Measure a dense model, which stays as it is, on a few of the calibration batches.
 
-    `chunk` tokens are worked on at a time; `progress(done, total, name)` counts as `measure_work` does. What is in
+    `chunk` tokens are worked on at a time; `progress(done, total, name)` counts as `moefy.work` does. What is in
     `store`, of the same model and batches, is not measured again.
     """
     store = (store or Store(None)).below({"chunk": chunk})
     some, total = spread(batches, METRIC_BATCHES), measure_work(sites, batches)
-    step = (lambda done: progress(done * METRIC_WORK * len(sites), total, "the loss")) if progress else None
+    step = (lambda done: progress(metric_work(sites, some[:done]), total, "the loss")) if progress else None
+    done = metric_work(sites, some)
     was_training = model.training
     model.eval()
     try:
@@ -103,17 +102,13 @@ def measure(
                 known = store.put(f"curve.{name}", {"loss": curve.loss}, {"size": curve.size, "tokens": count})
             curves[name], tokens[name] = Curve(known[0]["loss"], known[1]["size"]), known[1]["tokens"]
             most = max(most, tokens[name], arrival.layer_tokens)
+            done += curve_work(sites[name], batches)
             if progress:
-                progress(total - (len(sites) - len(curves)) * min(CURVE_BATCHES, len(batches)), total, name)
+                progress(done, total, name)
     finally:
         join_experts(model)
         model.train(was_training)
     return Sensitivity(metrics, {name: curve.weighted(tokens[name] / most) for name, curve in curves.items()})
-
-
-def measure_work(sites: Mapping[str, Site], batches: Sequence[Mapping[str, Any]]) -> int:
-    """How much work `measure` is: a batch through a layer is 1 in a curve, and METRIC_WORK with its gradients."""
-    return len(sites) * (METRIC_WORK * min(METRIC_BATCHES, len(batches)) + min(CURVE_BATCHES, len(batches)))
 
 
 def _curve(ffn: FFNWeights, arrival: Arrival, chunk: int, metric: Tensor | None) -> tuple[Curve, int]:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moefy import slim
-from moefy.budgets import Sensitivity, allocate, measure, measure_work
+from moefy.budgets import Sensitivity, allocate, measure
 from moefy.calibrate import CalibrationInfo, check_batches, real_tokens
 from moefy.convert_layer import LayerReport, as_it_is, convert_layer, whole_layer
 from moefy.hf import mark_converted
@@ -32,11 +32,9 @@ from moefy.residuals import find_residuals
 from moefy.resume import Store
 from moefy.sites import ExpertSite, Site, find_sites, join_experts
 from moefy.types import LayerSpec, MoefyError
+from moefy.work import layer_work, measure_work
 
 Progress = Callable[[int, int, str], None]
-# Work of converting a layer, a batch, over that of measuring it: 5 with SmolLM2's widths and 12 windows of 512 tokens,
-# 7 to 18 with narrower layers, and less with wider ones, where the elimination is most of both.
-LAYER_WORK = 4
 
 
 @dataclass
@@ -121,7 +119,7 @@ def convert(
 
     `calibration` iterates over model inputs (dicts of tensors). `hold_bytes` bounds the memory for
     activations between layers; what is beyond goes to a temporary directory. `progress(done, total,
-    name)` is called after each FFN; it counts work, of which a layer is LAYER_WORK a batch. `sensitivity` saves
+    name)` is called after each FFN; it counts work as `moefy.work` does. `sensitivity` saves
     measuring again what a recipe that allocates its budget needs (`moefy.budgets.measure`).
 
     `state` is a folder where each FFN is kept as soon as it is done: a conversion of the same model by the same recipe
@@ -176,7 +174,7 @@ def _allocated(
 ) -> tuple[Plan, Sensitivity]:
     """The plan with the budget divided over its layers by their sensitivity, which is measured unless it is given."""
     sites, batches, chunk = plan.sites, plan.batches, plan.recipe.chunk_tokens
-    after = LAYER_WORK * len(batches) * len(sites)
+    after = sum(layer_work(site, batches) for site in sites.values())
     step = (lambda done, of, name: progress(done, of + after, f"measuring {name}")) if progress else None
     found = found or measure(plan.model, sites, batches, plan.hold_bytes, chunk, step, store)
     shares = planned_shares(sites, plan.recipe, found)
@@ -186,9 +184,8 @@ def _allocated(
 
 def _convert_layers(plan: Plan, store: Store, report: Report, progress: Progress | None, done: int) -> None:
     """Convert one FFN after the other, but for those in the store. For the progress: `done` is the work before."""
-    # A layer that is kept costs its share of the forward passes alone.
     kept = {name for name in plan.sites if store.holds(name)}
-    work = {name: (1 if name in kept else LAYER_WORK) * len(plan.batches) for name in plan.sites}
+    work = {name: layer_work(site, plan.batches, name in kept) for name, site in plan.sites.items()}
     report.resumed = len(kept)
     total, last = done + sum(work.values()), None
     # Experts are weighted before their sum is added to the stream.

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moefy.budgets import Sensitivity, allocate, measure, measure_work
-from moefy.convert import LAYER_WORK, Report, check_dense, convert, planned_shares, planned_specs
+from moefy.budgets import Sensitivity, allocate, measure
+from moefy.convert import Report, check_dense, convert, planned_shares, planned_specs
 from moefy.evaluate import is_causal_lm, perplexity
 from moefy.moe import realised_fraction, usage
 from moefy.recipe import Recipe
@@ -21,6 +21,7 @@ from moefy.resume import Store
 from moefy.sites import Site, find_sites
 from moefy.types import MoefyError
 from moefy.wanted import at_share
+from moefy.work import layer_work, measure_work
 
 # Conversions at most, and how near the smallest budget the search stops.
 TRIALS, NEAR = 5, 0.02
@@ -57,7 +58,7 @@ def smallest_budget(
     largest budget does not keep the target.
     """
     recipe, sites = _searchable(model, recipe, target)
-    found, total = None, TRIALS * LAYER_WORK * len(batches) * len(sites)
+    found, total = None, TRIALS * sum(layer_work(site, batches) for site in sites.values())
     if recipe.allocation == "sensitivity":
         measured = (lambda done, of, name: progress(done, of + total, f"measuring {name}")) if progress else None
         store = Store.of(state, model, batches)
