@@ -3,6 +3,9 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
+#ifdef __aarch64__
+#include <arm_neon.h>
+#endif
 
 namespace {
 
@@ -81,6 +84,9 @@ struct Lanes {
     std::memcpy(&v, p, sizeof v);
     return v;
   }
+#ifdef __aarch64__
+  static f4 from_f16(h4 halves) { return (f4)vcvt_f32_f16((float16x4_t)halves); }
+#else
   // As in small_floats.h; the smallest, which have no leading one, are got by taking it off again.
   static f4 from_f16(h4 halves) {
     const i4 x = __builtin_convertvector(halves, i4), sign = (x & 0x8000) << 16, size = (x & 0x7fff) << 13;
@@ -89,6 +95,7 @@ struct Lanes {
     const i4 normal = size + offset + ((exponent == (31 << 23)) & offset);
     return (f4)((i4)choose(exponent == 0, small, (f4)normal) | sign);
   }
+#endif
   static int s(const char* p, int i) { return static_cast<signed char>(p[i]); }
   static f4 choose(i4 mask, f4 yes, f4 no) { return (f4)((mask & (i4)yes) | (~mask & (i4)no)); }
 };

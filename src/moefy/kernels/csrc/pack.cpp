@@ -142,7 +142,10 @@ void PackedBank::find_scales(Source gate, Source up, Source down, const float* c
       for (int n = 0; n < bank_.neurons; ++n) {
         float most = 0;
         const size_t row = (size_t(e) * bank_.neurons + n) * bank_.width;
-        for (int k = 0; k < bank_.width; ++k) most = std::fmax(most, std::fabs(value(from, row + k)) / (over ? over[k] : 1.f));
+        for (int k = 0; k < bank_.width; ++k) {  // no fmax: GCC 12 for Arm stops with an internal error
+          const float size = std::fabs(value(from, row + k)) / (over ? over[k] : 1.f);
+          if (size > most) most = size;
+        }
         to[size_t(e) * bank_.hidden_stride() + n] = most > 0 ? most / 127 : 1;
       }
   };
