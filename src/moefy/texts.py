@@ -68,19 +68,24 @@ def is_text(text: str) -> bool:
     return True
 
 
-def _file_text(path: Path) -> str:
+def decoded(path: Path, kind: str = "text") -> str:
+    """What a file of text says, plain or in gzip; MoefyError if it cannot be read or holds none. `kind` names it."""
     try:
         raw = path.read_bytes()
-        if raw[:2] == b"\x1f\x8b":
-            raw = gzip.decompress(raw)
+        raw = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
     except (OSError, EOFError, zlib.error) as error:
-        raise MoefyError(f"The text file {path} cannot be read ({error}); check that it is whole.") from None
+        raise MoefyError(f"The {kind} file {path} cannot be read ({error}); check that it is whole.") from None
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError:
         text = "\0"
     if "\0" in text:
-        raise MoefyError(f"{path} is not a text file (it is not valid UTF-8); give plain text, .txt.gz or .jsonl.")
+        raise MoefyError(f"{path} is not a text file (it is not valid UTF-8); give one that is, plain or in gzip.")
+    return text
+
+
+def _file_text(path: Path) -> str:
+    text = decoded(path)
     if ".jsonl" in path.suffixes:
         text = _documents(text, path)
     if not text.strip():

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import csv
-import gzip
 import io
 import json
 import re
-import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from moefy.texts import hub_rows, is_text
+from moefy.texts import decoded, hub_rows, is_text
 from moefy.types import MoefyError
 
 Row = dict[str, Any]
@@ -85,7 +83,7 @@ def _read(source: str) -> list[Row]:
     kind = next((s for s in reversed(path.suffixes) if s in FORMATS), None)
     if kind is None:
         raise MoefyError(f"{path} has none of the endings {', '.join(FORMATS)} (or one of them with .gz).")
-    text = _text(path)
+    text = decoded(path, "data").replace("\r\n", "\n")
     if not text.strip():
         raise MoefyError(f"The data file {path} is empty; give one with some rows.")
     if kind in (".tsv", ".csv"):
@@ -93,17 +91,6 @@ def _read(source: str) -> list[Row]:
     if kind == ".txt" and not text.lstrip().startswith("{"):  # RACE's .txt files hold JSON
         return [PlacedRow({"line": line}, place) for place, line in _lines(text, path)]
     return _json(text, path, lines=kind == ".jsonl" or (kind == ".txt" and "\n{" in text.strip()))
-
-
-def _text(path: Path) -> str:
-    try:
-        raw = path.read_bytes()
-        raw = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
-        return raw.decode("utf-8-sig").replace("\r\n", "\n")
-    except UnicodeDecodeError:
-        raise MoefyError(f"{path} is not a text file (it is not valid UTF-8).") from None
-    except (OSError, EOFError, zlib.error) as error:
-        raise MoefyError(f"The data file {path} cannot be read ({error}); check that it is whole.") from None
 
 
 def _lines(text: str, path: Path) -> Iterator[tuple[str, str]]:
