@@ -57,4 +57,4 @@ class Bound:
         y = own_memory(torch.empty_like(x))
         threshold = 0.0 if self._threshold is None else self._threshold.item()
         self._call(x.data_ptr(), y.data_ptr(), x.numel() // self.width, threshold, torch.get_num_threads())
-        return y.to(self.dtype)
+        return y.to(self.dtype) if self._widen else y
