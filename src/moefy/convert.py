@@ -137,8 +137,7 @@ def convert(
     specs = {name: _checked_specs(site, recipe) for name, site in sites.items()}
     if recipe.slim:
         slim.config_sizes(model, {name: spec for name, (spec,) in specs.items()})  # refused now, not when it is saved
-    if recipe.allocation != "sensitivity" and all(as_it_is(shapes, recipe) for shapes in specs.values()):
-        batches = batches[:1]  # nothing depends on them
+    batches = _needed(batches, recipe, specs)
     report, store = Report(recipe, CalibrationInfo.of(batches)), Store.of(state, model, batches)
     was_training = model.training
     model.eval()
@@ -278,6 +277,15 @@ def planned_specs(
     """
     shares = shares or {}
     return {name: recipe.layer_specs(site.read(), name, shares.get(name)) for name, site in sites.items()}
+
+
+def _needed(
+    batches: list[Mapping[str, Any]], recipe: Recipe, specs: dict[str, list[LayerSpec]]
+) -> list[Mapping[str, Any]]:
+    """The batches that something depends on: one, which shows that nothing overflows, where every neuron is kept."""
+    alike = all(batch.keys() == batches[0].keys() for batch in batches)  # and so come by the same FFNs
+    whole = recipe.allocation != "sensitivity" and all(as_it_is(shapes, recipe) for shapes in specs.values())
+    return batches[:1] if alike and whole else batches
 
 
 def _checked_specs(site: Site, recipe: Recipe) -> list[LayerSpec]:

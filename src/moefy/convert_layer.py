@@ -67,10 +67,11 @@ def convert_layer(
     """
     start, ffn, inputs = time.perf_counter(), site.read(), arrival.inputs
     if not arrival.suffices or as_it_is(specs, recipe):
-        tokens = max(1, sum(map(len, inputs()))) if arrival.suffices else arrival.tokens
+        moe, tokens, error = whole_layer(ffn, specs[0]), arrival.tokens, 0.0
+        if arrival.suffices:
+            tokens, error = max(1, sum(map(len, inputs()))), _measure(moe, ffn, inputs, site.name)[0]
         work = ffn.multiply_adds * tokens
-        report = LayerReport(site.entry_name, ffn.neurons, ffn.neurons, 0, 0, 0, 1.0, 0.0, work)
-        return whole_layer(ffn, specs[0]), report
+        return moe, LayerReport(site.entry_name, ffn.neurons, ffn.neurons, 0, 0, 0, 1.0, error, work)
     stats = NeuronStats(
         ffn.to(torch.float32), inputs, recipe.chunk_tokens, recipe.top_activated, site.name, metric, arrival.targets
     )
@@ -81,9 +82,7 @@ def convert_layer(
     stats.forget_gram()  # the refit has two of its own
     moe = min(built, key=lambda moe: _refit(moe, recipe, stats))
     spec = moe.spec
-    error, routing = _measure(moe, ffn, inputs)
-    if not math.isfinite(error):
-        raise MoefyError(overflow(site.name))
+    error, routing = _measure(moe, ffn, inputs, site.name)
     return moe, LayerReport(
         name=site.entry_name,
         neurons=spec.neurons,
@@ -138,8 +137,10 @@ def _refit(moe: MoEFFN, recipe: Recipe, stats: NeuronStats) -> float:
     return refit(moe, stats.ffn, stats, recipe.repair).held_out_error
 
 
-def _measure(moe: MoEFFN, ffn: FFNWeights, inputs: Callable[[], Iterator[Tensor]]) -> tuple[float, Routing | None]:
-    """The error of the output and, if the layer routes, how well."""
+def _measure(
+    moe: MoEFFN, ffn: FFNWeights, inputs: Callable[[], Iterator[Tensor]], name: str
+) -> tuple[float, Routing | None]:
+    """The error of the output and, if the layer routes, how well; MoefyError if the output overflows."""
     lost = total = 0.0
     left, tally = ERROR_TOKENS, RoutingTally(moe) if routes(moe) else None
     with kernels.using("torch"):  # the tally looks at the weights, which the native kernel would keep packed
@@ -153,4 +154,7 @@ def _measure(moe: MoEFFN, ffn: FFNWeights, inputs: Callable[[], Iterator[Tensor]
             left -= len(x)
             if left <= 0:
                 break
-    return lost / total if total else 0.0, tally.result() if tally else None
+    error = lost / total if total else 0.0
+    if not math.isfinite(error):
+        raise MoefyError(overflow(name))
+    return error, tally.result() if tally else None
