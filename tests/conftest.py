@@ -10,7 +10,7 @@ import tiny
 from task_data import DATA, write
 from words import pydoc_tokenizer
 
-torch.set_num_threads(2)
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -31,6 +31,12 @@ REFERENCE = {
 }
 
 
+def middle(scores: Tensor) -> Tensor:
+    """A threshold that half of the scores are above, and none is near enough for rounding to decide."""
+    low, high = scores.flatten().sort().values[scores.numel() // 2 - 1 :][:2]
+    return (low + high) / 2
+
+
 @dataclass
 class Problem:
     """Random weights of one shape, and what the FFN of x must be, with the rounding error it may have."""

@@ -11,6 +11,7 @@ from moefy import kernels
 from moefy.balance import direction
 from moefy.kernels import native
 from moefy.moe import MoEFFN, moe_layers
+from native_problem import middle
 from test_construct import make_stats
 from test_moe import build
 
@@ -24,7 +25,7 @@ def layer(router, threshold=False):
     if threshold:
         made = MoEFFN(moe.spec.__class__(**{**vars(moe.spec), "most": 3})).requires_grad_(False).eval()
         scores = moe.router(x, None)
-        made.load_state_dict({**moe.state_dict(), "router.threshold": scores.median()})
+        made.load_state_dict({**moe.state_dict(), "router.threshold": middle(scores)})
         moe = made
     return moe, x
 
