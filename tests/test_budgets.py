@@ -15,7 +15,7 @@ from moefy.construct.elimination import eliminate
 from moefy.sensitivity import Metrics, output_metrics
 from moefy.sites import find_sites, join_experts
 from moefy.stats import NeuronStats
-from moefy.work import layer_work, measure_work
+from moefy.work import layer_work, measure_work, tokens_in
 from test_construct import make_stats
 
 
@@ -264,7 +264,7 @@ def test_progress_counts_work_and_ends_at_the_total(recipe):
     model, batches, seen = tiny.tiny("llama"), [tiny.inputs("llama", seed=i) for i in range(4)], []
     sites = {site.entry_name: site for site in find_sites(model)}
     measured = measure_work(sites, batches) if recipe == "reconstructed" else 0
-    (layer,) = {layer_work(site, batches) for site in sites.values()}
+    (layer,) = {layer_work(site, tokens_in(batches)) for site in sites.values()}
     recipe = moefy.Recipe.of(recipe, budget=0.75)
     moefy.convert(model, recipe, batches, progress=lambda done, total, name: seen.append((done, total)))
     total = measured + 2 * layer

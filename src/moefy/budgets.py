@@ -23,7 +23,7 @@ from moefy.sensitivity import Metrics, output_metrics
 from moefy.sites import Site, join_experts
 from moefy.stats import NeuronStats
 from moefy.types import FFNWeights
-from moefy.work import CURVE_BATCHES, METRIC_BATCHES, curve_work, measure_work, metric_work
+from moefy.work import CURVE_BATCHES, METRIC_BATCHES, curve_work, measure_work, metric_work, tokens_in
 
 # Shares that a layer may get. Below a twelfth the predictions, which are of second order, mean nothing.
 GRID = 401
@@ -83,7 +83,7 @@ def measure(
     store = (store or Store(None)).below({"chunk": chunk})
     some, total = spread(batches, METRIC_BATCHES), measure_work(sites, batches)
     step = (lambda done: progress(metric_work(sites, some[:done]), total, "the loss")) if progress else None
-    done = metric_work(sites, some)
+    done, seen = metric_work(sites, some), tokens_in(spread(batches, CURVE_BATCHES))
     was_training = model.training
     model.eval()
     try:
@@ -102,7 +102,7 @@ def measure(
                 known = store.put(f"curve.{name}", {"loss": curve.loss}, {"size": curve.size, "tokens": count})
             curves[name], tokens[name] = Curve(known[0]["loss"], known[1]["size"]), known[1]["tokens"]
             most = max(most, tokens[name], arrival.layer_tokens)
-            done += curve_work(sites[name], batches)
+            done += curve_work(sites[name], seen)
             if progress:
                 progress(done, total, name)
     finally:

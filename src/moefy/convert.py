@@ -32,7 +32,7 @@ from moefy.residuals import find_residuals
 from moefy.resume import Store
 from moefy.sites import ExpertSite, Site, find_sites, join_experts
 from moefy.types import LayerSpec, MoefyError
-from moefy.work import layer_work, measure_work
+from moefy.work import layer_work, measure_work, tokens_in
 
 Progress = Callable[[int, int, str], None]
 
@@ -173,7 +173,8 @@ def _allocated(
 ) -> tuple[Plan, Sensitivity]:
     """The plan with the budget divided over its layers by their sensitivity, which is measured unless it is given."""
     sites, batches, chunk = plan.sites, plan.batches, plan.recipe.chunk_tokens
-    after = sum(layer_work(site, batches) for site in sites.values())
+    tokens = tokens_in(batches)
+    after = sum(layer_work(site, tokens) for site in sites.values())
     step = (lambda done, of, name: progress(done, of + after, f"measuring {name}")) if progress else None
     found = found or measure(plan.model, sites, batches, plan.hold_bytes, chunk, step, store)
     shares = planned_shares(sites, plan.recipe, found)
@@ -184,7 +185,8 @@ def _allocated(
 def _convert_layers(plan: Plan, store: Store, report: Report, progress: Progress | None, done: int) -> None:
     """Convert one FFN after the other, but for those in the store. For the progress: `done` is the work before."""
     kept = {name for name in plan.sites if store.holds(name)}
-    work = {name: layer_work(site, plan.batches, name in kept) for name, site in plan.sites.items()}
+    tokens = tokens_in(plan.batches)
+    work = {name: layer_work(site, tokens, name in kept) for name, site in plan.sites.items()}
     report.resumed = len(kept)
     total, last = done + sum(work.values()), None
     # Experts are weighted before their sum is added to the stream.

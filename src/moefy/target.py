@@ -21,7 +21,7 @@ from moefy.resume import Store
 from moefy.sites import Site, find_sites
 from moefy.types import MoefyError
 from moefy.wanted import at_share
-from moefy.work import layer_work, measure_work
+from moefy.work import layer_work, measure_work, tokens_in
 
 # Conversions at most, and how near the smallest budget the search stops.
 TRIALS, NEAR = 5, 0.02
@@ -58,7 +58,8 @@ def smallest_budget(
     largest budget does not keep the target.
     """
     recipe, sites = _searchable(model, recipe, target)
-    found, total = None, TRIALS * sum(layer_work(site, batches) for site in sites.values())
+    tokens = tokens_in(batches)
+    found, total = None, TRIALS * sum(layer_work(site, tokens) for site in sites.values())
     if recipe.allocation == "sensitivity":
         measured = (lambda done, of, name: progress(done, of + total, f"measuring {name}")) if progress else None
         store = Store.of(state, model, batches)

@@ -37,18 +37,17 @@ def metric_work(sites: Mapping[str, Site], batches: Sequence[Mapping[str, Any]])
     return _METRIC * tokens_in(batches) * len(sites)
 
 
-def curve_work(site: Site, batches: Sequence[Mapping[str, Any]]) -> int:
-    """The curve of one FFN, on as many of the batches as are taken for it."""
-    return tokens_in(spread(batches, CURVE_BATCHES)) + _CURVE_MATRICES * site.read().neurons
+def curve_work(site: Site, tokens: int) -> int:
+    """The curve of one FFN on so many tokens."""
+    return tokens + _CURVE_MATRICES * site.read().neurons
 
 
 def measure_work(sites: Mapping[str, Site], batches: Sequence[Mapping[str, Any]]) -> int:
     """All that a budget's allocation measures first."""
-    metric = metric_work(sites, spread(batches, METRIC_BATCHES))
-    return metric + sum(curve_work(site, batches) for site in sites.values())
+    metric, tokens = metric_work(sites, spread(batches, METRIC_BATCHES)), tokens_in(spread(batches, CURVE_BATCHES))
+    return metric + sum(curve_work(site, tokens) for site in sites.values())
 
 
-def layer_work(site: Site, batches: Sequence[Mapping[str, Any]], kept: bool = False) -> int:
+def layer_work(site: Site, tokens: int, kept: bool = False) -> int:
     """The conversion of one FFN; of one that is kept from a run before, its share of the forward passes."""
-    tokens = tokens_in(batches)
     return tokens if kept else _LAYER * (tokens + _LAYER_MATRICES * site.read().neurons)
