@@ -48,18 +48,19 @@ def _run(recipe: Recipe, output: Path, windows: int, overwrite: bool) -> None:
     report = _convert(f"Converting ({recipe.name})", model, recipe, batches)
     checkpoint.save(model, output, tokenizer, overwrite=overwrite, source=str(smollm2_gguf()))
     del model
-    rows.append(measure(f"{recipe.name}, reloaded from disk", checkpoint.load(output)))
+    rows.append(measure("converted", checkpoint.load(output)))
     with console.status("Loading SmolLM2-135M again"):
         model, _ = load_source(smollm2_gguf())
     _convert("Converting the control without routing", model, recipe.control(), batches)
-    rows.append(measure("all-shared control", model))
+    rows.append(measure("control", model))
     console.table(
         "SmolLM2-135M-Instruct on CPython's documentation",
         ["model", "perplexity", "FFN active", "s (eval)", "prefill tok/s", "decode tok/s"],
         rows,
     )
     console.out.print(
-        f"{measure.protocol}. Calibrated on {report.calibration.tokens:,} tokens of the other half. "
+        f"Converted by the recipe {recipe.name} and reloaded from disk; the control shares all that it runs, so that "
+        f"nothing is routed. {measure.protocol}. Calibrated on {report.calibration.tokens:,} tokens of the other half. "
         f"Conversion: {report.seconds:.0f} s, peak memory of the process {report.peak_bytes / 2**30:.2f} GiB."
     )
 
