@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from moefy.errors import MoefyError
 from moefy.kernels import native
 from native_problem import ISAS, Problem, needs_native
 
@@ -50,12 +51,28 @@ def test_fp32_is_rounded_to_16_bits_as_torch_rounds(precision: str) -> None:
     some = torch.randint(-(2**31), 2**31 - 1, (1, 500, 64), generator=g).to(torch.int32).view(torch.float32)
     ties = torch.arange(2**15)[None, None].to(torch.int16).view(HALVES[precision]).float()
     ties = (ties + (ties * (1 + 2.0**-7)).to(HALVES[precision]).float()) / 2  # half-way between two, and elsewhere
+    if precision == "fp16":
+        some = some.where((some.abs() < 65520) | ~some.isfinite(), 1.0)
     for values in (some, ties, torch.cat([ties * (1 + 2.0**-23), ties * (1 - 2.0**-24)], 1)):
         packed = native.PackedFFN(experts_up=values, experts_down=values, activation="relu", precision=precision)
         expected = values.to(HALVES[precision])
         for found in packed.unpack().values():
             same = found.view(torch.int16) == expected.view(torch.int16)
             assert (same | (found.isnan() & expected.isnan())).all()
+
+
+def test_what_fp16_cannot_hold_is_refused() -> None:
+    large = torch.full((1, 4, 8), 65519.0)
+    native.PackedFFN(experts_up=large, experts_down=large, activation="relu", precision="fp16")
+    large[0, 3, 7] = -65520
+    with pytest.raises(MoefyError, match="too large for fp16"):
+        native.PackedFFN(experts_up=large, experts_down=large, activation="relu", precision="fp16")
+    held = {
+        "experts_up": torch.full((1, 4, 8), 2.0**17),
+        "experts_down": torch.full((1, 4, 8), 1 + 2**-9),
+    }  # bf16, fp16
+    found = native.PackedFFN(**held, activation="relu").unpack()
+    assert all(torch.equal(found[name], tensor) for name, tensor in held.items())
 
 
 @pytest.mark.parametrize("isa", ISAS)

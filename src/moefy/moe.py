@@ -261,8 +261,8 @@ class MoEFFN(nn.Module):
         `precision` is "fp32", "bf16", "fp16" (the weights' own type if None; 16 bits round fp32, for good) or "int8":
         weight-only, a scale a neuron and, in `down`, one a column of y; an error of about 1 %, and no way back to the
         parameters. fp32 that 16 bits hold exactly takes half the memory, with the same results. MoefyError where the
-        kernel is missing or lacks the activation, for offloaded weights, and for types that need a `precision`;
-        ValueError for another precision.
+        kernel is missing or lacks the activation, for offloaded weights, for types that need a `precision`, and for
+        weights beyond fp16's range; ValueError for another precision.
         """
         if not native.supports(self.spec.activation):
             why = native.why_not() or f"it has no activation {self.spec.activation}"
