@@ -19,10 +19,10 @@ from moefy.budgets import measure
 from moefy.calibrate import special_prefix, token_windows
 from moefy.compare import recipe_at
 from moefy.evaluate import perplexity
-from moefy.moe import realised_fraction, usage
 from moefy.sites import find_sites
 from moefy.sources import load_source, smollm2_gguf
 from moefy.texts import read_text
+from moefy.usage import realised_fraction, usage
 
 # Activations held in memory: what 64 windows of SmolLM2 take.
 HOLD = 4 << 30

@@ -9,8 +9,9 @@ import moefy
 from moefy import kernels
 from moefy.construct import construct
 from moefy.kernels.bound import Bound
-from moefy.moe import MoEFFN, usage
+from moefy.moe import MoEFFN
 from moefy.routers import ROUTERS
+from moefy.usage import usage
 from native_problem import middle, needs_native
 from test_construct import make_stats
 

@@ -15,6 +15,7 @@ from moefy.construct.elimination import eliminate
 from moefy.sensitivity import Metrics, output_metrics
 from moefy.sites import find_sites, join_experts
 from moefy.stats import NeuronStats
+from moefy.usage import realised_fraction, usage
 from moefy.work import layer_work, measure_work, tokens_in
 from test_construct import make_stats
 
@@ -150,10 +151,10 @@ def test_a_budget_counts_the_tokens_and_the_width_of_every_layer(family):
         hook.remove()
     report = moefy.convert(model, moefy.Recipe.of(moefy.recipe.DEFAULT, budget=0.6, expert_size=2), feeds)
     assert {layer.name: layer.work for layer in report.layers} == {name: work[name] * rows[name] for name in work}
-    with moefy.moe.usage(model) as counted:
+    with usage(model) as counted:
         for feed in feeds:
             tiny.output(model, feed)
-    realised = moefy.moe.realised_fraction(model, counted)
+    realised = realised_fraction(model, counted)
     assert realised == pytest.approx(report.active_fraction, abs=0.05)
     assert 0.45 < realised < 0.63
 

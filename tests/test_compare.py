@@ -17,8 +17,8 @@ from moefy import compare as comparison
 from moefy.cli import app, main
 from moefy.cli_compare import _bodies
 from moefy.compare import DEFAULT_RECIPES, Data, Run, compare, plan, recipe_at
-from moefy.moe import realised_fraction, usage
 from moefy.report import compare_page, plots
+from moefy.usage import realised_fraction, usage
 
 FFN = moefy.FFNWeights(up=torch.zeros(1536, 576), down=torch.zeros(1536, 576), gate=torch.zeros(1536, 576))
 # Their experts divide the 48 neurons of the tiny models; no timing, no training.

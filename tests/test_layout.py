@@ -24,6 +24,7 @@ ORDER = [
     "selection",
     "packed",
     "moe",
+    "usage",
     "reconstruct",
     "quality",
     "quiet",

@@ -14,6 +14,7 @@ from moefy.moe import MoEFFN, moe_layers
 from moefy.sites import ExpertList, ExpertSite, find_sites, join_experts
 from moefy.sources import load_source
 from moefy.study.collect import collect
+from moefy.usage import realised_fraction, usage
 from test_families import HALF, close
 from tiny_base import NEURONS, VOCAB, WIDTH, decoder
 from tiny_mixtures import EXPERTS, MIXTURES, WHOLE
@@ -147,9 +148,9 @@ def test_the_budget_counts_an_expert_by_its_tokens(family):
     assert 0.4 < report.active_fraction <= 0.6 + 1e-6
     assert report.predicted_loss is not None
     assert 0 < report.predicted_loss < 1
-    with moefy.moe.usage(model) as counted:
+    with usage(model) as counted:
         tiny.output(model, feed)
-    assert moefy.moe.realised_fraction(model, counted) == pytest.approx(report.active_fraction, abs=0.05)
+    assert realised_fraction(model, counted) == pytest.approx(report.active_fraction, abs=0.05)
 
 
 def test_what_fails_before_it_begins_changes_nothing():

@@ -241,6 +241,16 @@ def test_what_cannot_be_packed_is_told():
         moefy.pack(torch.nn.Linear(2, 2), "int8")
 
 
+def test_no_layer_is_packed_where_one_is_refused():
+    first, second = (build(make_stats()[0]) for _ in range(2))
+    with torch.no_grad():
+        second.experts_down[-1, -1, -1] = 1e5
+    with pytest.raises(moefy.MoefyError, match="too large for fp16"):
+        moefy.pack(torch.nn.Sequential(first, second), "fp16")
+    assert not first.packed_bytes()
+    assert not second.packed_bytes()
+
+
 def test_one_place_chooses_the_kernel():
     weights, x, _ = random_moe(3, 8, 4, 2, 3, True, False, torch.float32, 0)
     with kernels.using("reference"):

@@ -8,9 +8,10 @@ import tiny
 from moefy import kernels
 from moefy.construct import construct
 from moefy.kernels import native
-from moefy.moe import MoEFFN, moe_layers, realised_fraction, usage
+from moefy.moe import MoEFFN, moe_layers
 from moefy.routers import ROUTERS
 from moefy.selection import above, held_out_parts, set_threshold
+from moefy.usage import realised_fraction, usage
 from test_construct import make_stats
 
 

@@ -12,8 +12,9 @@ import tiny
 from command import run
 from moefy import adapters, kernels
 from moefy.losses import teacher_loss, text_loss
-from moefy.moe import moe_layers, usage
+from moefy.moe import moe_layers
 from moefy.tune import _measured, tune
+from moefy.usage import usage
 
 RECIPE = moefy.Recipe(experts=6, shared=2, active=2, router="linear")
 

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from moefy import kernels
-from moefy.moe import MoEFFN, moe_layers, usage
+from moefy.moe import MoEFFN, moe_layers
 from moefy.routers.linear import LinearRouter
+from moefy.usage import usage
 
 
 class Gates:

@@ -15,8 +15,9 @@ from torch import nn
 from moefy.calibrate import positions
 from moefy.evaluate import is_causal_lm
 from moefy.kernels import native
-from moefy.moe import MoEFFN, realised_fraction, usage
+from moefy.moe import MoEFFN
 from moefy.types import MoefyError
+from moefy.usage import realised_fraction, usage
 from moefy.version import __version__
 
 Progress = Callable[[int, int], None]

@@ -93,7 +93,7 @@ def evaluate_task(
     remote_code: bool,
 ) -> None:
     from moefy import console, tasks
-    from moefy.moe import realised_fraction, usage
+    from moefy.usage import realised_fraction, usage
 
     if not task or not data:
         raise MoefyError("A task is measured on its data; give both --task and --data.")

@@ -22,13 +22,13 @@ from moefy.budgets import Sensitivity, measure
 from moefy.convert import convert
 from moefy.evaluate import is_causal_lm, perplexity
 from moefy.hf import versions
-from moefy.moe import realised_fraction, usage
 from moefy.recipe import DEFAULT, RECIPES, Recipe
 from moefy.resume import digest
 from moefy.routers import ROUTERS
 from moefy.sites import find_sites
 from moefy.slim import ordinary
 from moefy.types import MoefyError
+from moefy.usage import realised_fraction, usage
 from moefy.wanted import at_share
 
 Progress = Callable[[int, int], None]

@@ -151,12 +151,7 @@ def convert(
         store = store.below({"recipe": recipe.model_dump(), "sensitivity": found})
         _convert_layers(plan, store, report, progress, before)
     except BaseException:
-        for name, site in sites.items():  # no names of half a layer: transformers may take them for its own
-            if isinstance(site, ExpertSite) and site.left_over:
-                site.mount(whole_layer(site.read(), specs[name][0]))
-        # A model of which some FFNs are converted says so: it cannot be converted once more, and it can be saved.
-        if moe_layers(model) and isinstance(model, PreTrainedModel):
-            _mark(model, report)
+        _end_early(model, sites, specs, report)
         raise
     finally:
         join_experts(model)  # of layers that it did not come to
@@ -166,6 +161,17 @@ def convert(
     _mark(model, report)
     report.seconds, report.peak_bytes = time.perf_counter() - start, peak_memory()
     return report
+
+
+def _end_early(
+    model: nn.Module, sites: Mapping[str, Site], specs: Mapping[str, list[LayerSpec]], report: Report
+) -> None:
+    """Leave a model of which some FFNs are converted as one that says so, and can be saved."""
+    for name, site in sites.items():  # no names of half a layer: transformers may take them for its own
+        if isinstance(site, ExpertSite) and site.left_over:
+            site.mount(whole_layer(site.read(), specs[name][0]))
+    if moe_layers(model) and isinstance(model, PreTrainedModel):
+        _mark(model, report)
 
 
 def _allocated(

@@ -13,9 +13,10 @@ from torch.nn import functional as F
 
 from moefy import kernels
 from moefy.calibrate import row_mask
-from moefy.moe import Usage, moe_layers, realised_fraction, usage
+from moefy.moe import Usage, moe_layers
 from moefy.quality import Routing, RoutingTally, routes
 from moefy.types import MoefyError
+from moefy.usage import realised_fraction, usage
 
 Progress = Callable[[int, int], None]
 

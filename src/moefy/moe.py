@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -264,19 +262,25 @@ class MoEFFN(nn.Module):
         kernel is missing or lacks the activation, for offloaded weights, for types that need a `precision`, and for
         weights beyond fp16's range; ValueError for another precision.
         """
+        with LOCK, torch.inference_mode(False):
+            self.check_packs(precision)
+            packed = Packed(self._parameters, self.spec, precision)
+            packed.follow(self.router)
+            self._packed = packed
+        native.return_freed_memory()
+
+    def check_packs(self, precision: str | None = None) -> None:
+        """MoefyError if `pack` would refuse; what was packed before is unpacked."""
         if not native.supports(self.spec.activation):
             why = native.why_not() or f"it has no activation {self.spec.activation}"
             raise MoefyError(f"Only the native kernel packs weights, and {why}.")
         if precision is None and self.experts_up.dtype not in native.PRECISIONS:
             raise MoefyError(f"Weights in {self.experts_up.dtype} cannot be packed as they are; name a precision.")
-        with LOCK, torch.inference_mode(False):
-            self.unpack()
-            if any(p.is_meta for p in self.parameters()):
-                raise MoefyError("Weights that are offloaded cannot be packed; load the model without device_map.")
-            packed = Packed(self._parameters, self.spec, precision)
-            packed.follow(self.router)
-            self._packed = packed
-        native.return_freed_memory()
+        self.unpack()
+        if any(p.is_meta for p in self.parameters()):
+            raise MoefyError("Weights that are offloaded cannot be packed; load the model without device_map.")
+        if precision == "fp16":
+            native.check_fits_fp16(p for n, p in self._parameters.items() if p is not None and "bias" not in n)
 
     def unpack(self) -> None:
         """Give the parameters their values again; nothing to do unless they are packed."""
@@ -360,37 +364,16 @@ class Usage:
         return float(self.counts.sum()) / max(1, self.tokens)
 
 
-@contextmanager
-def usage(model: nn.Module) -> Iterator[dict[str, Usage]]:
-    """Count what every converted layer of a model runs for the length of a with block."""
-    layers = moe_layers(model)
-    before = {name: moe._usage for name, moe in layers.items()}
-    counted = {name: Usage(torch.zeros(moe.spec.experts, dtype=torch.long)) for name, moe in layers.items()}
-    for name, moe in layers.items():
-        moe._usage = counted[name]
-    try:
-        yield counted
-    finally:
-        for name, moe in layers.items():
-            if (outer := before[name]) is not None:
-                outer.counts += counted[name].counts
-                outer.tokens += counted[name].tokens
-            moe._usage = outer
-
-
-def realised_fraction(model: nn.Module, counted: dict[str, Usage]) -> float:
-    """Multiply-adds of the FFNs that ran over the dense ones, routers included, from what `usage` counted."""
-    layers = moe_layers(model)
-    sizes = {n: m.spec.multiply_adds * counted[n].tokens for n, m in layers.items()}
-    done = sum(m.active_fraction(counted[n].experts_per_token) * sizes[n] for n, m in layers.items())
-    return done / max(1, sum(sizes.values()))
-
-
 def pack(model: nn.Module, precision: str | None = None) -> None:
-    """Pack every converted FFN of `model` for the native kernel now; `precision` and errors as of `MoEFFN.pack`."""
+    """Pack every converted FFN of `model` for the native kernel now; `precision` and errors as of `MoEFFN.pack`.
+
+    None is packed if one of them would be refused.
+    """
     layers = moe_layers(model)
     if not layers:
         raise MoefyError("The model has no experts to pack; convert it first.")
+    for layer in layers.values():
+        layer.check_packs(precision)
     for layer in layers.values():
         layer.pack(precision)
 

@@ -15,11 +15,11 @@ from torch import Tensor
 from moefy.budgets import Sensitivity, allocate, measure
 from moefy.convert import Report, check_dense, convert, planned_shares, planned_specs
 from moefy.evaluate import is_causal_lm, perplexity
-from moefy.moe import realised_fraction, usage
 from moefy.recipe import Recipe
 from moefy.resume import Store
 from moefy.sites import Site, find_sites
 from moefy.types import MoefyError
+from moefy.usage import realised_fraction, usage
 from moefy.wanted import at_share
 from moefy.work import layer_work, measure_work, tokens_in
 

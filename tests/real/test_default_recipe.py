@@ -18,7 +18,9 @@ def test_half_of_the_ffn_costs_less_than_half_of_what_the_published_method_does(
     assert done.returncode == 0, done.stderr
     print(done.stdout)
     text = data / "wikitext-2-raw" / "test.txt.gz"
-    done = command("eval", out, "--text", text, "--against", smollm2_gguf(), "--windows", "3", "--json")
+    done = command(
+        "eval", out, "--text", text, "--against", smollm2_gguf(), "--windows", "6", "--window", "512", "--json"
+    )
     assert done.returncode == 0, done.stderr
     figures = json.loads(done.stdout)
     print({name: value for name, value in figures.items() if name != "layers"})

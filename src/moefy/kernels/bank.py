@@ -98,9 +98,10 @@ def _holds(dtype: torch.dtype, values: Tensor) -> bool:
     return values.dtype == dtype or torch.equal(values.to(dtype).float().view(torch.int32), exact.view(torch.int32))
 
 
-def _check_fits_fp16(matrices: list[Tensor]) -> None:
+def check_fits_fp16(matrices: Iterable[Tensor]) -> None:
+    """MoefyError if a matrix (..., D) holds what fp16 rounds to infinity."""
     for rows in (part for m in matrices if m.dtype != torch.float16 for part in m.detach().flatten(0, -2).split(1024)):
-        if (rows.isfinite() & (rows.abs() >= 65520)).any():  # what fp16 rounds to infinity
+        if (rows.isfinite() & (rows.abs() >= 65520)).any():
             raise MoefyError("Some weights are too large for fp16, which ends at 65,504; pack them as bf16.")
 
 
@@ -131,7 +132,7 @@ class Bank:
         matrices = [m for m in (gate, up, down) if m is not None]
         _check_shapes(up, matrices, (gate_bias, up_bias))
         if weights == ("fp16", "fp16"):  # one of both is chosen only where it holds its matrices exactly
-            _check_fits_fp16(matrices)
+            check_fits_fp16(matrices)
         if gate is None and (gate_bias is not None or activate_up):
             raise ValueError("gate_bias and activate_up need a gate")
         self.shape = tuple(up.shape)

@@ -18,6 +18,7 @@ from moefy.kernels.bank import (
     Bank,
     PackedRouter,
     address,
+    check_fits_fp16,
     own_memory,
     plain,
     size_of_columns,
@@ -39,6 +40,7 @@ __all__ = [
     "PackedFFN",
     "PackedRouter",
     "available",
+    "check_fits_fp16",
     "default_isa",
     "instruction_sets",
     "readable",
@@ -93,29 +95,20 @@ class PackedFFN:
         precision: str = "fp32",
         isa: str | None = None,
     ) -> None:
-        if not available():
-            raise RuntimeError(f"there is no native kernel: {why_not()}")
-        if experts_up.ndim != 3:
-            raise ValueError(f"experts_up must be (E, M, D): {tuple(experts_up.shape)}")
-        self.experts, self.width, self.precision = experts_up.shape[0], experts_up.shape[2], precision
-        self.isa = isa or default_isa()
-        if self.isa not in instruction_sets():
-            raise ValueError(f"no instruction set {isa!r} here; there are {', '.join(instruction_sets())}")
+        self.experts, self.width, self.precision = experts_up.shape[0], experts_up.shape[-1], precision
+        self.isa = isa or (default_isa() if available() else "")
+        downs = [m for m in (experts_down, shared_down) if m is not None]
+        self._check(experts_up, shared_up, downs, down_bias)
         # Half the bytes, the same values; the sums are those of fp32, bit for bit where nothing is tiled. `down` on its
         # own: conversion makes it anew, in fp32 if the model was loaded so.
         self._stored = precision, precision
         if precision == "fp32":
             ups = experts_gate, experts_up, shared_gate, shared_up
-            self._stored = smallest_exact(ups), smallest_exact((experts_down, shared_down))
+            self._stored = smallest_exact(ups), smallest_exact(downs)
         # Half of a tile is empty where an expert has no more than 8 columns, and fp32 x fills it three times:
         # 256 tokens of 512 such experts take 12.1 ms through AMX and 7.5 ms through AVX-512.
         half_empty = experts_gate is None and experts_up.shape[1] <= 8 and precision == "fp32"
         tiled = EXTENSION.tiled(self.isa) and not half_empty
-        if shared_up is not None and shared_up.shape[1] != self.width:
-            raise ValueError(f"shared width {shared_up.shape[1]} is not the experts' {self.width}")
-        downs = [m for m in (experts_down, shared_down) if m is not None]
-        if any(m.shape[-1] != self.width for m in downs):
-            raise ValueError(f"down matrices must have width {self.width}: {[tuple(m.shape) for m in downs]}")
         self._columns = size_of_columns(downs) if precision == "int8" else None
 
         def bank(up: Tensor, *rest: Tensor | None) -> Bank:
@@ -129,10 +122,22 @@ class PackedFFN:
         if shared_up is not None and len(shared_up):
             rest = shared_gate, shared_down, shared_gate_bias, shared_up_bias
             self._shared = bank(shared_up[None], *map(_one, rest))
-        if down_bias is not None and down_bias.shape != (self.width,):
-            raise ValueError(f"down_bias must be ({self.width},): {tuple(down_bias.shape)}")
         bias = plain(down_bias, torch.float32)
         self._bias = None if bias is None else F.pad(bias, (0, -self.width % 16))
+
+    def _check(self, up: Tensor, shared_up: Tensor | None, downs: list[Tensor], down_bias: Tensor | None) -> None:
+        if not available():
+            raise RuntimeError(f"there is no native kernel: {why_not()}")
+        if self.isa not in instruction_sets():
+            raise ValueError(f"no instruction set {self.isa!r} here; there are {', '.join(instruction_sets())}")
+        if up.ndim != 3:
+            raise ValueError(f"experts_up must be (E, M, D): {tuple(up.shape)}")
+        if shared_up is not None and shared_up.shape[1] != self.width:
+            raise ValueError(f"shared width {shared_up.shape[1]} is not the experts' {self.width}")
+        if any(m.shape[-1] != self.width for m in downs):
+            raise ValueError(f"down matrices must have width {self.width}: {[tuple(m.shape) for m in downs]}")
+        if down_bias is not None and down_bias.shape != (self.width,):
+            raise ValueError(f"down_bias must be ({self.width},): {tuple(down_bias.shape)}")
 
     @property
     def nbytes(self) -> int:
