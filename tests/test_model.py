@@ -9,6 +9,7 @@ from moefy.evaluate import agreement, evaluate_model, perplexity, routing
 from moefy.moe import moe_layers
 from moefy.sites import find_sites
 from test_families import close
+from words import pydoc_tokenizer
 
 RECIPE = moefy.Recipe(experts=6, shared=1, active=2, top_activated=4, router="linear")
 
@@ -113,6 +114,26 @@ def test_evaluation_of_models_without_perplexity():
     figures = evaluate_model(model, dense, [tiny.inputs("bert")], None)
     assert {"output_error", "top1_agreement", "active_fraction", "router_recall"} <= set(figures)
     assert "perplexity" not in figures
+
+
+@pytest.mark.parametrize(
+    ("name", "is_converted", "against"),
+    [(n, c, a) for n in ("llama", "bert") for c in (True, False) for a in (True, False) if n == "llama" or c or a],
+)
+def test_an_evaluation_counts_its_passes_to_the_last(name, is_converted, against):
+    model = converted(name) if is_converted else tiny.tiny(name)
+    batches = [{"input_ids": torch.randint(3, tiny.VOCAB, (2, 16))} for _ in range(3)]
+    steps = []
+    dense = tiny.tiny(name) if against else None
+    figures = evaluate_model(model, dense, batches, pydoc_tokenizer(), lambda *step: steps.append(step))
+    assert steps == [(i + 1, len(steps)) for i in range(len(steps))]
+    if name == "llama" and against:
+        windows = torch.cat([batch["input_ids"] for batch in batches])
+        near = agreement(model, dense, [{"input_ids": ids[None]} for ids in windows[:4]])
+        assert figures["perplexity"] == perplexity(model, windows).perplexity
+        assert figures["dense_perplexity"] == perplexity(dense, windows).perplexity
+        assert (figures["output_error"], figures["kl_nats"]) == (near.error, near.kl)
+        assert len(steps) == 6 * 2 + (3 if is_converted else 0)
 
 
 def test_report_is_of_the_run():

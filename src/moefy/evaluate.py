@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from moefy import kernels
 from moefy.calibrate import row_mask
-from moefy.moe import Usage, moe_layers
+from moefy.moe import MoEFFN, moe_layers
 from moefy.quality import Routing, RoutingTally, routes
 from moefy.types import MoefyError
 from moefy.usage import realised_fraction, usage
@@ -43,6 +43,32 @@ class Perplexity:
         )
 
 
+class _Loss:
+    """Adds up the negative log-likelihood of windows, (N, window) in all, by one model's logits."""
+
+    def __init__(self, model: nn.Module, windows: Tensor, prefix: int):
+        self.model, self.windows, self.prefix, self.first = model, windows, prefix, max(prefix, 1)
+        self.loss, self.count = 0.0, 0
+        if windows.shape[1] <= self.first:
+            raise MoefyError(f"A window of {windows.shape[1]} tokens has nothing to predict; make it larger.")
+
+    def add(self, logits: Tensor, ids: Tensor) -> None:
+        """Logits (1, window, vocabulary) of one window's ids (window,)."""
+        predicted, first = logits[0, self.first - 1 : -1].float(), self.first
+        self.loss += F.cross_entropy(predicted, ids[first:].to(logits.device), reduction="sum").item()
+        self.count += len(ids) - first
+
+    def result(self) -> Perplexity:
+        mean, (count, window) = self.loss / self.count, self.windows.shape
+        if not math.isfinite(mean):
+            raise MoefyError(
+                f"The loss of this {type(self.model).__name__} is {mean}: its weights are broken, or its type "
+                f"overflows (load it with --dtype float32)."
+            )
+        exact = math.exp(min(mean, 700.0))
+        return Perplexity(exact, self.count, count, window, window - self.prefix, self.prefix)
+
+
 @torch.no_grad()
 def perplexity(model: nn.Module, windows: Tensor, prefix: int = 0, progress: Progress | None = None) -> Perplexity:
     """Perplexity of a causal language model over token windows (N, window), see `calibrate.token_windows`.
@@ -51,25 +77,12 @@ def perplexity(model: nn.Module, windows: Tensor, prefix: int = 0, progress: Pro
     MoefyError if a window holds nothing to predict, or the loss is not finite.
     """
     model.eval()
-    loss, count = 0.0, 0
-    first = max(prefix, 1)
-    if windows.shape[1] <= first:
-        raise MoefyError(f"A window of {windows.shape[1]} tokens has nothing to predict; make it larger.")
+    loss = _Loss(model, windows, prefix)
     for i, ids in enumerate(windows):
-        logits = _causal_logits(model, ids[None])[0, first - 1 : -1].float()
-        loss += F.cross_entropy(logits, ids[first:].to(logits.device), reduction="sum").item()
-        count += len(ids) - first
+        loss.add(_causal_logits(model, ids[None]), ids)
         if progress:
             progress(i + 1, len(windows))
-    mean = loss / count
-    if not math.isfinite(mean):
-        raise MoefyError(
-            f"The loss of this {type(model).__name__} is {mean}: its weights are broken, or its type overflows "
-            f"(load it with --dtype float32)."
-        )
-    return Perplexity(
-        math.exp(min(mean, 700.0)), count, len(windows), windows.shape[1], windows.shape[1] - prefix, prefix
-    )
+    return loss.result()
 
 
 def _causal_logits(model: nn.Module, ids: Tensor) -> Tensor:
@@ -115,36 +128,61 @@ class Agreement:
     kl: float | None = None
 
 
-@torch.no_grad()
-def agreement(model: nn.Module, dense: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Agreement:
-    """Compare two models on model inputs; padding is left out where the output has a row a token.
+class _Near:
+    """Adds up how near the outputs of two models are."""
 
-    MoefyError if their outputs differ in shape.
-    """
-    model.eval(), dense.eval()
-    lost = total = top1 = kl = 0.0
-    rows = 0
-    has_logits = False
-    for batch in batches:
-        (ours, _), (theirs, has_logits) = _output(model, batch), _output(dense, batch)
+    def __init__(self) -> None:
+        self.lost = self.total = self.top1 = self.kl = 0.0
+        self.rows = 0
+        self.has_logits = False
+
+    def add(self, ours: Tensor, theirs: Tensor, mask: Tensor | None, are_logits: bool) -> None:
+        """Two outputs of one shape (..., V), without the rows that `mask` (...) leaves out, if there is one."""
         if ours.shape != theirs.shape:
             raise MoefyError(
                 f"The outputs of the two models differ in shape, {tuple(ours.shape)} and {tuple(theirs.shape)}; "
                 f"compare with the dense model that this one came from."
             )
-        mask = batch.get("attention_mask")
         if isinstance(mask, Tensor) and mask.shape == ours.shape[:-1]:
             ours, theirs = ours[mask.bool()], theirs[mask.bool()]
         ours, theirs = ours.reshape(-1, ours.shape[-1]), theirs.reshape(-1, theirs.shape[-1])
-        lost += (ours - theirs).square().sum().item()
-        total += theirs.square().sum().item()
-        top1 += (ours.argmax(-1) == theirs.argmax(-1)).sum().item()
-        kl += F.kl_div(ours.log_softmax(-1), theirs.log_softmax(-1), log_target=True, reduction="sum").item()
-        rows += len(ours)
-    if rows == 0:
-        raise MoefyError("There is nothing to compare the models on; give some text.")
-    error = lost / total if total else 0.0
-    return Agreement(rows, error, top1 / rows, kl / rows) if has_logits else Agreement(rows, error)
+        self.lost += (ours - theirs).square().sum().item()
+        self.total += theirs.square().sum().item()
+        self.top1 += (ours.argmax(-1) == theirs.argmax(-1)).sum().item()
+        self.kl += F.kl_div(ours.log_softmax(-1), theirs.log_softmax(-1), log_target=True, reduction="sum").item()
+        self.rows += len(ours)
+        self.has_logits = are_logits
+
+    def result(self) -> Agreement:
+        if self.rows == 0:
+            raise MoefyError("There is nothing to compare the models on; give some text.")
+        error = self.lost / self.total if self.total else 0.0
+        if not self.has_logits:
+            return Agreement(self.rows, error)
+        return Agreement(self.rows, error, self.top1 / self.rows, self.kl / self.rows)
+
+
+@torch.no_grad()
+def agreement(
+    model: nn.Module,
+    dense: nn.Module,
+    batches: Iterable[Mapping[str, Any]],
+    step: Callable[[], None] = lambda: None,
+) -> Agreement:
+    """Compare two models on model inputs; padding is left out where the output has a row a token.
+
+    `step()` is called after each of the models' passes. MoefyError if their outputs differ in shape.
+    """
+    model.eval(), dense.eval()
+    near = _Near()
+    for batch in batches:
+        outputs = []
+        for each in (model, dense):
+            outputs.append(_output(each, batch))
+            step()
+        (ours, _), (theirs, are_logits) = outputs
+        near.add(ours, theirs, batch.get("attention_mask"), are_logits)
+    return near.result()
 
 
 def _output(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, bool]:
@@ -154,12 +192,15 @@ def _output(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, bool]:
 
 
 @torch.no_grad()
-def routing(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> dict[str, Routing]:
+def routing(
+    model: nn.Module, batches: Iterable[Mapping[str, Any]], step: Callable[[], None] = lambda: None
+) -> dict[str, Routing]:
     """What every routed layer chooses, beside the ground truths, over the real tokens of model inputs.
 
-    Layers in int8 are left out: the ground truths look at the weights, which are no longer there.
+    Layers in int8 are left out: the ground truths look at the weights, which are no longer there. `step()` is called
+    after each batch.
     """
-    layers = {n: m for n, m in moe_layers(model).items() if routes(m) and not m.is_int8}
+    layers = _routed(model)
     tallies = {name: RoutingTally(moe) for name, moe in layers.items()}
     batch: Mapping[str, Any] = {}
 
@@ -176,12 +217,22 @@ def routing(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> dict[str,
         with kernels.using("torch"):  # the ground truths look at the weights, which the native kernel keeps packed
             for batch in batches:
                 model(**batch)
+                step()
     finally:
         for handle in handles:
             handle.remove()
     return {name: tally.result() for name, tally in tallies.items() if tally.tokens}
 
 
+def _routed(model: nn.Module) -> dict[str, MoEFFN]:
+    return {n: m for n, m in moe_layers(model).items() if routes(m) and not m.is_int8}
+
+
+#: Batches, a few thousand tokens, that settle shares to a percent.
+FEW = 4
+
+
+@torch.no_grad()
 def evaluate_model(
     model: nn.Module,
     dense: nn.Module | None,
@@ -189,44 +240,90 @@ def evaluate_model(
     tokenizer: Any,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Every figure that fits the model, on batches from `text_calibration`, as one flat dictionary."""
-    from moefy.calibrate import special_prefix
+    """Every figure that fits the model, on batches from `text_calibration`, as one flat dictionary.
 
+    `progress(done, total)` counts the passes of both models.
+    """
     if dense is not None:
         check_comparable(model, dense)
-    figures: dict[str, Any] = {}
-    counted: dict[str, Usage] = {}
-    if is_causal_lm(model):
-        windows, prefix = torch.cat([b["input_ids"] for b in batches]), len(special_prefix(tokenizer))
-        with usage(model) as counted:
-            ours = perplexity(model, windows, prefix, progress)
-        figures.update(perplexity=ours.perplexity, protocol=ours.protocol())
-        if dense is not None:
-            theirs = perplexity(dense, windows, prefix, progress)
-            figures.update(dense_perplexity=theirs.perplexity, ratio=ours.perplexity / theirs.perplexity)
-    elif dense is None and not moe_layers(model):
+    if dense is None and not is_causal_lm(model) and not moe_layers(model):
         raise MoefyError(f"A {type(model).__name__} has no perplexity; compare it with --against another model.")
-    few = batches[:4]  # a few thousand tokens settle shares to a percent
-    if dense is not None:
-        with usage(model) as seen:
-            near = agreement(model, dense, few)
-        counted = counted or seen
+    few, models = batches[:FEW], 1 if dense is None else 2
+    whole = sum(len(batch["input_ids"]) for batch in batches) * models if is_causal_lm(model) else 0
+    compared = whole or (len(few) * 2 if dense is not None else 0)
+    watched = few if _routed(model) or not compared else []
+    passes = _Passes(progress, compared + len(watched))
+    figures: dict[str, Any] = {}
+    near: Agreement | None = None
+    with usage(model) as counted:
+        if is_causal_lm(model):
+            figures, near = _language_figures(model, dense, batches, tokenizer, passes)
+        elif dense is not None:
+            near = agreement(model, dense, few, passes.step)
+    if near is not None:
         figures.update(output_error=near.error)
         if near.top1 is not None:
             figures.update(top1_agreement=near.top1, kl_nats=near.kl)
     with usage(model) as seen:
-        routed = routing(model, few)
-    counted = counted or seen
+        routed = routing(model, watched, passes.step)
+    counted = counted if compared else seen
     if counted:
         figures["active_fraction"] = realised_fraction(model, counted)
     if routed:
-        figures["router_recall"] = sum(r.recall for r in routed.values()) / len(routed)
-        figures["overlap_with_ground_truth"] = sum(r.overlap for r in routed.values()) / len(routed)
-        figures["captured_mass"] = sum(r.mass for r in routed.values()) / len(routed)
-        figures["captured_mass_of_ground_truth"] = sum(r.best_mass for r in routed.values()) / len(routed)
-        figures["expert_imbalance"] = sum(r.imbalance for r in routed.values()) / len(routed)
-        figures["layers"] = {
+        figures.update(_routing_figures(routed))
+    return figures
+
+
+class _Passes:
+    """Passes of models over inputs that are done, for a progress."""
+
+    def __init__(self, progress: Progress | None, total: int):
+        self.progress, self.done, self.total = progress, 0, total
+
+    def step(self) -> None:
+        self.done += 1
+        if self.progress:
+            self.progress(self.done, self.total)
+
+
+def _language_figures(
+    model: nn.Module, dense: nn.Module | None, batches: list[dict[str, Tensor]], tokenizer: Any, passes: _Passes
+) -> tuple[dict[str, Any], Agreement | None]:
+    """Perplexities and, on the first windows, the agreement with the dense model, in one pass of each."""
+    from moefy.calibrate import special_prefix
+
+    windows, prefix = torch.cat([b["input_ids"] for b in batches]), len(special_prefix(tokenizer))
+    real = torch.cat([b.get("attention_mask", torch.ones_like(b["input_ids"])) for b in batches])
+    losses, near = [_Loss(m.eval(), windows, prefix) for m in (model, dense) if m is not None], _Near()
+    for i, ids in enumerate(windows):
+        outputs = []
+        for loss in losses:
+            logits = _causal_logits(loss.model, ids[None])
+            loss.add(logits, ids)
+            outputs.append(logits)
+            passes.step()
+        if dense is not None and i < FEW:
+            near.add(outputs[0].float(), outputs[1].float(), real[i : i + 1], are_logits=True)
+    ours, *theirs = (loss.result() for loss in losses)
+    figures: dict[str, Any] = {"perplexity": ours.perplexity, "protocol": ours.protocol()}
+    if not theirs:
+        return figures, None
+    ratio = ours.perplexity / theirs[0].perplexity
+    return figures | {"dense_perplexity": theirs[0].perplexity, "ratio": ratio}, near.result()
+
+
+def _routing_figures(routed: Mapping[str, Routing]) -> dict[str, Any]:
+    def mean(of: Callable[[Routing], float]) -> float:
+        return sum(map(of, routed.values())) / len(routed)
+
+    return {
+        "router_recall": mean(lambda r: r.recall),
+        "overlap_with_ground_truth": mean(lambda r: r.overlap),
+        "captured_mass": mean(lambda r: r.mass),
+        "captured_mass_of_ground_truth": mean(lambda r: r.best_mass),
+        "expert_imbalance": mean(lambda r: r.imbalance),
+        "layers": {
             n: {"experts": r.experts, "recall": r.recall, "overlap": r.overlap, "mass": r.mass, "load": r.load.tolist()}
             for n, r in routed.items()
-        }
-    return figures
+        },
+    }
