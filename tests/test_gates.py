@@ -9,12 +9,12 @@ import moefy
 import tiny
 from moefy import kernels
 from moefy.balance import direction
-from moefy.kernels import native
 from moefy.moe import MoEFFN, moe_layers
-from native_problem import middle
+from native_problem import middle, needs_native
 from test_construct import make_stats
 from test_moe import build
 
+NATIVE = pytest.param("native", marks=needs_native)
 ROUTERS = ["linear", "representative", "mlp"]
 
 
@@ -52,10 +52,8 @@ def by_definition(moe, x):
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("threshold", [False, True])
 @pytest.mark.parametrize("router", ROUTERS)
-@pytest.mark.parametrize("kernel", ["native", *kernels.KERNELS])
+@pytest.mark.parametrize("kernel", [NATIVE, *kernels.KERNELS])
 def test_every_kernel_runs_the_definition(kernel, router, threshold, scaled, balanced):
-    if kernel == "native" and not native.available():
-        pytest.fail("the native kernel is not built")
     moe, x = layer(router, threshold)
     plain = moe(x)
     spread = moe.router(x, None).std()
@@ -70,7 +68,7 @@ def test_every_kernel_runs_the_definition(kernel, router, threshold, scaled, bal
 
 
 @pytest.mark.parametrize("router", ROUTERS)
-@pytest.mark.parametrize("kernel", ["native", "reference", "grouped", "masked"])
+@pytest.mark.parametrize("kernel", [NATIVE, "reference", "grouped", "masked"])
 def test_a_scale_and_a_balance_of_zero_change_no_bit(kernel, router):
     moe, x = layer(router)
     with kernels.using(kernel), torch.no_grad():
@@ -81,14 +79,14 @@ def test_a_scale_and_a_balance_of_zero_change_no_bit(kernel, router):
         assert torch.equal(moe(x), before)
 
 
-def test_with_every_expert_active_they_are_weighted_too():
+@pytest.mark.parametrize("kernel", [NATIVE, "reference"])
+def test_with_every_expert_active_they_are_weighted_too(kernel):
     moe, x = layer("linear")
     moe.top_k = 4
     moe.set_gate(torch.tensor([3.0, -2.0, 5.0, 1.0]), None)
     expected = by_definition(moe, x)
-    for kernel in ("native", "reference"):
-        with kernels.using(kernel), torch.no_grad():
-            torch.testing.assert_close(moe(x).double(), expected, rtol=1e-4, atol=1e-4)
+    with kernels.using(kernel), torch.no_grad():
+        torch.testing.assert_close(moe(x).double(), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_the_scale_has_the_gradient_of_finite_differences():

@@ -15,6 +15,7 @@ from moefy.sites import ExpertList, ExpertSite, find_sites, join_experts
 from moefy.sources import load_source
 from moefy.study.collect import collect
 from moefy.usage import realised_fraction, usage
+from native_problem import needs_native
 from test_families import HALF, close
 from tiny_base import NEURONS, VOCAB, WIDTH, decoder
 from tiny_mixtures import EXPERTS, MIXTURES, WHOLE
@@ -188,6 +189,7 @@ def test_a_conversion_that_ends_early_can_be_saved(family, tmp_path):
     assert torch.equal(tiny.output(again, feed), tiny.output(model, feed))
 
 
+@needs_native
 def test_the_native_kernel_runs_the_experts():
     model, feed = tiny.tiny("qwen3_moe"), tiny.inputs("qwen3_moe")
     moefy.convert(model, HALF, [feed])

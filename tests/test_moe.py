@@ -14,6 +14,7 @@ from moefy.kernels import grouped, masked, reference
 from moefy.moe import MoEFFN
 from moefy.routers import ROUTERS
 from moefy.types import LayerSpec, MoEWeights
+from native_problem import needs_native
 from test_construct import make_stats
 
 
@@ -190,6 +191,7 @@ def test_a_router_costs_what_was_planned(router):
     assert moe.router.multiply_adds() == ROUTERS[router].planned_multiply_adds(moe.spec)
 
 
+@needs_native
 @pytest.mark.parametrize("router", ROUTERS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_native_inference_equals_the_reference_and_unpacks_to_the_same_bits(router, dtype):
@@ -208,6 +210,7 @@ def test_native_inference_equals_the_reference_and_unpacks_to_the_same_bits(rout
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
 
+@needs_native
 def test_packing_releases_the_parameters_until_they_are_needed():
     stats, x = make_stats()
     moe = build(stats)
@@ -221,6 +224,7 @@ def test_packing_releases_the_parameters_until_they_are_needed():
     torch.testing.assert_close(moe(x.double()).float(), expected, rtol=1e-4, atol=1e-3)
 
 
+@needs_native
 def test_int8_is_near_and_has_no_way_back():
     stats, x = make_stats()
     moe = build(stats)
@@ -231,6 +235,7 @@ def test_int8_is_near_and_has_no_way_back():
         moe.state_dict()
 
 
+@needs_native
 def test_what_cannot_be_packed_is_told():
     moe = build(make_stats()[0]).double()
     with pytest.raises(moefy.MoefyError, match=r"torch.float64 cannot be packed as they are; name a precision"):
@@ -241,6 +246,7 @@ def test_what_cannot_be_packed_is_told():
         moefy.pack(torch.nn.Linear(2, 2), "int8")
 
 
+@needs_native
 def test_no_layer_is_packed_where_one_is_refused():
     first, second = (build(make_stats()[0]) for _ in range(2))
     with torch.no_grad():

@@ -7,11 +7,11 @@ import moefy
 import tiny
 from moefy import kernels
 from moefy.construct import construct
-from moefy.kernels import native
 from moefy.moe import MoEFFN, moe_layers
 from moefy.routers import ROUTERS
 from moefy.selection import above, held_out_parts, set_threshold
 from moefy.usage import realised_fraction, usage
+from native_problem import needs_native
 from test_construct import make_stats
 
 
@@ -55,11 +55,10 @@ def test_a_mean_above_the_bound_is_refused():
         set_threshold({7: moe.router}, stats, moe.weights())
 
 
+@needs_native
 @pytest.mark.parametrize("router", ["linear", "logistic", "mlp"])
 @pytest.mark.parametrize("most_active", [1.0, 4.0])
 def test_native_and_torch_agree_and_count_the_same(router, most_active):
-    if not native.available():
-        pytest.fail(f"the native kernel is missing: {native.why_not()}")
     stats, x = make_stats(tokens=500)
     moe = build(stats, router, most_active=most_active)
     found = {}
@@ -75,17 +74,17 @@ def test_native_and_torch_agree_and_count_the_same(router, most_active):
     assert found["native"][2] == pytest.approx(moe.active_fraction(mean))
 
 
-def test_no_expert_and_every_expert():
+@pytest.mark.parametrize("kernel", ["reference", pytest.param("native", marks=needs_native)])
+def test_no_expert_and_every_expert(kernel):
     stats, x = make_stats()
     moe = build(stats, most_active=9.0)
     moe.router.threshold.fill_(float("inf"))
     only_shared = stats.ffn.take(moe.neurons[: moe.spec.shared].long())
-    for kernel in ("reference", "native"):
-        with kernels.using(kernel):
-            torch.testing.assert_close(moe(x), only_shared.forward(x) + (moe.down_bias or 0), rtol=1e-4, atol=1e-4)
-    moe.router.threshold.fill_(-float("inf"))
-    assert moe.spec.most == moe.spec.experts
-    torch.testing.assert_close(moe(x), stats.ffn.forward(x), rtol=1e-4, atol=1e-3)
+    with kernels.using(kernel):
+        torch.testing.assert_close(moe(x), only_shared.forward(x) + (moe.down_bias or 0), rtol=1e-4, atol=1e-4)
+        moe.router.threshold.fill_(-float("inf"))
+        assert moe.spec.most == moe.spec.experts
+        torch.testing.assert_close(moe(x), stats.ffn.forward(x), rtol=1e-4, atol=1e-3)
 
 
 def test_the_threshold_is_saved_and_loaded(tmp_path):

@@ -15,6 +15,7 @@ from moefy.losses import teacher_loss, text_loss
 from moefy.moe import moe_layers
 from moefy.tune import _measured, tune
 from moefy.usage import usage
+from native_problem import needs_native
 
 RECIPE = moefy.Recipe(experts=6, shared=2, active=2, router="linear")
 
@@ -244,6 +245,7 @@ def test_padding_on_the_left_is_no_text():
     assert loss.item() == pytest.approx(text_loss(model, {"input_ids": ids}).item(), rel=1e-4)
 
 
+@needs_native
 def test_packed_layers_are_tuned_and_pack_again():
     model = converted()
     feed = tiny.inputs("llama")
