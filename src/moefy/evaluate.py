@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -242,7 +243,8 @@ def evaluate_model(
 ) -> dict[str, Any]:
     """Every figure that fits the model, on batches from `text_calibration`, as one flat dictionary.
 
-    `progress(done, total)` counts the passes of both models.
+    `progress(done, total)` counts the passes of both models. MoefyError if the models do not take the same input, if
+    nothing can be measured, or as of `perplexity` and `agreement`.
     """
     if dense is not None:
         check_comparable(model, dense)
@@ -252,20 +254,21 @@ def evaluate_model(
     whole = sum(len(batch["input_ids"]) for batch in batches) * models if is_causal_lm(model) else 0
     compared = whole or (len(few) * 2 if dense is not None else 0)
     watched = few if _routed(model) or not compared else []
-    passes = _Passes(progress, compared + len(watched))
+    done, total = itertools.count(1), compared + len(watched)
+    step = (lambda: progress(next(done), total)) if progress else lambda: None
     figures: dict[str, Any] = {}
     near: Agreement | None = None
     with usage(model) as counted:
         if is_causal_lm(model):
-            figures, near = _language_figures(model, dense, batches, tokenizer, passes)
+            figures, near = _language_figures(model, dense, batches, tokenizer, step)
         elif dense is not None:
-            near = agreement(model, dense, few, passes.step)
+            near = agreement(model, dense, few, step)
     if near is not None:
         figures.update(output_error=near.error)
         if near.top1 is not None:
             figures.update(top1_agreement=near.top1, kl_nats=near.kl)
     with usage(model) as seen:
-        routed = routing(model, watched, passes.step)
+        routed = routing(model, watched, step)
     counted = counted if compared else seen
     if counted:
         figures["active_fraction"] = realised_fraction(model, counted)
@@ -274,20 +277,12 @@ def evaluate_model(
     return figures
 
 
-class _Passes:
-    """Passes of models over inputs that are done, for a progress."""
-
-    def __init__(self, progress: Progress | None, total: int):
-        self.progress, self.done, self.total = progress, 0, total
-
-    def step(self) -> None:
-        self.done += 1
-        if self.progress:
-            self.progress(self.done, self.total)
-
-
 def _language_figures(
-    model: nn.Module, dense: nn.Module | None, batches: list[dict[str, Tensor]], tokenizer: Any, passes: _Passes
+    model: nn.Module,
+    dense: nn.Module | None,
+    batches: list[dict[str, Tensor]],
+    tokenizer: Any,
+    step: Callable[[], None],
 ) -> tuple[dict[str, Any], Agreement | None]:
     """Perplexities and, on the first windows, the agreement with the dense model, in one pass of each."""
     from moefy.calibrate import special_prefix
@@ -301,7 +296,7 @@ def _language_figures(
             logits = _causal_logits(loss.model, ids[None])
             loss.add(logits, ids)
             outputs.append(logits)
-            passes.step()
+            step()
         if dense is not None and i < FEW:
             near.add(outputs[0].float(), outputs[1].float(), real[i : i + 1], are_logits=True)
     ours, *theirs = (loss.result() for loss in losses)
