@@ -89,10 +89,11 @@ def _metis(weights: Tensor, parts: int, seed: int) -> Tensor:
 
     rows, columns, values = _sparsified(weights)
     neighbours = np.bincount(rows, minlength=len(weights))
+    scale = TOTAL_WEIGHT / max(float(values.sum()), 1e-30)
     _, found = pymetis.part_graph(
         parts,
         pymetis.CSRAdjacency(np.concatenate([[0], neighbours.cumsum()]), columns),
-        eweights=np.maximum(values * (TOTAL_WEIGHT / max(values.sum(), 1e-30)), 1).astype(np.int64),
+        eweights=np.maximum(values * scale, 1).astype(np.int64),
         recursive=False,
         options=pymetis.Options(seed=seed),
     )

@@ -70,7 +70,7 @@ def cumulative(layers: Sequence[dict[str, Any]]) -> bytes:
         total = np.cumsum(layer["sparsity"]["histogram"])
         edges = np.linspace(0, 1, len(total) + 1)
         axes.plot(edges, [0, *total], color=_shade(i, len(layers)), linewidth=1.2)
-        right = max(right, float(edges[1:][total < 0.9999].max(initial=0)) + 2 / len(total))
+        right = max(right, float(np.max(edges[1:][total < 0.9999], initial=0)) + 2 / len(total))
     axes.axvline(0.05, color="grey", linewidth=0.8, linestyle=":")
     axes.set(xlabel="share of neurons (dotted: 5 %)", ylabel="share of tokens", xlim=(0, min(1, right)))
     _layer_scale(figure, axes, len(layers))
