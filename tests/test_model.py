@@ -1,5 +1,7 @@
 """A converted model in use: generation with a cache, padding, compile, gradients, peft-style training mode."""
 
+import math
+
 import pytest
 import torch
 
@@ -134,6 +136,25 @@ def test_an_evaluation_counts_its_passes_to_the_last(name, is_converted, against
         assert figures["dense_perplexity"] == perplexity(dense, windows).perplexity
         assert (figures["output_error"], figures["kl_nats"]) == (near.error, near.kl)
         assert len(steps) == 6 * 2 + (3 if is_converted else 0)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_an_evaluation_leaves_padding_out(side):
+    model, dense = converted("llama"), tiny.tiny("llama")
+    rows = [torch.randint(3, tiny.VOCAB, (length,)) for length in (16, 9, 2)]
+    ids, mask = torch.zeros(3, 16, dtype=torch.long), torch.zeros(3, 16, dtype=torch.long)
+    for i, row in enumerate(rows):
+        where = slice(16 - len(row), None) if side == "left" else slice(len(row))
+        ids[i, where], mask[i, where] = row, 1
+    figures = evaluate_model(model, dense, [{"input_ids": ids, "attention_mask": mask}], pydoc_tokenizer())
+    losses = [(perplexity(dense, row[None]).perplexity, len(row) - 1) for row in rows]
+    expected = math.exp(sum(math.log(each) * count for each, count in losses) / sum(count for _, count in losses))
+    near = agreement(model, dense, [{"input_ids": row[None]} for row in rows])
+    assert figures["dense_perplexity"] == pytest.approx(expected, rel=1e-5)
+    assert f"{15 + 8 + 1} tokens predicted" in figures["protocol"]
+    assert figures["output_error"] == pytest.approx(near.error, rel=1e-4)
+    with pytest.raises(moefy.MoefyError, match="but padding"):
+        evaluate_model(model, None, [{"input_ids": ids, "attention_mask": 0 * mask}], pydoc_tokenizer())
 
 
 def test_report_is_of_the_run():

@@ -53,13 +53,22 @@ class _Loss:
         if windows.shape[1] <= self.first:
             raise MoefyError(f"A window of {windows.shape[1]} tokens has nothing to predict; make it larger.")
 
-    def add(self, logits: Tensor, ids: Tensor) -> None:
-        """Logits (1, window, vocabulary) of one window's ids (window,)."""
-        predicted, first = logits[0, self.first - 1 : -1].float(), self.first
-        self.loss += F.cross_entropy(predicted, ids[first:].to(logits.device), reduction="sum").item()
-        self.count += len(ids) - first
+    def add(self, ids: Tensor, real: Tensor | None = None) -> Tensor:
+        """The model's logits (1, window, vocabulary) of one window (window,); `real`, of its shape, is 0 at padding."""
+        logits = _causal_logits(self.model, ids[None], None if real is None else real[None])
+        predicted, targets = logits[0, :-1].float(), ids[1:].to(logits.device)
+        if real is None:
+            predicted, targets = predicted[self.first - 1 :], targets[self.first - 1 :]
+        else:
+            has_context = (real.bool() & (real.cumsum(0) > self.first))[1:].to(logits.device)
+            predicted, targets = predicted[has_context], targets[has_context]
+        self.loss += F.cross_entropy(predicted, targets, reduction="sum").item()
+        self.count += len(targets)
+        return logits
 
     def result(self) -> Perplexity:
+        if self.count == 0:
+            raise MoefyError("There is nothing to predict but padding; give some text.")
         mean, (count, window) = self.loss / self.count, self.windows.shape
         if not math.isfinite(mean):
             raise MoefyError(
@@ -80,16 +89,18 @@ def perplexity(model: nn.Module, windows: Tensor, prefix: int = 0, progress: Pro
     model.eval()
     loss = _Loss(model, windows, prefix)
     for i, ids in enumerate(windows):
-        loss.add(_causal_logits(model, ids[None]), ids)
+        loss.add(ids)
         if progress:
             progress(i + 1, len(windows))
     return loss.result()
 
 
-def _causal_logits(model: nn.Module, ids: Tensor) -> Tensor:
+def _causal_logits(model: nn.Module, ids: Tensor, mask: Tensor | None = None) -> Tensor:
     if not is_causal_lm(model):
         raise MoefyError(f"Perplexity needs a causal language model; this is a {type(model).__name__}.")
-    return model(input_ids=ids.to(next(model.parameters()).device), use_cache=False).logits
+    device = next(model.parameters()).device
+    feed = {"input_ids": ids.to(device)} | ({} if mask is None else {"attention_mask": mask.to(device)})
+    return model(**feed, use_cache=False).logits
 
 
 def is_causal_lm(model: Any) -> bool:
@@ -241,10 +252,11 @@ def evaluate_model(
     tokenizer: Any,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Every figure that fits the model, on batches from `text_calibration`, as one flat dictionary.
+    """Every figure that fits the model, on batches like those of `text_calibration`, as one flat dictionary.
 
-    `progress(done, total)` counts the passes of both models. MoefyError if the models do not take the same input, if
-    nothing can be measured, or as of `perplexity` and `agreement`.
+    Rows may be padded where an `attention_mask` says so. `progress(done, total)` counts the passes of both models.
+    MoefyError if the models do not take the same input, if nothing can be measured, or as of `perplexity` and
+    `agreement`.
     """
     if dense is not None:
         check_comparable(model, dense)
@@ -293,9 +305,7 @@ def _language_figures(
     for i, ids in enumerate(windows):
         outputs = []
         for loss in losses:
-            logits = _causal_logits(loss.model, ids[None])
-            loss.add(logits, ids)
-            outputs.append(logits)
+            outputs.append(loss.add(ids, None if real[i].all() else real[i]))
             step()
         if dense is not None and i < FEW:
             near.add(outputs[0].float(), outputs[1].float(), real[i : i + 1], are_logits=True)
