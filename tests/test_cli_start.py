@@ -118,6 +118,23 @@ def test_ctrl_c_at_any_moment(dense):
         assert "Traceback" not in shown
 
 
+def test_ctrl_c_is_heard_where_python_would_lose_it():
+    source = (
+        "import signal, time, moefy_cli\n"
+        "class Collected:\n"
+        "    def __del__(self):\n"
+        "        signal.raise_signal(signal.SIGINT)\n"
+        "        time.sleep(0)\n"
+        "moefy_cli.raise_on_stop()\n"
+        "Collected()\n"
+        "print('lost')\n"
+        "try: time.sleep(60)\n"
+        "except KeyboardInterrupt: print('heard')\n"
+    )
+    done = python(source)
+    assert (done.stdout, done.stderr, done.returncode) == ("lost\nheard\n", "", 0)
+
+
 def test_a_slow_kernel_is_one_line(dense):
     environment = {**os.environ, "MOEFY_NATIVE": "0"}
     made = dense.parent / "routed"

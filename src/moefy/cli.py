@@ -6,7 +6,6 @@ import importlib
 import io
 import json
 import os
-import signal
 import sys
 import warnings
 from collections.abc import Callable
@@ -62,7 +61,7 @@ def whole(command: Callable[..., None]) -> Callable[..., None]:
             moefy_cli.starting = False
             with console.err.status("Starting"):  # in a log that is no news
                 importlib.reload(moefy)
-        moefy_cli.on_stop(signal.default_int_handler)  # from here on what is temporary has to go
+        moefy_cli.raise_on_stop()  # from here on what is temporary has to go
         from moefy import kernels
 
         kernels.check()

@@ -6,11 +6,13 @@ While `starting` is true, `import moefy` brings no more than the package itself 
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from typing import Any
 
 INTERRUPTED = "Interrupted; nothing was left half written."
 starting = False
+_report: Callable[..., Any] = sys.unraisablehook
 
 
 def main() -> None:
@@ -32,6 +34,27 @@ def on_stop(handler: Callable[..., Any]) -> None:
     for stop in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(stop) is not signal.SIG_IGN:
             signal.signal(stop, handler)
+
+
+def raise_on_stop() -> None:
+    """From now on a stop is a KeyboardInterrupt, so that what is temporary goes.
+
+    One that comes while Python runs a `__del__` is printed and lost, as any exception there, and which moment that is
+    depends on the garbage collector: it is raised once more.
+    """
+    global _report
+    on_stop(signal.default_int_handler)
+    if sys.unraisablehook is not _again:
+        _report, sys.unraisablehook = sys.unraisablehook, _again
+
+
+def _again(lost: Any) -> None:
+    if not isinstance(lost.exc_value, KeyboardInterrupt):
+        return _report(lost)
+    timer = threading.Timer(0.05, os.kill, [os.getpid(), signal.SIGINT])
+    timer.daemon = True
+    timer.start()
+    return None
 
 
 def _leave(*_: Any) -> None:
