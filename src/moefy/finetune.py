@@ -99,9 +99,9 @@ def finetune(
     """Train `model` in place on features (see `Task.encode`); its own loss decides.
 
     `state` is a file: if it is there training goes on from it, and it is rewritten every `save_every` seconds,
-    at the end and on Ctrl-C. With `seconds`, stop after that long; call again to go on. Raises MoefyError if the
-    state belongs to another start (model, data or schedule) or cannot be written, or if the loss or a weight is
-    not finite; the state is then what it was before.
+    at the end and on Ctrl-C. With `seconds`, stop after that long, and at least one step; call again to go on. Raises
+    MoefyError if the state belongs to another start (model, data or schedule) or cannot be written, or if the loss or
+    a weight is not finite; the state is then what it was before.
     """
     if not features:
         raise MoefyError("There is nothing to train on; give data with some examples.")
@@ -162,13 +162,15 @@ def train(
     losses: list[float] = []
     model.train()
     try:
-        while run.step < schedule.steps and (seconds is None or time.monotonic() - start < seconds):
+        while run.step < schedule.steps:
             losses.append(_step(loss, run, schedule, after))
             if progress:
                 progress(run.step, schedule.steps)
             if time.monotonic() - saved > save_every:
                 run.save()
                 saved = time.monotonic()
+            if seconds is not None and time.monotonic() - start >= seconds:
+                break
     except KeyboardInterrupt:
         if run.step > begun:
             run.save()
