@@ -28,15 +28,11 @@ def loading(update: Callable[[int, int], None]) -> Iterator[None]:
             args = (counted(args[0], len(args[0])), *args[1:])
         return factory(*args, **options)
 
-    set_hook = getattr(transformers_logging, "set_tqdm_hook", None)
-    if set_hook is None:  # transformers 5.0 has none
-        yield
-        return
-    previous = set_hook(hook)
+    previous = transformers_logging.set_tqdm_hook(hook)
     try:
         yield
     finally:
-        set_hook(previous)
+        transformers_logging.set_tqdm_hook(previous)
 
 
 @contextmanager

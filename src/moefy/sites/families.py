@@ -181,8 +181,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(("modernbert", "modernbert-decoder"), up="Wi", down="Wo", fused=True, activation="hidden_activation"),
     Family(("distilbert",), up="lin1", down="lin2", activation="activation", sizes=("hidden_dim",)),
     Family(_VIT_LIKE, **_TWO, sizes=("intermediate_size", "decoder_intermediate_size")),
-    # transformers before 5.4 kept ViT's FFN in the layout of BERT.
-    Family((*_VIT_LIKE, "data2vec-vision"), **_SPLIT_IN_TWO, sizes=("intermediate_size", "decoder_intermediate_size")),
+    Family(("data2vec-vision",), **_SPLIT_IN_TWO, sizes=("intermediate_size", "decoder_intermediate_size")),
     Family(("dinov2", "dinov2_with_registers", "swin"), **_TWO, sizes=()),
     Family(("dinov2", "dinov2_with_registers"), **_GATED, fixed_activation="silu", sizes=()),
     Family(("swin", "swinv2"), **_SPLIT_IN_TWO, sizes=()),
