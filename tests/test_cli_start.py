@@ -118,13 +118,15 @@ def test_ctrl_c_at_any_moment(dense):
         assert "Traceback" not in shown
 
 
-def test_ctrl_c_is_heard_where_python_would_lose_it():
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_is_heard_where_python_would_lose_it(stop):
     source = (
         "import signal, time, moefy_cli\n"
         "class Collected:\n"
         "    def __del__(self):\n"
-        "        signal.raise_signal(signal.SIGINT)\n"
+        f"        signal.raise_signal({int(stop)})\n"
         "        time.sleep(0)\n"
+        f"if {stop is signal.SIGTERM}: signal.signal(signal.SIGINT, signal.SIG_IGN)\n"  # under nohup
         "moefy_cli.raise_on_stop()\n"
         "Collected()\n"
         "print('lost')\n"

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 INTERRUPTED = "Interrupted; nothing was left half written."
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 starting = False
 _report: Callable[..., Any] = sys.unraisablehook
 
@@ -31,7 +32,7 @@ def main() -> None:
 
 def on_stop(handler: Callable[..., Any]) -> None:
     """What Ctrl-C, `kill` and a closed terminal do from now on, except where they are ignored, as under nohup."""
-    for stop in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for stop in STOPS:
         if signal.getsignal(stop) is not signal.SIG_IGN:
             signal.signal(stop, handler)
 
@@ -51,7 +52,8 @@ def raise_on_stop() -> None:
 def _again(lost: Any) -> None:
     if not isinstance(lost.exc_value, KeyboardInterrupt):
         return _report(lost)
-    timer = threading.Timer(0.05, os.kill, [os.getpid(), signal.SIGINT])
+    heard = next(stop for stop in STOPS if signal.getsignal(stop) is not signal.SIG_IGN)  # under nohup another
+    timer = threading.Timer(0.05, os.kill, [os.getpid(), heard])
     timer.daemon = True
     timer.start()
     return None

@@ -187,7 +187,6 @@ class ExpertList(nn.ModuleList):
                 continue
             tokens = place // per_token
             self.rows = tokens, len(hidden_states)
-            # Not by `place`: some families of transformers 5.0 give more weights a token than choices.
             out = expert(hidden_states[tokens]) * top_k_weights[tokens, place % per_token, None]
             y.index_add_(0, tokens, out.to(y.dtype))
         self.rows = None
