@@ -47,7 +47,7 @@ static double gflops_once(int threads, long rounds) {
 }
 
 // A limit is what the machine can do, not what a neighbour left of it for 30 ms. So it is nearly the best of some rounds:
-// the best itself is now and then what the clock of a virtual machine makes of it (56 GB/s where all others are 30 to 35).
+// the best itself was 56 GB/s once, nearly three times one thread's, where dozens of others were 30 to 35.
 template <class Once>
 static double limit(const Once& once) {
   double rates[8];

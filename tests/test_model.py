@@ -153,8 +153,11 @@ def test_an_evaluation_leaves_padding_out(side):
     assert figures["dense_perplexity"] == pytest.approx(expected, rel=1e-5)
     assert f"{15 + 8 + 1} tokens predicted" in figures["protocol"]
     assert figures["output_error"] == pytest.approx(near.error, rel=1e-4)
-    with pytest.raises(moefy.MoefyError, match="but padding"):
+    with pytest.raises(moefy.MoefyError, match="only padding"):
         evaluate_model(model, None, [{"input_ids": ids, "attention_mask": 0 * mask}], pydoc_tokenizer())
+    for batches in ([], [{"input_ids": ids}, {"input_ids": ids[:, :5]}]):
+        with pytest.raises(moefy.MoefyError, match="windows of one width"):
+            evaluate_model(model, None, batches, pydoc_tokenizer())
 
 
 def test_report_is_of_the_run():

@@ -20,6 +20,7 @@ from moefy.types import MoefyError
 from moefy.usage import realised_fraction, usage
 
 Progress = Callable[[int, int], None]
+NO_TARGET = -100
 
 
 @dataclass(frozen=True)
@@ -53,22 +54,18 @@ class _Loss:
         if windows.shape[1] <= self.first:
             raise MoefyError(f"A window of {windows.shape[1]} tokens has nothing to predict; make it larger.")
 
-    def add(self, ids: Tensor, real: Tensor | None = None) -> Tensor:
+    def add(self, ids: Tensor, real: Tensor) -> Tensor:
         """The model's logits (1, window, vocabulary) of one window (window,); `real`, of its shape, is 0 at padding."""
-        logits = _causal_logits(self.model, ids[None], None if real is None else real[None])
-        predicted, targets = logits[0, :-1].float(), ids[1:].to(logits.device)
-        if real is None:
-            predicted, targets = predicted[self.first - 1 :], targets[self.first - 1 :]
-        else:
-            has_context = (real.bool() & (real.cumsum(0) > self.first))[1:].to(logits.device)
-            predicted, targets = predicted[has_context], targets[has_context]
-        self.loss += F.cross_entropy(predicted, targets, reduction="sum").item()
-        self.count += len(targets)
+        logits = _causal_logits(self.model, ids[None], None if real.all() else real[None])
+        counted = (real.bool() & (real.cumsum(0) > self.first))[1:]
+        targets = ids[1:].masked_fill(~counted, NO_TARGET).to(logits.device)
+        self.loss += F.cross_entropy(logits[0, :-1].float(), targets, ignore_index=NO_TARGET, reduction="sum").item()
+        self.count += int(counted.sum())
         return logits
 
     def result(self) -> Perplexity:
         if self.count == 0:
-            raise MoefyError("There is nothing to predict but padding; give some text.")
+            raise MoefyError("There is nothing to predict, or only padding; give some text.")
         mean, (count, window) = self.loss / self.count, self.windows.shape
         if not math.isfinite(mean):
             raise MoefyError(
@@ -89,7 +86,7 @@ def perplexity(model: nn.Module, windows: Tensor, prefix: int = 0, progress: Pro
     model.eval()
     loss = _Loss(model, windows, prefix)
     for i, ids in enumerate(windows):
-        loss.add(ids)
+        loss.add(ids, torch.ones_like(ids))
         if progress:
             progress(i + 1, len(windows))
     return loss.result()
@@ -299,13 +296,16 @@ def _language_figures(
     """Perplexities and, on the first windows, the agreement with the dense model, in one pass of each."""
     from moefy.calibrate import special_prefix
 
+    widths = {batch["input_ids"].shape[1] for batch in batches}
+    if len(widths) != 1:
+        raise MoefyError(f"Perplexity is over windows of one width, and these are {sorted(widths)}; pad them to one.")
     windows, prefix = torch.cat([b["input_ids"] for b in batches]), len(special_prefix(tokenizer))
     real = torch.cat([b.get("attention_mask", torch.ones_like(b["input_ids"])) for b in batches])
     losses, near = [_Loss(m.eval(), windows, prefix) for m in (model, dense) if m is not None], _Near()
     for i, ids in enumerate(windows):
         outputs = []
         for loss in losses:
-            outputs.append(loss.add(ids, None if real[i].all() else real[i]))
+            outputs.append(loss.add(ids, real[i]))
             step()
         if dense is not None and i < FEW:
             near.add(outputs[0].float(), outputs[1].float(), real[i : i + 1], are_logits=True)
