@@ -6,7 +6,7 @@ from typing import Any
 
 import transformers as tf
 
-from tiny_base import NEURONS, decoder
+from tiny_base import NEURONS, VOCAB, decoder
 from tiny_more import More
 
 EXPERTS = 4
@@ -96,6 +96,7 @@ MIXTURES = {
     "cohere2_moe": _mixture("Cohere2Moe", _BESIDE, head_dim=8),
     "laguna": _mixture("Laguna", _BESIDE, head_dim=8),
     "hy_v3": _mixture("HYV3", _BESIDE, head_dim=8),
+    "mistral4": _mixture("Mistral4", _BESIDE, **_MLA),  # tried, as it has no row
     "lfm2_moe": _mixture("Lfm2Moe", _ONE, num_dense_layers=1, **_ATTENTION_ONLY),
     "nemotron_h": _mixture(
         "NemotronH",
@@ -106,5 +107,15 @@ MIXTURES = {
         moe_shared_expert_intermediate_size=NEURONS,
     ),
 }
+# Gemma 4 has its experts beside the FFN of each layer.
+_GEMMA4 = {"enable_moe_block": True, "top_k_experts": 2, "head_dim": 8, "global_head_dim": 8}
+
+
+def _gemma4() -> Any:
+    changes = {"vocab_size_per_layer_input": VOCAB, **_GEMMA4}
+    return decoder(tf.Gemma4TextConfig, tf.Gemma4ForCausalLM, **{**_COUNTS, **changes})
+
+
+MIXTURES["gemma4_text"] = More(_gemma4, sites=2 * (EXPERTS + 1))
 # One of each layout, for what is tested on every dense family too.
-WHOLE = ("mixtral", "qwen2_moe", "deepseek_v3", "granitemoeshared", "lfm2_moe", "nemotron_h")
+WHOLE = ("mixtral", "qwen2_moe", "deepseek_v3", "granitemoeshared", "lfm2_moe", "nemotron_h", "mistral4")

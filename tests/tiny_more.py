@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import transformers as tf
 from torch import nn
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from tiny_base import NEURONS, VOCAB, WIDTH, bert_like, decoder
 
@@ -253,6 +254,11 @@ ENCODERS = {
     "modernbert": _encoder("ModernBert"),
     "eurobert": _encoder("EuroBert"),
     "nomic_bert": _encoder("NomicBert"),
+    "convbert": _encoder("ConvBert", embedding_size=WIDTH),
+    "roc_bert": _encoder("RoCBert", pronunciation_vocab_size=9, shape_vocab_size=9),
+    "mra": _encoder("Mra"),
+    "yoso": _encoder("Yoso"),
+    "visual_bert": _encoder("VisualBert", "ForPreTraining", visual_embedding_dim=8),
 }
 SEQ2SEQ = {
     "bart": _seq2seq("Bart"),
@@ -267,6 +273,7 @@ SEQ2SEQ = {
     "led": _seq2seq("LED", attention_window=4, max_encoder_position_embeddings=64, max_decoder_position_embeddings=64),
     "plbart": _seq2seq("PLBart"),
     "mvp": _seq2seq("Mvp"),
+    "fsmt": _seq2seq("FSMT", langs=["a", "b"], src_vocab_size=VOCAB, tgt_vocab_size=VOCAB),
     "prophetnet": More(_prophetnet, "seq2seq", 4),
     "longt5": _seq2seq("LongT5", d_ff=NEURONS, d_kv=8, num_heads=4, num_layers=2, local_radius=4),
     "mt5": _seq2seq("MT5", d_ff=NEURONS, d_kv=8, num_heads=4, num_layers=2),
@@ -330,4 +337,13 @@ SEEING = {
     "idefics3": _sees("Idefics3", "llama"),
     "internvl": _sees("InternVL", "qwen2", vision={"image_size": [16, 16], "patch_size": [4, 4]}),
 }
-MORE: dict[str, More] = {**DECODERS, **ENCODERS, **SEQ2SEQ, **IMAGES_AND_SOUND, **SEEING}
+# Of architectures without a row, whose FFNs are tried (sites/trial.py).
+TRIED = {
+    "doge": _decoder("Doge", head_dim=8),
+    "granite_swa": _decoder("GraniteSWA"),
+    "dinov3_vit": _image("DINOv3ViT", "Model"),
+    "dinov3_vit-swiglu": _image("DINOv3ViT", "Model", use_gated_mlp=True, hidden_act="silu"),
+}
+if "exaone" in CONFIG_MAPPING:  # from transformers 5.19 on; its model is Llama's, with a config of its own
+    TRIED["exaone"] = More(lambda: decoder(CONFIG_MAPPING["exaone"], tf.LlamaForCausalLM))
+MORE: dict[str, More] = {**DECODERS, **ENCODERS, **SEQ2SEQ, **IMAGES_AND_SOUND, **SEEING, **TRIED}

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from moefy import slim
 from moefy.budgets import Sensitivity, allocate, measure
-from moefy.calibrate import CalibrationInfo, check_batches, real_tokens
+from moefy.calibrate import CalibrationInfo, check_batches, real_tokens, without_cache
 from moefy.convert_layer import LayerReport, as_it_is, convert_layer, whole_layer
 from moefy.hf import mark_converted
 from moefy.moe import MoEFFN, moe_layers
@@ -30,7 +30,7 @@ from moefy.one_pass import Arrival, OnePass
 from moefy.recipe import Recipe
 from moefy.residuals import find_residuals
 from moefy.resume import Store
-from moefy.sites import ExpertSite, Site, find_sites, join_experts
+from moefy.sites import ExpertSite, Site, check_run_once, find_sites, join_experts
 from moefy.types import LayerSpec, MoefyError
 from moefy.work import layer_work, measure_work, tokens_in
 
@@ -142,6 +142,7 @@ def convert(
     was_training = model.training
     model.eval()
     try:
+        check_run_once(sites.values(), lambda: model(**without_cache(model, batches[0])))
         plan = Plan(model, sites, specs, recipe, batches, hold_bytes, {})
         before = 0
         if recipe.allocation == "sensitivity":

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from moefy.hf import bare_model, config_value
 from moefy.moe import MoEFFN, moe_layers
-from moefy.sites import FAMILIES, base_model_type, config_by_module, config_path, find_sites
+from moefy.sites import base_model_type, config_by_module, config_path, find_sites, size_attributes
 from moefy.types import FFNWeights, LayerSpec, MoefyError
 
 # Inference engines quantise and multiply in blocks of 32 along a row (llama.cpp's Q4_0, Q8_0; its k-quants take 256).
@@ -47,7 +47,7 @@ def config_sizes(model: Any, specs: Mapping[str, LayerSpec]) -> dict[str, int]:
     for name, spec in specs.items():
         config = parts[name if name in parts else name.rpartition(".")[0]]  # an expert, before it is a module
         model_type, part = base_model_type(config), config_path(model.config, config)
-        sizes = next(family.sizes for family in FAMILIES if model_type in family.model_types)
+        sizes = size_attributes(config)
         refused = f"A slim {model_type} cannot be saved as an ordinary model"
         if part is None or not sizes:
             raise MoefyError(f"{refused}: its config does not give the width of {name}; use the recipe shared-only.")
@@ -77,7 +77,13 @@ def ordinary(model: PreTrainedModel) -> PreTrainedModel:
         raise MoefyError(f"This model cannot be saved as a slim one: {what}; convert with the recipe slim.")
     plain = bare_model(model, config_sizes(model, {name: moe.spec for name, moe in layers.items()}))
     for site in find_sites(plain):
-        site.write(_kept(layers[site.entry_name]))
+        kept = _kept(layers[site.entry_name])
+        if site.read().neurons != kept.neurons:
+            raise MoefyError(
+                f"A slim {site.config.model_type} cannot be saved as an ordinary model: {site.name} has another width "
+                f"than its config says; use the recipe shared-only."
+            )
+        site.write(kept)
     return plain.eval()
 
 

@@ -6,9 +6,9 @@ from torch import nn
 
 from moefy.sites.experts import Expert, ExpertList, ExpertSite, expert_names, join_experts, token_rows
 from moefy.sites.families import FAMILIES, Family
-from moefy.sites.linears import child, is_linear, rows
 from moefy.sites.parts import base_model_type, config_by_module, config_path, text_config
-from moefy.sites.site import Site
+from moefy.sites.site import Site, fits, size_attributes
+from moefy.sites.trial import check_run_once, tried
 from moefy.sites.unknown import explain_unknown
 from moefy.types import MoefyError
 
@@ -19,10 +19,12 @@ __all__ = [
     "Family",
     "Site",
     "base_model_type",
+    "check_run_once",
     "config_by_module",
     "config_path",
     "find_sites",
     "join_experts",
+    "size_attributes",
     "token_rows",
 ]
 
@@ -31,7 +33,7 @@ def find_sites(model: nn.Module) -> list[Site]:
     """Every dense FFN of a transformers model, in the order of its modules; each expert of a mixture is one.
 
     Of a model that sees or hears and writes text, such as LLaVA, those of the text part: text is what calibrates it.
-    Raises MoefyError for an architecture that no row of FAMILIES describes.
+    An architecture that no row of FAMILIES names is tried (`trial.py`). Raises MoefyError where that finds nothing.
     """
     text, parts = text_config(model.config), config_by_module(model)
     whole = any(base_model_type(model.config) in family.model_types for family in FAMILIES)
@@ -41,19 +43,10 @@ def find_sites(model: nn.Module) -> list[Site]:
             continue
         for family in FAMILIES:
             if base_model_type(parts[name]) in family.model_types:
-                sites += [Site(model, name, family, parts[name])] if _fits(name, module, family) else []
+                sites += [Site(model, name, family, parts[name])] if fits(name, module, family) else []
                 sites += [ExpertSite(model, n, family, parts[name]) for n in expert_names(name, module, family)]
     if not sites:
-        raise MoefyError(explain_unknown(model, parts))
+        sites, failed = tried(model, parts, type(text))
+        if not sites:
+            raise MoefyError(explain_unknown(model, parts, failed))
     return sites
-
-
-def _fits(name: str, module: nn.Module, family: Family) -> bool:
-    if family.stays_dense in name.split("."):
-        return False
-    needed = [family.up, family.down, *([family.gate] if family.gate else [])]
-    if not all(is_linear(child(module, path)) for path in needed):
-        return False
-    up, down = (rows(child(module, path))[0] for path in (family.up, family.down))  # type: ignore[arg-type]
-    # The widths must chain: BERT's attention also has an `output.dense`, whose input is not the FFN's.
-    return up.shape[0] == down.shape[1] * (2 if family.fused else 1) and up.shape[1] == down.shape[0]

@@ -1,5 +1,7 @@
 """The dense families whose FFNs moefy can read and mount: one row a structure. Add a family by adding a row.
 
+A family without a row is tried where a module of its own is the FFN (`trial.py`).
+
 Paths are relative to the module that owns the FFN (the owner). With `mount == ""` the owner itself is
 the FFN and is replaced; otherwise the FFN is spread over the owner's children, the MoE is mounted on
 the child that first sees the input and every child in `bypass` becomes an identity.
@@ -37,6 +39,9 @@ class Family:
     sizes: tuple[str, ...] = ("intermediate_size",)
     stays_dense: str | None = None
 
+
+# What the families of mixtures of experts call their number of experts.
+EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 _GATED: dict[str, Any] = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
 _TWO: dict[str, Any] = {"up": "fc1", "down": "fc2"}
@@ -77,11 +82,11 @@ _BERT_LIKE = (
     *("bert", "roberta", "xlm-roberta", "camembert", "electra", "deberta", "deberta-v2", "ernie", "mpnet", "rembert"),
     *("data2vec-text", "xlm-roberta-xl", "xmod", "longformer", "big_bird", "nystromformer", "layoutlm", "layoutlmv3"),
     *("megatron-bert", "roformer", "luke", "tapas", "markuplm", "splinter", "canine", "fnet", "bert-generation"),
-    *("dpr", "yolos"),
+    *("dpr", "yolos", "convbert", "roc_bert", "mra", "yoso", "visual_bert"),
 )
 _BART_LIKE = (
     *("whisper", "bart", "mbart", "m2m_100", "marian", "pegasus", "pegasus_x", "bigbird_pegasus", "blenderbot"),
-    *("blenderbot-small", "led", "plbart", "mvp"),
+    *("blenderbot-small", "led", "plbart", "mvp", "fsmt"),
 )
 _VIT_LIKE = ("vit", "deit", "beit", "vit_mae", "vit_msn", "ijepa", "audio-spectrogram-transformer")
 _T5_LIKE = ("t5", "mt5", "umt5", "longt5")
@@ -106,6 +111,8 @@ FAMILIES: tuple[Family, ...] = (
     Family(("nemotron_h",), up="up_proj", down="down_proj", activation="mlp_hidden_act", sizes=()),
     Family(("bamboo",), **_GATED, activate_up=True),
     Family(("gemma2", "gemma3_text", "gemma4_text", "vaultgemma"), **_GATED, activation="hidden_activation"),
+    # Gemma 4's larger models have experts beside that FFN.
+    Family(("gemma4_text",), up="gate_up_proj", down="down_proj", fused=True, activation="hidden_activation"),
     # Its config counts the gate's and the up rows together.
     Family(("recurrent_gemma",), **_GATED, activation="hidden_activation", sizes=()),
     Family(("lfm2",), gate="w1", up="w3", down="w2", fixed_activation="silu"),

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from moefy.sites.families import Family
-from moefy.sites.linears import assign, child, rows
+from moefy.sites.families import EXPERT_COUNTS, FAMILIES, Family
+from moefy.sites.linears import assign, child, is_linear, rows
+from moefy.sites.parts import base_model_type
 from moefy.types import FFNWeights, MoefyError
 
 
@@ -134,6 +135,28 @@ class Site:
                 f"transformers names, so its FFNs cannot be rebuilt; set it to one of ACT2FN's names."
             )
         return name
+
+
+def fits(name: str, module: nn.Module, family: Family) -> bool:
+    """Whether a module has the children of a family's FFN, with widths that chain."""
+    if family.stays_dense in name.split("."):
+        return False
+    needed = [family.up, family.down, *([family.gate] if family.gate else [])]
+    if not all(is_linear(child(module, path)) for path in needed):
+        return False
+    up, down = (rows(child(module, path))[0] for path in (family.up, family.down))  # type: ignore[arg-type]
+    # The widths must chain: BERT's attention also has an `output.dense`, whose input is not the FFN's.
+    return up.shape[0] == down.shape[1] * (2 if family.fused else 1) and up.shape[1] == down.shape[0]
+
+
+def size_attributes(config: Any) -> tuple[str, ...]:
+    """The attributes of a config that hold the counts of neurons (see `Family.sizes`), none if it has no such."""
+    for family in FAMILIES:
+        if base_model_type(config) in family.model_types:
+            return family.sizes
+    several = any(getattr(config, name, None) for name in EXPERT_COUNTS)
+    usual = not several and isinstance(getattr(config, "intermediate_size", None), int)
+    return ("intermediate_size",) if usual else ()
 
 
 def _identity(x: Tensor) -> Tensor:

@@ -4,28 +4,34 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
-from moefy.sites.families import FAMILIES, LEFT_OUT
+from moefy.sites.families import EXPERT_COUNTS, FAMILIES, LEFT_OUT
 from moefy.sites.linears import is_linear, rows
 from moefy.sites.parts import base_model_type
 
-# What the families of mixtures of experts call their number of experts.
-_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 # Its projections may widen too.
 _ATTENTION = re.compile("att|self", re.IGNORECASE)
 
 
-def explain_unknown(model: nn.Module, parts: Mapping[str, Any]) -> str:
-    """One sentence; `parts` are the configs of the parts that modules belong to, by the modules' names."""
+def explain_unknown(model: nn.Module, parts: Mapping[str, Any], failed: Sequence[str]) -> str:
+    """One sentence; `parts` are the configs of the parts that modules belong to, by the modules' names.
+
+    `failed` are modules that are laid out like FFNs and compute something else.
+    """
     types = {name: base_model_type(config) for name, config in parts.items()}
     known = [name for name in dict.fromkeys(types.values()) if name in LEFT_OUT]
     if known:
         return f"moefy does not convert the architecture {known[0]!r}: {LEFT_OUT[known[0]]}."
-    if any(getattr(config, name, None) for config in parts.values() for name in _EXPERT_COUNTS):
+    if failed:
+        return (
+            f"moefy does not convert the architecture {types[failed[0]]!r}: {failed[0]} has the matrices of a FFN and "
+            f"does not compute what they say; a norm, a limit, a factor or something else comes between."
+        )
+    if any(getattr(config, name, None) for config in parts.values() for name in EXPERT_COUNTS):
         return (
             f"This {type(model).__name__} is a mixture of experts whose layout moefy does not know; where its experts "
             f"are up and down matrices in one module, add its model type to FAMILIES in moefy/sites/families.py "

@@ -1,0 +1,197 @@
+"""FFNs of architectures without a row: believed where they compute what their weights say, and only there."""
+
+import pytest
+import torch
+import transformers as tf
+from torch import nn
+from transformers import AutoConfig
+from transformers.activations import ACT2FN
+
+import moefy
+import tiny
+from moefy.moe import moe_layers
+from moefy.sites import FAMILIES, find_sites
+from tiny_base import NEURONS, WIDTH, decoder
+from tiny_mixtures import MIXTURES
+from tiny_more import TRIED
+
+
+class OddConfig(tf.PretrainedConfig):
+    model_type = "moefy-test-odd"
+
+    def __init__(self, hidden_act="silu", **more):
+        self.hidden_act = hidden_act
+        super().__init__(**more)
+
+
+AutoConfig.register("moefy-test-odd", OddConfig, exist_ok=True)
+
+
+class MLP(nn.Module):
+    """A gated FFN by the usual names."""
+
+    def __init__(self, act="silu"):
+        super().__init__()
+        self.gate_proj, self.up_proj = (nn.Linear(WIDTH, NEURONS, bias=False) for _ in range(2))
+        self.down_proj = nn.Linear(NEURONS, WIDTH, bias=False)
+        self.act_fn = ACT2FN[act]
+
+    def forward(self, x):
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Scaled(MLP):
+    def forward(self, x):
+        return super().forward(x) * 0.9
+
+
+class Clamped(MLP):
+    def forward(self, x):
+        return self.down_proj(self.act_fn(self.gate_proj(x).clamp(max=7)) * self.up_proj(x))
+
+
+class Normed(MLP):
+    def forward(self, x):
+        h = self.act_fn(self.gate_proj(x)) * self.up_proj(x)
+        return self.down_proj(nn.functional.rms_norm(h, (NEURONS,)))
+
+
+class WithMore(MLP):
+    def forward(self, x, residual=None):
+        return super().forward(x)
+
+
+class GivesTwo(MLP):
+    def forward(self, x):
+        return super().forward(x), None
+
+
+class Fused(nn.Module):
+    def __init__(self, gate_first=True):
+        super().__init__()
+        self.gate_first = gate_first
+        self.fc1, self.fc2 = nn.Linear(WIDTH, 2 * NEURONS), nn.Linear(NEURONS, WIDTH)
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, x):
+        first, second = self.fc1(x).chunk(2, dim=-1)
+        gate, up = (first, second) if self.gate_first else (second, first)
+        return self.drop(self.fc2(nn.functional.silu(gate) * up))
+
+
+class Odd(tf.PreTrainedModel):
+    config_class = OddConfig
+
+    def __init__(self, make, layers=2, shared=False, **config):
+        super().__init__(OddConfig(**config))
+        self.embed = nn.Embedding(99, WIDTH)
+        one = make()
+        self.layers = nn.ModuleList(nn.ModuleDict({"ffn": one if shared else make()}) for _ in range(layers))
+        self.head = make()
+        self.post_init()
+
+    def forward(self, input_ids):
+        x = self.embed(input_ids)
+        for layer in self.layers:
+            x = x + layer["ffn"](x)
+        return (x,)
+
+
+def found(model):
+    return [site.name for site in find_sites(model)]
+
+
+BOTH = ["layers.0.ffn", "layers.1.ffn"]
+
+
+def test_families_that_are_tried_have_no_row():
+    for family, more in {**TRIED, "mistral4": MIXTURES["mistral4"]}.items():
+        sites = find_sites(more.make())
+        assert len(sites) == more.sites, family
+        assert not any(site.family in FAMILIES for site in sites), family
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize(
+    ("make", "believed"),
+    [
+        (MLP, True),
+        (Fused, True),
+        (lambda: Fused(gate_first=False), False),
+        (Scaled, False),
+        (Clamped, False),
+        (Normed, False),
+        (WithMore, False),
+        (GivesTwo, False),
+    ],
+)
+def test_what_a_module_computes_decides(make, believed, dtype):
+    torch.manual_seed(0)
+    model = Odd(make).to(dtype)
+    if believed:
+        assert found(model) == BOTH
+        return
+    with pytest.raises(
+        moefy.MoefyError, match=r"'moefy-test-odd': layers.0.ffn has the matrices of a FFN and does not"
+    ):
+        find_sites(model)
+
+
+def test_the_activation_is_the_one_that_it_computes():
+    for act in ("relu", "gelu", "gelu_new", "quick_gelu"):
+        sites = find_sites(Odd(lambda act=act: MLP(act), hidden_act="silu"))  # the config says another one
+        y = sites[0].owner(torch.ones(1, WIDTH))
+        assert torch.allclose(sites[0].read().forward(torch.ones(1, WIDTH)), y, atol=1e-6)
+        assert sites[0].activation in (act, *(["gelu_pytorch_tanh"] if act == "gelu_new" else []))
+
+
+def test_a_trial_leaves_a_model_and_random_numbers_as_they_were():
+    model = Odd(Fused)
+    model.train()
+    model.layers[0]["ffn"].drop.eval()
+    modes = [module.training for module in model.modules()]
+    state = torch.get_rng_state()
+    assert found(model) == BOTH
+    assert modes == [module.training for module in model.modules()]
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_layers_that_share_an_ffn_are_refused():
+    model = Odd(MLP, layers=3, shared=True)
+    ids = torch.randint(0, 99, (8, 12))
+    with pytest.raises(moefy.MoefyError, match=r"layers.0.ffn runs 3 times in a pass, for layers that share it"):
+        moefy.convert(model, moefy.Recipe(experts=6, shared=2, active=2, top_activated=4), [{"input_ids": ids}])
+    assert not moe_layers(model)
+
+
+def test_an_architecture_that_only_a_checkpoint_s_own_code_has():
+    class Own(OddConfig):
+        model_type = "moefy-test-own"
+
+    model = Odd(MLP)
+    model.config.__class__ = Own
+    with pytest.raises(moefy.MoefyError, match="'moefy-test-own' is not in moefy's table of families"):
+        find_sites(model)
+
+
+def test_experts_in_another_layout_do_not_leave_what_runs_beside_them():
+    model = decoder(tf.AriaTextConfig, tf.AriaTextForCausalLM, moe_num_experts=4, moe_topk=2, moe_num_shared_experts=1)
+    with pytest.raises(moefy.MoefyError, match="a mixture of experts whose layout moefy does not know"):
+        find_sites(model)
+
+
+def test_weights_that_are_no_numbers_have_their_own_sentence():
+    model, feed = tiny.tiny("doge"), tiny.inputs("doge")
+    find_sites(model)[1].owner.up_proj.weight.data[3, 4] = float("nan")
+    with pytest.raises(moefy.MoefyError, match=r"weights of model.layers.1.mlp \(up\) hold NaN"):
+        moefy.convert(model, moefy.Recipe(experts=6, shared=2, active=2, top_activated=4), [feed])
+
+
+def test_slim_of_an_architecture_without_a_row(tmp_path):
+    model = tiny.tiny("granite_swa")
+    moefy.convert(model, moefy.Recipe.of("slim", budget=0.7), [tiny.inputs("granite_swa", batch=8)])
+    moefy.save(model, tmp_path / "out")
+    again = tf.GraniteSWAForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert [site.read().neurons for site in find_sites(again)] == [32, 32]
+    feed = tiny.inputs("granite_swa")
+    assert torch.allclose(tiny.output(again, feed), tiny.output(model, feed), atol=1e-5)
