@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+import copy
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -12,11 +13,11 @@ from transformers.activations import ACT2FN
 from moefy import kernels
 from moefy.kernels import native
 from moefy.kernels.bound import Bound
-from moefy.packed import LOCK, Graphs, Packed, keeps
+from moefy.packed import LOCK, Graphs, Packed, called_functionally, keeps
 from moefy.routers import ROUTERS, Router
 from moefy.routers.base import without_autocast
 from moefy.selection import above, highest
-from moefy.types import FFNWeights, LayerSpec, MoefyError, MoEWeights, Partition
+from moefy.types import FFNWeights, LayerSpec, MoefyError, MoEWeights, Partition, Usage
 
 _PARTS = ("gate", "up", "down", "gate_bias", "up_bias")
 _MATRICES = frozenset(f"{group}_{part}" for group in ("shared", "experts") for part in _PARTS)
@@ -103,7 +104,16 @@ class MoEFFN(nn.Module):
         """The parameters as the kernels take them: views, no copies."""
         with LOCK:  # another thread may be about to pack them; views stay
             self.unpack()
+            self._check_there()
             return self._views()
+
+    def _check_there(self) -> None:
+        """MoefyError if another layer has packed the parameters, and so emptied them."""
+        if self.shared_up.ndim != 2 or self.experts_up.ndim != 3:
+            raise MoefyError(
+                "The weights of a converted layer are packed by another that shares its parameters; "
+                "copy the layer with copy.deepcopy, or call the other's unpack()."
+            )
 
     def _views(self) -> MoEWeights:
         spec, state = self.spec, self.act.state_dict() or None
@@ -221,7 +231,7 @@ class MoEFFN(nn.Module):
         return any(p is not None and p.requires_grad for p in (*self._parameters.values(), scale))
 
     def _may_pack(self) -> bool:
-        """Not what autograd, an optimizer, a functional call or an offloading hook still holds."""
+        """Not what autograd, an optimizer, another process, a functional call or an offloading hook still holds."""
         own = [p for p in self._parameters.values() if p is not None]
         return (
             not self.training
@@ -229,8 +239,10 @@ class MoEFFN(nn.Module):
             and not self._graphs.alive()
             and self.experts_up.dtype in native.PRECISIONS
             and all(isinstance(p, nn.Parameter) and p.device.type == "cpu" and p.grad is None for p in own)
+            and not any(p.is_shared() for p in own)  # with another process, which would see no change any more
             and not hasattr(self, "_hf_hook")
             and not hasattr(self, "parametrizations")  # adapters, whose parameters are elsewhere
+            and not called_functionally()
         )
 
     def _forward_native(self, x: Tensor, packed: Packed) -> Tensor:
@@ -245,7 +257,9 @@ class MoEFFN(nn.Module):
         if self.router.scale is not None:
             how["expert_scale"] = self.router.scale
         if packed.router is None:
-            return packed.ffn.forward(x, scores=self.router(x, None), **how)
+            with without_autocast(x):
+                scores = self.router(x, None)
+            return packed.ffn.forward(x, scores=scores, **how)
         with LOCK:
             if self.router.scale is None:  # the prepared call has no place for it
                 packed.bind(x.dtype, self.top_k, self.spec.most)
@@ -267,6 +281,7 @@ class MoEFFN(nn.Module):
             packed = Packed(self._parameters, self.spec, precision)
             packed.follow(self.router)
             self._packed = packed
+            packed.empty()
         native.return_freed_memory()
 
     def check_packs(self, precision: str | None = None) -> None:
@@ -277,6 +292,7 @@ class MoEFFN(nn.Module):
         if precision is None and self.experts_up.dtype not in native.PRECISIONS:
             raise MoefyError(f"Weights in {self.experts_up.dtype} cannot be packed as they are; name a precision.")
         self.unpack()
+        self._check_there()
         if any(p.is_meta for p in self.parameters()):
             raise MoefyError("Weights that are offloaded cannot be packed; load the model without device_map.")
         if precision == "fp16":
@@ -319,18 +335,29 @@ class MoEFFN(nn.Module):
             self.unpack()
         return super().train(mode)
 
+    # What reads or replaces parameters holds the lock, or a thread that infers would pack them in between.
+
     def _apply(self, fn: Any, recurse: bool = True) -> MoEFFN:
-        if not (self.is_int8 and keeps(fn, self.experts_up.dtype)):  # type: ignore[arg-type]
-            self.unpack()
-        return super()._apply(fn, recurse)
+        with LOCK:
+            if not (self.is_int8 and keeps(fn, self.experts_up.dtype)):  # type: ignore[arg-type]
+                self.unpack()
+            return super()._apply(fn, recurse)
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self.unpack()
-        super()._save_to_state_dict(*args, **kwargs)
+        with LOCK:
+            self.unpack()
+            super()._save_to_state_dict(*args, **kwargs)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self.unpack()
-        super()._load_from_state_dict(*args, **kwargs)
+        with LOCK:
+            self.unpack()
+            super()._load_from_state_dict(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> MoEFFN:
+        with LOCK:
+            made = memo[id(self)] = type(self).__new__(type(self))
+            made.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+            return made
 
     def __getstate__(self) -> dict[str, Any]:
         self.unpack()  # packed memory is the extension's own and does not copy or pickle
@@ -350,18 +377,6 @@ class MoEFFN(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{k}={v}" for k, v in asdict(self.spec).items() if v is not None and v is not False)
-
-
-@dataclass
-class Usage:
-    """What one layer has run: `tokens`, and how often each expert (E,) int64."""
-
-    counts: Tensor
-    tokens: int = 0
-
-    @property
-    def experts_per_token(self) -> float:
-        return float(self.counts.sum()) / max(1, self.tokens)
 
 
 def pack(model: nn.Module, precision: str | None = None) -> None:

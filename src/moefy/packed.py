@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import weakref
 from collections.abc import Mapping
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import stateless
 
 from moefy.kernels import native
 from moefy.kernels.bound import Bound
@@ -79,6 +81,16 @@ class Graphs:
         return Graphs, ()
 
 
+def called_functionally() -> bool:
+    """Whether torch.func.functional_call is under way: the parameters are its caller's, who goes on with them."""
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is stateless._functional_call.__code__:
+            return True
+        frame = frame.f_back
+    return False
+
+
 def keeps(fn: Any, dtype: torch.dtype) -> bool:
     """Whether what a module's `_apply` does to tensors of a type on the CPU leaves type and device as they are."""
     after = fn(torch.empty(0, dtype=dtype))
@@ -86,7 +98,7 @@ def keeps(fn: Any, dtype: torch.dtype) -> bool:
 
 
 class Packed:
-    """The packed weights of a layer, whose parameters (in `parameters`) are emptied, and of its router."""
+    """The packed weights of a layer, whose parameters (in `parameters`) `empty` releases, and of its router."""
 
     def __init__(self, parameters: Mapping[str, nn.Parameter | None], spec: LayerSpec, precision: str | None):
         own: dict[str, Any] = {name: p for name, p in parameters.items() if p is not None}
@@ -97,8 +109,6 @@ class Packed:
             precision=precision or native.PRECISIONS[own["experts_up"].dtype],
         )
         self._parameters = {name: p for name, p in own.items() if p.numel()}  # what is empty keeps its shape
-        for parameter in self._parameters.values():
-            parameter.data = parameter.data.new_empty(0)
         self._snapshot = Snapshot(parameters)
         self.router: native.PackedRouter | None = None
         self._router: Router | None = None
@@ -107,9 +117,15 @@ class Packed:
         self.bound: Bound | None = None
         self.bound_top_k = -1
 
+    def empty(self) -> None:
+        """Release the parameters' memory: last, when whoever stops it has the packed weights."""
+        for parameter in self._parameters.values():
+            parameter.data = parameter.data.new_empty(0)
+
     def is_of(self, parameters: Mapping[str, nn.Parameter | None]) -> bool:
-        """Whether the layer has the parameters that were packed; MoefyError if one was changed, to no effect."""
-        if not self._snapshot.same(parameters):
+        """Whether the layer has the parameters that were packed, none with a new `.data`; MoefyError if one was
+        changed in place, to no effect."""
+        if not self._snapshot.same(parameters) or any(map(torch.numel, self._parameters.values())):
             return False
         if not self._snapshot.unchanged():
             raise MoefyError(

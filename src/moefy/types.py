@@ -213,3 +213,15 @@ class Partition:
     @property
     def neurons(self) -> int:
         return len(self.shared) + self.experts.numel()
+
+
+@dataclass
+class Usage:
+    """What one layer has run: `tokens`, and how often each expert (E,) int64."""
+
+    counts: Tensor
+    tokens: int = 0
+
+    @property
+    def experts_per_token(self) -> float:
+        return float(self.counts.sum()) / max(1, self.tokens)

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from moefy.moe import Usage, moe_layers
+from moefy.moe import moe_layers
+from moefy.types import Usage
 
 
 @contextmanager

@@ -158,11 +158,11 @@ class Bank:
         for name, which in (("gate", _GATE), ("up", _UP), ("down", _DOWN)):
             if which != _GATE or self.gated:
                 dtype = _DTYPES.get(self.weights[which == _DOWN], torch.float32)
-                found[prefix + name] = own_memory(torch.empty(self.shape, dtype=dtype))
+                found[prefix + name] = own_memory(torch.empty(self.shape, dtype=dtype, device="cpu"))
                 self.packed.unpack(which, found[prefix + name].data_ptr(), torch.get_num_threads())
                 if which == _DOWN and self._columns is not None:
                     found[prefix + name] *= self._columns
-            bias = torch.empty(self.shape[:2], dtype=torch.float32)
+            bias = own_memory(torch.empty(self.shape[:2], dtype=torch.float32, device="cpu"))
             if which != _DOWN and self.packed.unpack_bias(which, bias.data_ptr()):
                 found[f"{prefix}{name}_bias"] = bias
         return found

@@ -34,7 +34,9 @@ class Bound:
         if not self.possible(packed):
             raise ValueError("there are no experts to choose from: use PackedFFN.forward")
         routing = {"top_k": top_k} if threshold is None else {"threshold": float(threshold), "most": most}
-        packed.forward(torch.zeros(0, packed.width, dtype=dtype), router=router, **routing)  # checks the arguments
+        packed.forward(
+            torch.zeros(0, packed.width, dtype=dtype, device="cpu"), router=router, **routing
+        )  # checks the arguments
         self.dtype, self.width = dtype, packed.width
         self._owners = packed, router  # their memory is what the call points to
         self._threshold = threshold

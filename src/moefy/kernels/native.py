@@ -205,9 +205,9 @@ class PackedFFN:
         gate_weights, expert_scale = plain(gate_weights, torch.float32), plain(expert_scale, torch.float32)
         self._check_added("counts", counts, self.experts)
         self._check_added("phases", phases, len(PHASES))
-        y = own_memory(torch.empty((tokens, self.width), dtype=x.dtype))
+        y = own_memory(torch.empty((tokens, self.width), dtype=x.dtype, device="cpu"))
         if chosen_out is not None:
-            chosen_out.append(torch.full((tokens, capacity), -1, dtype=torch.int32))
+            chosen_out.append(torch.full((tokens, capacity), -1, dtype=torch.int32, device="cpu"))
         valid = EXTENSION.forward(
             *self._fixed(routed, router, capacity, threshold is not None),
             *(x.data_ptr(), x.stride(0), x.stride(1), x.dtype == torch.bfloat16, y.data_ptr(), tokens),

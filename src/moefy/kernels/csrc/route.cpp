@@ -81,14 +81,14 @@ void Run::score(Tokens tile, int job, int thread) {
   const int units = c_.router->units(), row_groups = int(ceil_div(tile.count, score_rows()));
   const int unit_groups = score_groups(*c_.router, tile.count, tiled_scores_), g = job % unit_groups, r = job / unit_groups;
   const int row = tile.count * r / row_groups, end = tile.count * (r + 1) / row_groups;
-  const int unit = units * g / unit_groups;
+  const int unit = int(int64_t(units) * g / unit_groups);  // 64 bits: a million experts overflow 32
   const char* x[kScoreRows];
   char* out[kScoreRows];
   for (int t = row; t < end; ++t) {
     x[t - row] = tiled_scores_ ? expert_row(tile, t) : row32(tile, t);
     out[t - row] = reinterpret_cast<char*>(ws_.scores.as<float>() + int64_t(t) * score_stride_ + unit * kLanes);
   }
-  k_.up({c_.router, 0, unit, units * (g + 1) / unit_groups, end - row, x, thread_sums(thread), out, nullptr,
+  k_.up({c_.router, 0, unit, int(int64_t(units) * (g + 1) / unit_groups), end - row, x, thread_sums(thread), out, nullptr,
          tiled_scores_});
 }
 

@@ -203,7 +203,8 @@ void Run::add_joined(int thread, float* y, int64_t stride, int token0, int token
 void Run::down(Tokens tile, int slice, int thread) {
   const int panels = int(ceil_div(c_.width, kLanes));
   const int cs = slice % column_slices_, ts = slice / column_slices_;
-  const int panel0 = panels * cs / column_slices_, panel1 = panels * (cs + 1) / column_slices_;
+  const int panel0 = int(int64_t(panels) * cs / column_slices_);
+  const int panel1 = int(int64_t(panels) * (cs + 1) / column_slices_);
   const auto cut = [&](int part) {
     const int64_t token = int64_t(tile.count) * part / token_slices_;
     return int(joined_ && part < token_slices_ ? token / kJoinedRows * kJoinedRows : token);

@@ -1,0 +1,165 @@
+"""Weights are never lost or stale: what is stopped amid packing, other threads, modes and processes, new `.data`."""
+
+import copy
+import threading
+
+import pytest
+import torch
+
+import moefy
+from moefy import kernels, packed
+from moefy.kernels import native
+from moefy.moe import MoEFFN
+from moefy.types import LayerSpec
+from native_problem import needs_native
+from test_bound import build
+from test_packed import close
+
+pytestmark = needs_native
+
+
+@pytest.mark.parametrize("where", ["follow", "empty", "amid"])
+@torch.no_grad()
+def test_what_stops_packing_leaves_the_weights(where, monkeypatch):
+    moe, x = build()
+    before = {name: tensor.clone() for name, tensor in moe.state_dict().items()}
+    with kernels.using("reference"):
+        expected = moe(x)
+
+    def stopped(self, *args):
+        if where == "amid":
+            next(iter(self._parameters.values())).data = torch.empty(0)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(packed.Packed, "follow" if where == "follow" else "empty", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            moe(x)
+    assert all(torch.equal(moe.state_dict()[name], tensor) for name, tensor in before.items())
+    close(moe(x), expected)
+    assert moe.packed_bytes()
+
+
+@pytest.mark.parametrize("first", [True, False])
+@torch.no_grad()
+def test_under_another_default_device(first):
+    moe, x = build()
+    expected, before = copy.deepcopy(moe)(x), {name: tensor.clone() for name, tensor in moe.state_dict().items()}
+    if not first:
+        moe(x)
+    with torch.device("meta"):
+        assert torch.equal(moe(x), expected)  # checked
+        assert torch.equal(moe(x), expected)  # prepared
+        after = moe.state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize(
+    ("owner", "method", "read"),
+    [
+        (torch.nn.Module, "_save_to_state_dict", lambda moe: moe.state_dict()),
+        (torch.nn.Parameter, "__deepcopy__", lambda moe: copy.deepcopy(moe).state_dict()),
+        (torch.nn.Module, "_apply", lambda moe: moe._apply(torch.clone).state_dict()),
+    ],
+)
+@torch.no_grad()
+def test_a_thread_that_infers_packs_nothing_while_another_reads(owner, method, read, monkeypatch):
+    moe, x = build()
+    shapes = {name: tensor.shape for name, tensor in moe.state_dict().items()}
+    moe(x)
+    once, threads = getattr(owner, method), []
+
+    def infer():
+        with torch.no_grad():
+            moe(x)
+
+    def interrupted(self, *args, **kwargs):
+        if not threads:
+            threads.append(threading.Thread(target=infer))
+            threads[0].start()
+            threads[0].join(0.5)  # as far as it comes
+        return once(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, method, interrupted)
+        found = read(moe)
+    threads[0].join()
+    assert {name: tensor.shape for name, tensor in found.items()} == shapes
+
+
+@torch.no_grad()
+def test_new_data_of_a_packed_parameter_is_run():
+    moe, x = build()
+    other = torch.randn(moe.experts_down.shape)
+    expected = copy.deepcopy(moe)
+    expected.experts_down.copy_(other)
+    moe(x)
+    moe(x)
+    moe.experts_down.data = other.clone()
+    assert torch.equal(moe(x), expected(x))
+    assert torch.equal(moe(x), expected(x))
+
+
+@torch.no_grad()
+def test_weights_that_processes_share_stay_where_they_are():
+    moe, x = build()
+    expected = copy.deepcopy(moe)(x)
+    moe.share_memory()
+    close(moe(x), expected)
+    assert not moe.packed_bytes()
+    assert all(p.is_shared() and p.numel() for p in moe.parameters())
+
+
+@torch.no_grad()
+def test_parameters_of_a_functional_call_stay_the_caller_s():
+    moe, x = build()
+    expected = copy.deepcopy(moe)(x)
+    given = {name: torch.nn.Parameter(p.clone()) for name, p in moe.named_parameters()}
+    for _ in range(2):
+        close(torch.func.functional_call(moe, given, x), expected)
+    assert all(p.numel() for p in given.values())
+    assert not moe.packed_bytes()
+    assert torch.equal(moe(x), expected)
+    assert moe.packed_bytes()
+
+
+@pytest.mark.parametrize("kernel", ["native", "reference"])
+@torch.no_grad()
+def test_layers_that_share_parameters_say_so(kernel):
+    moe, x = build()
+    other = copy.copy(moe)
+    expected = moe(x)
+    with kernels.using(kernel), pytest.raises(moefy.MoefyError, match="packed by another that shares its parameters"):
+        other(x)
+    moe.unpack()
+    assert torch.equal(other(x), expected)
+
+
+@pytest.mark.parametrize(
+    ("router", "changes"),
+    [("mlp", {}), ("representative", {"up_bias": True}), ("representative", {"activate_up": True}), ("linear", {})],
+)
+@torch.no_grad()
+def test_autocast_changes_no_choice(router, changes):
+    torch.manual_seed(0)
+    spec = LayerSpec(64, 16, 32, 8, 6, router, "silu", True, **changes)
+    moe = MoEFFN(spec).eval().requires_grad_(False)
+    for parameter in moe.parameters():
+        parameter.normal_(0, 0.3)
+    moe.neurons.copy_(torch.arange(spec.neurons))
+    x = torch.randn(512, 64)
+    chosen, y = moe.route(x), moe(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(moe.route(x), chosen)
+        assert torch.equal(moe(x), y)
+    assert moe.packed_bytes()
+
+
+@torch.no_grad()
+def test_a_million_experts():
+    experts, width = 800_000, 4
+    up, down, rows = torch.randn(experts, 1, width), torch.randn(experts, 1, width), torch.randn(experts, width)
+    ffn = native.PackedFFN(experts_up=up, experts_down=down, activation="relu")
+    x = torch.randn(1, width)
+    _, chosen = ffn.forward_with_chosen(x, router=native.PackedRouter.linear(rows), top_k=5)
+    assert set(chosen[0].tolist()) == set((x @ rows.t()).topk(5).indices[0].tolist())
