@@ -40,6 +40,7 @@ ORDER = [
     "budgets",
     "convert_layer",
     "convert",
+    "tokenizer",
     "sources",
     "model_card",
     "checkpoint",

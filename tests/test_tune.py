@@ -13,6 +13,7 @@ from command import run
 from moefy import adapters, kernels
 from moefy.losses import teacher_loss, text_loss
 from moefy.moe import moe_layers
+from moefy.tokenizer import load_tokenizer
 from moefy.tune import _measured, tune
 from moefy.usage import usage
 from native_problem import needs_native
@@ -320,7 +321,7 @@ def test_an_adapter_is_what_is_merged():
 def place(dense, tmp_path, monkeypatch):
     """A folder with a converted model, its dense source, and text."""
     model = moefy.Recipe(experts=6, shared=2, active=2)
-    loaded, tokenizer = tiny.tiny("llama"), moefy.sources.load_tokenizer(str(dense))
+    loaded, tokenizer = tiny.tiny("llama"), load_tokenizer(str(dense))
     moefy.convert(loaded, model, [tiny.inputs("llama")])
     moefy.save(loaded, tmp_path / "moe", tokenizer)
     (tmp_path / "dense").symlink_to(dense)

@@ -29,7 +29,7 @@ def token_windows(tokenizer: Any, texts: str | Iterable[str], window: int, windo
     body = window - len(prefix)
     if body < 1:
         raise MoefyError(f"A window of {window} tokens leaves no room for text; make it larger.")
-    ids = tokenizer(_first_characters(text, windows, window), add_special_tokens=False, verbose=False)["input_ids"]
+    ids = _first_ids(tokenizer, text, None if windows is None else windows * body)
     count = len(ids) // body
     if count == 0:
         raise MoefyError(
@@ -51,9 +51,17 @@ def special_prefix(tokenizer: Any) -> list[int]:
     return []
 
 
-def _first_characters(text: str, windows: int | None, window: int) -> str:
-    # Tokenising a whole corpus to use its first windows takes minutes; no tokenizer averages 12 characters.
-    return text if windows is None else text[: windows * window * 12]
+def _first_ids(tokenizer: Any, text: str, wanted: int | None) -> list[int]:
+    """At least `wanted` ids if the text has so many: tokenising a whole corpus to use its first windows takes minutes.
+
+    Texts average under 12 characters a token, but a rule of 80 dashes may be one token.
+    """
+    length = len(text) if wanted is None else wanted * 12
+    while True:
+        ids = tokenizer(text[:length], add_special_tokens=False, verbose=False)["input_ids"]
+        if length >= len(text) or len(ids) >= (wanted or 0):
+            return ids
+        length *= 4
 
 
 def positions(model: Any) -> int | None:

@@ -71,7 +71,13 @@ def check_output(
 
 
 def _is_ours(out: Path) -> bool:
-    return out.is_dir() and ((out / "config.json").exists() or not any(out.iterdir()))
+    """Whether a folder is empty or a model's: other programs have a config.json too."""
+    try:
+        config = json.loads((out / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        config = None
+    named = isinstance(config, dict) and ("model_type" in config or "architectures" in config)
+    return out.is_dir() and (named or not any(out.iterdir()))
 
 
 def save(
@@ -96,6 +102,7 @@ def save(
     record = getattr(model.config, "moefy", None)
     if not record:
         raise MoefyError("This model is not converted, so there is nothing for moefy to save; convert it first.")
+    check_weights(model)
     out = check_output(path, overwrite, source)
     with written(out) as folder:
         _write(model, folder, tokenizer, source, figures, record)
@@ -342,7 +349,7 @@ def _old(out: Path) -> Path:
 
 def _recover(out: Path) -> None:
     """Undo an overwrite that was cut off between its two renames."""
-    if _old(out).exists():
+    if _old(out).exists() and (is_gguf(_old(out)) or _is_ours(_old(out))):  # somebody else's may be called so
         if out.exists():
             shutil.rmtree(_old(out), ignore_errors=True)
         else:

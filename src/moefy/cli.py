@@ -101,7 +101,7 @@ def evaluate(
         return
     body = texts.read_text(text)
     ours, tokenizer = load_any(model, dtype, trust_remote_code, int8)
-    dense = load_any(against, dtype, trust_remote_code)[0] if against else None
+    dense = load_any(against, dtype, trust_remote_code)[0] if against is not None else None
     batches = text_batches(ours, tokenizer, body, window, windows)
     with console.progress("Evaluating") as update:
         figures = evaluate_model(ours, dense, batches, tokenizer, update)

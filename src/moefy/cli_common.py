@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any
@@ -57,13 +56,16 @@ def _pack_int8(name: str, model: Any) -> None:
 def _load(name: str, dtype: str, remote_code: bool) -> tuple[Any, Any]:
     from moefy import checkpoint
     from moefy.hf import MODEL_TYPE
-    from moefy.sources import load_source, load_tokenizer, local_path, read_config, torch_dtype
+    from moefy.sources import load_source, local_path, read_config, torch_dtype
+    from moefy.tokenizer import load_tokenizer
 
     checkpoint.recover(name)
     folder = local_path(name)
     with loading(name):
         if (folder / "config.json").is_file() and read_config(folder).get("model_type") == MODEL_TYPE:
-            return checkpoint.load(name, dtype=torch_dtype(dtype)), load_tokenizer(str(folder))
+            return checkpoint.load(name, dtype=torch_dtype(dtype)), load_tokenizer(
+                str(folder), trust_remote_code=remote_code
+            )
         return load_source(name, dtype=dtype, remote_code=remote_code)
 
 
@@ -102,6 +104,6 @@ def number(option: str, text: str | None) -> int | float | None:
 
 def gibibytes(option: str, size: float) -> int:
     """The bytes of an option in GiB; MoefyError if it is no size."""
-    if not 0 <= size < math.inf:
+    if not 0 <= size < 1e9:
         raise MoefyError(f"{option} takes GiB, 0 or more, such as 1.5, and not {size}.")
     return int(size * 2**30)

@@ -36,7 +36,7 @@ def export(
     from moefy.export import export as export_model
     from moefy.export.gguf import check_options
 
-    form = "gguf" if output.suffix == ".gguf" else "transformers"
+    form = "gguf" if output.suffix.lower() == ".gguf" else "transformers"
     options: dict[str, Any] = {}
     if form == "gguf":
         options = {"like": like, "weights": weights or "q8_0"}

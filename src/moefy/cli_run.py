@@ -27,7 +27,7 @@ def generate(
     from transformers import TextStreamer
 
     from moefy.calibrate import check_ids
-    from moefy.tasks.base import checked_steps
+    from moefy.tasks.base import greedy
     from moefy.texts import is_text
 
     if not is_text(prompt):
@@ -41,24 +41,32 @@ def generate(
         if not tokenizer.chat_template:
             raise MoefyError(f"{model} has no chat template; leave out --chat.")
         message = [{"role": "user", "content": prompt}]
-        prompt = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+        prompt = _in_template(model, tokenizer, message)
     inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat)
     if inputs["input_ids"].shape[1] == 0:
         raise MoefyError("The prompt is empty; give some text to continue.")
     check_ids(loaded, inputs["input_ids"])
     tokens = _room(loaded, inputs["input_ids"].shape[1], tokens)
     streamer = None if loaded.config.is_encoder_decoder else TextStreamer(tokenizer, skip_special_tokens=True)
-    ids = loaded.generate(
+    ids = greedy(
+        loaded,
         input_ids=inputs["input_ids"],
         attention_mask=inputs["attention_mask"],
         max_new_tokens=tokens,
-        do_sample=False,
-        logits_processor=checked_steps(loaded),
         streamer=streamer,
         pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
     )
     if streamer is None:
         print(tokenizer.decode(ids[0], skip_special_tokens=True))
+
+
+def _in_template(model: str, tokenizer: Any, messages: list[dict[str, str]]) -> str:
+    """The messages in a model's chat template, which is a program in Jinja and can fail in any way."""
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except Exception as error:
+        said = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise MoefyError(f"The chat template of {model} fails ({said.rstrip('.')}); leave out --chat.") from None
 
 
 def bench(
@@ -82,10 +90,10 @@ def bench(
     whole = [body] * -(-_CHARACTERS // len(body))
     rounded = load_any(model, dtype, trust_remote_code, int8)[0] if int8 else None  # first: it may be refused
     models: dict[str, Any] = {}
-    if against:
+    if against is not None:
         models["dense"] = load_any(against, dtype, trust_remote_code)[0]
     models["model"], tokenizer = load_any(model, dtype, trust_remote_code)
-    if against:
+    if against is not None:
         check_comparable(models["model"], models["dense"])
     if rounded is not None:
         models["model int8"] = rounded

@@ -100,7 +100,7 @@ def evaluate_task(
     examples = tasks.task_examples(task, data, limit)
     figures: dict[str, dict[str, float]] = {}
     ours = f"{model} int8" if int8 else model
-    for name in (ours, *([against] if against else [])):
+    for name in (ours, *([against] if against is not None else [])):
         loaded, tokenizer = load_any(model if name == ours else name, dtype, remote_code, int8 and name == ours)
         with console.progress(f"{task}: {name}") as update, usage(loaded) as counted:
             figures[name] = tasks.evaluate_task(loaded, tokenizer, task, data, limit, update)

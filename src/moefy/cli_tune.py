@@ -53,8 +53,8 @@ def tune(
     for source in (model, teacher or model):
         out = checkpoint.check_output(output, overwrite, source)
     body = texts.read_text(text)
-    loaded, tokenizer = _converted(model, dtype)
-    dense = load_any(teacher, dtype, trust_remote_code)[0] if teacher else None
+    loaded, tokenizer = _converted(model, dtype, trust_remote_code)
+    dense = load_any(teacher, dtype, trust_remote_code)[0] if teacher is not None else None
     if dense is not None:
         check_comparable(loaded, dense)
     batches = text_batches(loaded, tokenizer, body, window, samples, batch_size)
@@ -70,13 +70,15 @@ def tune(
     _show(output, tuned)
 
 
-def _converted(name: str, dtype: str) -> tuple[Any, Any]:
+def _converted(name: str, dtype: str, remote_code: bool) -> tuple[Any, Any]:
     """A converted model and its tokenizer; MoefyError for any other."""
     from moefy import checkpoint
-    from moefy.sources import load_tokenizer, local_path, torch_dtype
+    from moefy.sources import local_path, torch_dtype
+    from moefy.tokenizer import load_tokenizer
 
     with loading(name):
-        return checkpoint.load(name, dtype=torch_dtype(dtype)), load_tokenizer(str(local_path(name)))
+        loaded = checkpoint.load(name, dtype=torch_dtype(dtype))
+        return loaded, load_tokenizer(str(local_path(name)), trust_remote_code=remote_code)
 
 
 def _show(output: Path, tuned: Any) -> None:

@@ -158,6 +158,7 @@ def settings(dense: Any, data: Data, rounds: int, model_name: str) -> dict[str, 
     return {
         "model": model_name,
         "weights": digest(_samples(dense)),
+        "config": dense.config.to_json_string(),
         "calibration": {"pool": list(data.pool.shape), "taken": data.take, "tokens": digest({"pool": data.pool})},
         "texts": {name: {"windows": list(t.shape), "tokens": digest({"text": t})} for name, t in data.texts.items()},
         "prefix": data.prefix,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import re
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -59,6 +60,18 @@ def layers_of(reader: Reader) -> int:
     """The number of layers that the tensors are of."""
     blocks = [re.match(r"blk\.(\d+)\.", tensor.name) for tensor in reader.tensors]
     return 1 + max((int(block[1]) for block in blocks if block), default=-1)
+
+
+@contextmanager
+def alone(path: Path) -> Iterator[Path]:
+    """A folder that holds this file by its name and nothing else, for the length of a with block.
+
+    Of a folder transformers reads more than the GGUF file: another model's tokenizer.json, an adapter.
+    """
+    with tempfile.TemporaryDirectory(prefix="moefy-") as name:
+        folder = Path(name)
+        (folder / path.name).symlink_to(path.resolve())
+        yield folder
 
 
 @contextmanager

@@ -125,7 +125,7 @@ class Packed:
     def is_of(self, parameters: Mapping[str, nn.Parameter | None]) -> bool:
         """Whether the layer has the parameters that were packed, none with a new `.data`; MoefyError if one was
         changed in place, to no effect."""
-        if not self._snapshot.same(parameters) or any(map(torch.numel, self._parameters.values())):
+        if not self._snapshot.same(parameters) or any(map(Tensor.numel, self._parameters.values())):
             return False
         if not self._snapshot.unchanged():
             raise MoefyError(

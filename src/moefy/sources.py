@@ -20,15 +20,14 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from moefy import hub
-from moefy.gguf_file import is_gguf, layers_of, read_gguf, read_once
+from moefy.gguf_file import alone, is_gguf, layers_of, read_gguf, read_once
 from moefy.hf import MODEL_TYPE
 from moefy.quiet import quiet_transformers
+from moefy.tokenizer import load_tokenizer
 from moefy.types import MoefyError
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack")
 # Where a tokenizer is, if a directory has one.
-_TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
-_SENTENCEPIECE = ("tokenizer.model", "spiece.model")
 # Sizes in a config, by the names of several families, that are above 0 or not given.
 _SIZES = {
     *("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size"),
@@ -39,6 +38,7 @@ _DEQUANTISED = ("fp8", "mxfp4")
 # What transformers raises for a damaged checkpoint: a config with wrong values fails wherever they are first used.
 LOAD_ERRORS = (
     *(OSError, ValueError, LookupError, RuntimeError, ImportError, TypeError, AttributeError, ArithmeticError),
+    AssertionError,  # torch's, for a padding token beyond the vocabulary
     *(SafetensorError, StrictDataclassError),
 )
 
@@ -68,7 +68,9 @@ def load_source(source: str | os.PathLike[str], *, dtype: str = "auto", remote_c
 
 
 def local_path(name: str | os.PathLike[str]) -> Path:
-    """A path as it was typed, with ~ for a home; MoefyError if it is nobody's."""
+    """A path as it was typed, with ~ for a home; MoefyError if it is nobody's, or empty."""
+    if not os.fspath(name):
+        raise MoefyError("The name of a model is empty; give a directory, a .gguf file or a hub name.")
     try:
         return Path(name).expanduser()
     except RuntimeError:
@@ -103,13 +105,24 @@ def check_directory(path: Path) -> dict[str, Any]:
                 f"convert it to safetensors first (transformers' save_pretrained writes them)."
             )
         raise MoefyError(f"{path} has no weights (*.safetensors).")
+    quantised: set[str] = set()
     for file in files:
         try:
             with safe_open(file, framework="pt") as opened:
-                opened.keys()
+                names = list(opened.keys())
+                quantised |= {name for name in names if _has_other_type(name, opened.get_slice(name))}
         except (SafetensorError, OSError) as error:
             raise MoefyError(f"{file} is truncated or corrupt ({error}); copy or download it again.") from None
-    return read_config(path)
+    config = read_config(path)
+    if quantised and not any("quantization_config" in part for part in (config, config.get("text_config") or {})):
+        raise _quantised(str(path), f"as {min(quantised)} is, by what config.json does not say")
+    return config
+
+
+def _has_other_type(name: str, weight: Any) -> bool:
+    """Whether a matrix in a file is of a type that quantised ones have: transformers takes its values as they are."""
+    plain = weight.get_dtype() in ("F16", "BF16", "F32", "F64")
+    return name.endswith("weight") and len(weight.get_shape()) > 1 and not plain
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -320,37 +333,17 @@ def _model_class(config: Any, name: str) -> Any:
     return AutoModelForCausalLM if type(config) in AutoModelForCausalLM._model_mapping else AutoModel
 
 
-def load_tokenizer(name: str, **options: Any) -> Any:
-    """The tokenizer of a model, or None if it has none; MoefyError if its directory holds one that is damaged."""
-    try:
-        return AutoTokenizer.from_pretrained(name, **options)
-    except Exception as error:  # a model without text shows in as many ways as a damaged file
-        files = [file for file in _TOKENIZERS if (Path(name) / file).is_file()]
-        if not files:
-            return None
-        pieces = [file for file in files if file in _SENTENCEPIECE]
-        if pieces and "tokenizer.json" not in files and importlib.util.find_spec("sentencepiece") is None:
-            raise MoefyError(
-                f"The tokenizer of {name} is a SentencePiece file ({pieces[0]}), which takes a package to read: "
-                f"pip install sentencepiece protobuf."
-            ) from None
-        first = next(iter(str(error).splitlines()), "").rstrip(" .:")
-        raise MoefyError(
-            f"The tokenizer of {name} cannot be loaded ({type(error).__name__}: {first}); "
-            f"copy or download {' and '.join(files)} again."
-        ) from None
-
-
 def _load_gguf(path: Path, dtype: str) -> tuple[Any, Any]:
     reader = read_gguf(path)
     layers = layers_of(reader)
     kind = torch.float32 if dtype == "auto" else torch_dtype(dtype)
-    options: dict[str, Any] = {"gguf_file": path.name}
+    options: dict[str, Any] = {"gguf_file": path.name, "trust_remote_code": False}
     model: Any
     try:
-        with read_once(path, reader):
-            model, info = weights_of(AutoModelForCausalLM, path.parent, dtype=kind, **options)
-            tokenizer = AutoTokenizer.from_pretrained(path.parent, **options)
+        with alone(path) as folder, read_once(folder / path.name, reader):
+            model, info = weights_of(AutoModelForCausalLM, folder, dtype=kind, **options)
+            tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+        model.name_or_path = model.config.name_or_path = tokenizer.name_or_path = str(path.parent)
     except LOAD_ERRORS as error:
         raise MoefyError(f"The GGUF file {path} cannot be loaded: {reason(error)}") from None
     check_complete(model, info, f"The GGUF file {path}", "metadata")

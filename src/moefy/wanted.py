@@ -25,7 +25,7 @@ def chosen(recipe: str | None, **options: Any) -> Recipe:
             f"nor a count of experts, such as 2."
         )
     counted = options.keys() & _COUNTING or (isinstance(active, int) and active > 1)
-    base = Recipe.of(recipe or ("cmoe" if counted else DEFAULT))
+    base = Recipe.of(recipe if recipe is not None else "cmoe" if counted else DEFAULT)
     _check(base, options, active)
     if options.get("refit") is False:
         options["repair"] = 0.0  # it is a part of the refit

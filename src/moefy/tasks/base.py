@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from moefy.calibrate import positions
-from moefy.sources import check_finite
+from moefy.sources import LOAD_ERRORS, check_finite, reason
 from moefy.tasks.rows import Row
 from moefy.types import MoefyError
 
@@ -180,6 +180,19 @@ def checked_steps(model: Any) -> Any:
         return scores
 
     return LogitsProcessorList([check])
+
+
+def greedy(model: Any, **options: Any) -> Tensor:
+    """The ids that a model writes, each the likeliest; MoefyError if its generation_config.json does not allow that."""
+    one: dict[str, Any] = {"do_sample": False, "num_beams": 1, "num_return_sequences": 1}
+    one |= {"return_dict_in_generate": False, "logits_processor": checked_steps(model)}
+    try:
+        return model.generate(**one, **options)
+    except LOAD_ERRORS as error:
+        raise MoefyError(
+            f"This {type(model).__name__} cannot write with what its generation_config.json asks for "
+            f"({type(error).__name__}: {reason(error).rstrip('.')}); correct that file."
+        ) from None
 
 
 def pad_id(tokenizer: Any) -> int:

@@ -15,7 +15,7 @@ from moefy.tasks.base import (
     Progress,
     Task,
     by_length,
-    checked_steps,
+    greedy,
     head_of,
     longest_input,
     pad_id,
@@ -87,13 +87,11 @@ def generate(
         rows = [ids[i] for i in batch]
         feed = padded(rows, pad, left=not seq2seq)
         mask = padded([[1] * len(r) for r in rows], 0, left=not seq2seq)
-        out = model.generate(
+        out = greedy(
+            model,
             input_ids=feed,
             attention_mask=mask,
             max_new_tokens=min(new_tokens, longest - (1 if seq2seq else feed.shape[1])),
-            do_sample=False,
-            num_beams=1,
-            logits_processor=checked_steps(model),
             pad_token_id=pad,
         )
         for i, row in zip(batch, out if seq2seq else out[:, feed.shape[1] :], strict=True):

@@ -1,0 +1,40 @@
+"""A model's tokenizer: there, not there, or in a sentence what is wrong with it."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from moefy.types import MoefyError
+
+_TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+_SENTENCEPIECE = ("tokenizer.model", "spiece.model")
+
+
+def load_tokenizer(name: str, **options: Any) -> Any:
+    """The tokenizer of a model, or None if it has none; MoefyError if its directory holds one that is damaged."""
+    try:
+        # False is to be said: else transformers asks at the terminal whether it may run a tokenizer's own code.
+        return AutoTokenizer.from_pretrained(name, **{"trust_remote_code": False, **options})
+    except Exception as error:  # a model without text shows in as many ways as a damaged file
+        files = [file for file in _TOKENIZERS if (Path(name) / file).is_file()]
+        if not files:
+            return None
+        pieces = [file for file in files if file in _SENTENCEPIECE]
+        if pieces and "tokenizer.json" not in files and importlib.util.find_spec("sentencepiece") is None:
+            raise MoefyError(
+                f"The tokenizer of {name} is a SentencePiece file ({pieces[0]}), which takes a package to read: "
+                f"pip install sentencepiece protobuf."
+            ) from None
+        if "trust_remote_code" in str(error):
+            raise MoefyError(
+                f"The tokenizer of {name} has code of its own; --trust-remote-code runs it, if you trust its source."
+            ) from None
+        first = next(iter(str(error).splitlines()), "").rstrip(" .:")
+        raise MoefyError(
+            f"The tokenizer of {name} cannot be loaded ({type(error).__name__}: {first}); "
+            f"copy or download {' and '.join(files)} again."
+        ) from None

@@ -1,0 +1,149 @@
+"""What lies beside a model or in its files and is not the model's: other tokenizers, code, folders, settings."""
+
+import io
+import json
+import shutil
+import sys
+
+import pytest
+import torch
+
+import moefy
+import tiny
+from command import moefy as command
+from moefy.calibrate import token_windows
+from moefy.sources import load_source
+from test_sources import with_config, with_weights, write_gguf
+from words import pydoc_tokenizer
+
+HALF = moefy.Recipe(experts=6, shared=1, active=2, top_activated=4)
+CODE = "from transformers import PreTrainedTokenizerFast\nraise SystemExit('ran')\n"
+
+
+@pytest.fixture
+def converted(dense, tmp_path):
+    model, tokenizer = load_source(dense)
+    moefy.convert(model, HALF, [tiny.inputs("llama")])
+    return moefy.save(model, tmp_path / "converted", tokenizer)
+
+
+def test_a_gguf_has_its_own_tokenizer_and_no_adapter(tmp_path, dense):
+    (tmp_path / "alone").mkdir()
+    (tmp_path / "beside").mkdir()
+    expected = load_source(write_gguf(tmp_path / "alone" / "m.gguf"))
+    file = write_gguf(tmp_path / "beside" / "m.gguf")
+    shutil.copy(dense / "tokenizer.json", file.parent)
+    (file.parent / "adapter_config.json").write_text("{}")
+    (file.parent / "tok.py").write_text(CODE)
+    (file.parent / "tokenizer_config.json").write_text(json.dumps({"auto_map": {"AutoTokenizer": [None, "tok.T"]}}))
+    model, tokenizer = load_source(file)
+    assert tokenizer.get_vocab() == expected[1].get_vocab()
+    assert model.name_or_path == str(file.parent)
+    feed = {"input_ids": torch.arange(3)[None]}
+    assert torch.equal(tiny.output(model, feed), tiny.output(expected[0], feed))
+
+
+def test_integers_are_no_weights(dense, tmp_path):
+    folder = shutil.copytree(dense, tmp_path / "model")
+
+    def to_integers(weights):
+        name = "model.layers.1.mlp.up_proj.weight"
+        weights[name] = (weights[name] * 100).to(torch.int8)
+
+    with_weights(folder, to_integers)
+    with pytest.raises(moefy.MoefyError, match=r"quantised \(as model.layers.1.mlp.up_proj.weight is, by what config"):
+        load_source(folder)
+
+
+def test_a_padding_token_beyond_the_vocabulary(dense, tmp_path):
+    folder = shutil.copytree(dense, tmp_path / "model")
+    with_config(folder, pad_token_id=tiny.VOCAB)
+    with pytest.raises(moefy.MoefyError, match="cannot be loaded"):
+        load_source(folder)
+
+
+@pytest.mark.parametrize("kind", ["dense", "converted"])
+def test_a_tokenizer_s_own_code_does_not_run_unasked(kind, dense, converted, tmp_path, monkeypatch):
+    folder = shutil.copytree(dense, tmp_path / "dense") if kind == "dense" else converted
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings["auto_map"] = {"AutoTokenizer": [None, "tok.T"]}
+    settings.pop("tokenizer_class", None)
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "tok.py").write_text(CODE)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("y\ny\n"))  # to a question whether it may
+    done = command("eval", folder, "--window", 32, "--windows", 1, "--json")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "--trust-remote-code runs it" in " ".join(done.stderr.split())
+
+
+def test_other_programs_folders_are_not_replaced(dense, converted, tmp_path):
+    editor = tmp_path / "editor"
+    editor.mkdir()
+    (editor / "config.json").write_text('{"editor": "vim"}')
+    (editor / "thesis.tex").write_text("all")
+    kept = tmp_path / ".converted.old"
+    kept.mkdir()
+    (kept / "thesis.tex").write_text("all")
+    with pytest.raises(moefy.MoefyError, match="not a model directory, so it will not be overwritten"):
+        moefy.save(moefy.load(converted), editor, overwrite=True)
+    moefy.load(converted)
+    assert (editor / "thesis.tex").read_text() == (kept / "thesis.tex").read_text() == "all"
+
+
+def test_weights_that_are_no_numbers_are_not_saved(converted, tmp_path):
+    model = moefy.load(converted)
+    model.lm_head.weight.data[0, 0] = float("inf")
+    with pytest.raises(moefy.MoefyError, match=r"lm_head.weight holds NaN or infinite values"):
+        moefy.save(model, converted, overwrite=True)
+    assert moefy.load(converted).lm_head.weight.isfinite().all()
+
+
+def test_a_text_that_begins_with_long_tokens():
+    tokenizer = pydoc_tokenizer()
+    tokenizer.add_tokens(["=" * 80])
+    text = "\n".join(["=" * 80] * 60) + "\n" + "The function returns the list of names. " * 200
+    assert token_windows(tokenizer, text, 32, 4).shape == (4, 32)
+
+
+@pytest.mark.parametrize("settings", [{"num_beams": 4}, {"repetition_penalty": 0.0}, {"stop_strings": ["a"]}])
+def test_settings_of_generation(settings, dense, tmp_path):
+    folder = shutil.copytree(dense, tmp_path / "model")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 2, **settings}))
+    done = command("generate", folder, "the list", "--tokens", 3)
+    if "num_beams" in settings:
+        assert done.returncode == 0
+    else:
+        assert done.returncode == 2
+        assert "generation_config.json" in done.stderr
+
+
+@pytest.mark.parametrize("template", ["{% if %}", "{{ raise_exception('no') }}", "{{ 1 / 0 }}"])
+def test_a_chat_template_that_fails(template, dense, tmp_path):
+    folder = shutil.copytree(dense, tmp_path / "model")
+    (folder / "chat_template.jinja").write_text(template)
+    done = command("generate", folder, "the list", "--chat")
+    assert done.returncode == 2
+    assert "The chat template" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "args", [("eval", "--against"), ("tune", "--teacher"), ("convert", "--recipe"), ("bench", "--against")]
+)
+def test_an_empty_option_is_not_one_left_out(args, converted, dense, tmp_path):
+    name, option = args
+    places = [dense, tmp_path / "out"] if name == "convert" else [converted, tmp_path / "out"][: 1 + (name == "tune")]
+    small = ["--rounds", 1] if name == "bench" else ["--window", 32]
+    assert command(name, *places, option, "", *small).returncode == 2
+
+
+def test_a_comparison_of_another_config(dense, tmp_path):
+    folder = shutil.copytree(dense, tmp_path / "model")
+    text = tmp_path / "text.txt"
+    text.write_text("The function returns the list of names. " * 100)
+    call = ["compare", folder, tmp_path / "out", "--text", text, "--recipes", "cmoe", "--active", "0.5", "--seeds", 1]
+    call += ["--rounds", 0, "--window", 32, "--windows", 2, "--calibration-windows", 2]
+    assert command(*call).returncode == 0
+    with_config(folder, rms_norm_eps=0.5)
+    done = command(*call)
+    assert done.returncode == 2
+    assert "other settings (config)" in " ".join(done.stderr.split())
