@@ -13,6 +13,7 @@ import tiny
 from command import moefy as command
 from moefy.calibrate import token_windows
 from moefy.sources import load_source
+from moefy.texts import read_text
 from test_sources import with_config, with_weights, write_gguf
 from words import pydoc_tokenizer
 
@@ -96,6 +97,36 @@ def test_weights_that_are_no_numbers_are_not_saved(converted, tmp_path):
     with pytest.raises(moefy.MoefyError, match=r"lm_head.weight holds NaN or infinite values"):
         moefy.save(model, converted, overwrite=True)
     assert moefy.load(converted).lm_head.weight.isfinite().all()
+
+
+@pytest.mark.parametrize("change", [{"gated": False}, {"router": None}])
+def test_weights_that_an_edited_config_leaves_out(change, converted):
+    config = json.loads((converted / "config.json").read_text())
+    for spec in config["moefy"]["layers"].values():
+        spec |= change
+    with_config(converted, moefy=config["moefy"])
+    with pytest.raises(moefy.MoefyError, match=r"for which its config.json leaves no room"):
+        moefy.load(converted)
+
+
+@pytest.mark.parametrize(("name", "read"), [("a.ndjson", True), ("a.JSONL", True), ("a.json", False)])
+def test_endings_of_json(name, read, tmp_path):
+    (tmp_path / name).write_text('{"text": "one"}\n{"text": "two"}\n')
+    if read:
+        assert read_text(tmp_path / name) == "one\n\ntwo"
+        return
+    with pytest.raises(moefy.MoefyError, match="is JSON and no text; give JSON lines"):
+        read_text(tmp_path / name)
+
+
+def test_a_mount_point_is_no_output(converted):
+    with pytest.raises(moefy.MoefyError, match="/proc is a mount point"):
+        moefy.save(moefy.load(converted), "/proc", overwrite=True)
+
+
+def test_a_window_of_one_token_is_not_cut_in_two():
+    with pytest.raises(moefy.MoefyError, match="cannot be cut in two"):
+        moefy.text_calibration(pydoc_tokenizer(), "the list of names", window=1, decoder_start=0)
 
 
 def test_a_text_that_begins_with_long_tokens():

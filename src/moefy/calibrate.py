@@ -91,6 +91,8 @@ def text_calibration(
     With `decoder_start` (an encoder-decoder's start token) each window is cut in two: the first half
     is the encoder's input, the second the decoder's, shifted right by the start token.
     """
+    if decoder_start is not None and window < 2:
+        raise MoefyError("A window of 1 token cannot be cut in two, as an encoder-decoder needs; make it larger.")
     rows = token_windows(tokenizer, texts, window, windows)
     batches = []
     for ids in rows.split(batch_size):

@@ -59,6 +59,8 @@ def check_output(
         if source is not None and (origin := _place(source)).exists() and out in (origin, *origin.parents):
             what = "is" if out == origin else "holds"
             raise MoefyError(f"{path} {what} the source {source}, which would be lost; choose another output.")
+        if out.is_mount():
+            raise MoefyError(f"{path} is a mount point, which nothing can be renamed to; name a folder in it.")
         if out.exists() and not overwrite:
             raise MoefyError(f"{path} exists already; choose another output or say --overwrite.")
         if out.exists() and not (is_gguf(out) if gguf else _is_ours(out)):

@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 from moefy import hub
 from moefy.gguf_file import alone, is_gguf, layers_of, read_gguf, read_once
 from moefy.hf import MODEL_TYPE
+from moefy.moe import moe_layers
 from moefy.quiet import quiet_transformers
 from moefy.tokenizer import load_tokenizer
 from moefy.types import MoefyError
@@ -173,7 +174,8 @@ def check_complete(model: Any, info: dict[str, Any], name: str, config: str = "c
 
 
 def _left_over(model: Any, unexpected: Iterable[str]) -> list[str]:
-    """Stored tensors that belong to the model's own layers: layers above its count, and biases it would do without.
+    """Stored tensors that belong to the model's own layers: layers above its count, biases it would do without, and
+    parts of converted FFNs.
 
     Other heads, poolers and buffers of old versions are not among them.
     """
@@ -181,12 +183,13 @@ def _left_over(model: Any, unexpected: Iterable[str]) -> list[str]:
     own = {key.removeprefix(prefix) for key in model.state_dict()}
     layers = {layer for key in own if (layer := _layer(key))}
     kinds = {re.sub(r"\d+", "*", key) for key in own}
+    converted = tuple(f"{layer}.".removeprefix(prefix) for layer in moe_layers(model))
     found = []
     for key in unexpected:
         name = key.removeprefix(prefix)
         beyond = re.sub(r"\d+", "*", name) in kinds and _layer(name) not in layers
         bias = name.endswith(".bias") and f"{name.removesuffix('bias')}weight" in own
-        if _layer(name) and (beyond or bias):
+        if _layer(name) and (beyond or bias or name.startswith(converted)):
             found.append(key)
     return found
 

@@ -86,8 +86,11 @@ def decoded(path: Path, kind: str = "text") -> str:
 
 def _file_text(path: Path) -> str:
     text = decoded(path)
-    if ".jsonl" in path.suffixes:
+    kinds = {suffix.lower() for suffix in path.suffixes}
+    if kinds & {".jsonl", ".ndjson"}:
         text = _documents(text, path)
+    elif ".json" in kinds:
+        raise MoefyError(f'{path} is JSON and no text; give JSON lines (.jsonl) with a "text" field in each, or text.')
     if not text.strip():
         raise MoefyError(f"The text file {path} is empty; give one with some text in it.")
     return text
