@@ -174,6 +174,15 @@ def test_an_architecture_that_only_a_checkpoint_s_own_code_has():
         find_sites(model)
 
 
+def test_a_class_that_transformers_does_not_name_is_not_saved(tmp_path):
+    model = Odd(MLP)
+    ids = torch.randint(0, 99, (8, 12))
+    moefy.convert(model, moefy.Recipe(experts=6, shared=2, active=2, top_activated=4), [{"input_ids": ids}])
+    assert len(moe_layers(model)) == 2
+    with pytest.raises(moefy.MoefyError, match="transformers knows no class Odd by its name"):
+        moefy.save(model, tmp_path / "out")
+
+
 def test_experts_in_another_layout_do_not_leave_what_runs_beside_them():
     model = decoder(tf.AriaTextConfig, tf.AriaTextForCausalLM, moe_num_experts=4, moe_topk=2, moe_num_shared_experts=1)
     with pytest.raises(moefy.MoefyError, match="a mixture of experts whose layout moefy does not know"):

@@ -104,6 +104,7 @@ def save(
     record = getattr(model.config, "moefy", None)
     if not record:
         raise MoefyError("This model is not converted, so there is nothing for moefy to save; convert it first.")
+    hf.check_named(model)
     check_weights(model)
     out = check_output(path, overwrite, source)
     with written(out) as folder:

@@ -86,7 +86,7 @@ def convert(
     trust_remote_code: RemoteCode = False,
 ) -> None:
     """Convert a dense model's FFNs to mixtures of experts, or slim them, and save the result."""
-    from moefy import checkpoint, console
+    from moefy import checkpoint, console, hf
     from moefy.sources import load_source
     from moefy.wanted import chosen
 
@@ -110,6 +110,7 @@ def convert(
     text = _readable(task, calibration)
     with loading(source):
         model, tokenizer = load_source(source, dtype=dtype, remote_code=trust_remote_code)
+    hf.check_named(model)
     batches = _batches(model, tokenizer, task, calibration, text, window, windows)
     with _kept(model, out, target_loss) as state:
         model, report, trials = _converted(model, tokenizer, wanted, batches, target_loss, hold, state)

@@ -265,6 +265,16 @@ def base_class(model: PreTrainedModel) -> Any:
     return next(c for c in type(model).__mro__ if c.__module__ != __name__)
 
 
+def check_named(model: PreTrainedModel) -> None:
+    """MoefyError if transformers has no class by the name of a model's: what is saved of it could not be loaded."""
+    known = _known(base_class(model))
+    if getattr(transformers, known.__name__, None) is not known and getattr(bamboo, known.__name__, None) is not known:
+        raise MoefyError(
+            f"transformers knows no class {known.__name__} by its name, so a converted one could not be loaded; "
+            f"convert the model that it is a part of, or a class of transformers."
+        )
+
+
 def bare_model(model: PreTrainedModel, sizes: Mapping[str, int] | None = None) -> PreTrainedModel:
     """A new dense model of the source's class on a converted model's memory, without weights (on meta) in its FFNs.
 

@@ -62,7 +62,7 @@ def tried(model: nn.Module, parts: Mapping[str, Any], part: type) -> tuple[list[
 def _leave_experts(model: nn.Module, sites: list[Site]) -> bool:
     """Whether experts in another layout would stay as they are, and only what runs beside them be converted."""
     experts = [site for site in sites if isinstance(site, ExpertSite)]
-    if any(re.search(r"expert\w*\.\d+$", site.name) for site in sites if site not in experts):
+    if any(re.search(r"experts?\.\w*\d+$", site.name) for site in sites if site not in experts):
         return True  # modules of their own, which only some tokens come by
     found = {site.name for site in sites}
     holding = {name for site in sites for name in _above(site.name)}
