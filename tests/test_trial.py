@@ -132,7 +132,7 @@ def test_what_a_module_computes_decides(make, believed, dtype):
         assert found(model) == BOTH
         return
     with pytest.raises(
-        moefy.MoefyError, match=r"'moefy-test-odd': layers.0.ffn has the matrices of a FFN and does not"
+        moefy.MoefyError, match=r"'moefy-test-odd': layers.0.ffn has the matrices of an FFN and does not"
     ):
         find_sites(model)
 
@@ -154,6 +154,13 @@ def test_a_trial_leaves_a_model_and_random_numbers_as_they_were():
     assert found(model) == BOTH
     assert modes == [module.training for module in model.modules()]
     assert torch.equal(state, torch.get_rng_state())
+
+
+def test_what_fails_beside_others_is_told():
+    model = Odd(MLP)
+    model.layers[1]["ffn"] = Scaled()
+    with pytest.warns(moefy.errors.MoefyWarning, match=r"computes something else stays as it is: layers.1.ffn\.$"):
+        assert found(model) == BOTH[:1]
 
 
 def test_layers_that_share_an_ffn_are_refused():

@@ -109,6 +109,9 @@ def test_a_loaded_model_holds_little_more_than_its_weights(converted):
     assert float(done.stdout.split()[-1]) <= 1.1
 
 
+OLD = '{"model_type": "llama"}'  # what makes a folder a model's
+
+
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_full_disk_leaves_nothing_or_the_old(converted, overwrite, tmp_path):
     """A real full disk: a small tmpfs."""
@@ -118,7 +121,7 @@ def test_a_full_disk_leaves_nothing_or_the_old(converted, overwrite, tmp_path):
     try:
         if overwrite:
             (disk / "out").mkdir()
-            (disk / "out" / "config.json").write_text("{}")
+            (disk / "out" / "config.json").write_text(OLD)
         program = (
             "import sys, moefy\nfrom pathlib import Path\n"
             "model = moefy.load(sys.argv[1])\n"
@@ -132,6 +135,6 @@ def test_a_full_disk_leaves_nothing_or_the_old(converted, overwrite, tmp_path):
         assert "disk is full" in done.stdout
         assert os.listdir(disk) == (["out"] if overwrite else [])
         if overwrite:
-            assert Path(disk / "out" / "config.json").read_text() == "{}"
+            assert Path(disk / "out" / "config.json").read_text() == OLD
     finally:
         subprocess.run(["umount", str(disk)], check=True)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
+
 from torch import nn
 
+from moefy.errors import MoefyWarning
 from moefy.sites.experts import Expert, ExpertList, ExpertSite, expert_names, join_experts, token_rows
 from moefy.sites.families import FAMILIES, Family
 from moefy.sites.parts import base_model_type, config_by_module, config_path, text_config
@@ -49,4 +52,11 @@ def find_sites(model: nn.Module) -> list[Site]:
         sites, failed = tried(model, parts, type(text))
         if not sites:
             raise MoefyError(explain_unknown(model, parts, failed))
+        if failed:
+            warnings.warn(
+                f"What has the matrices of an FFN and computes something else stays as it is: {failed[0]}"
+                f"{f' and {len(failed) - 1} more' if failed[1:] else ''}.",
+                MoefyWarning,
+                stacklevel=2,
+            )
     return sites

@@ -1,6 +1,6 @@
 """FFNs of architectures that no row of FAMILIES names: laid out as some row says, and tried before they are believed.
 
-A module is one if its linears are those of a row, and if what it computes is what a FFN of these weights does. So
+A module is one if its linears are those of a row, and if what it computes is what an FFN of these weights does. So
 nothing between the linears goes unseen: a norm, a multiplier, a clamp, another activation than the config's.
 """
 
@@ -36,7 +36,7 @@ def tried(model: nn.Module, parts: Mapping[str, Any], part: type) -> tuple[list[
     """The FFNs in the layers of a model that belong to a config of the type `part`, and the modules that failed.
 
     `parts` are the configs of the parts that modules belong to, by the modules' names. The modules that failed are
-    laid out like FFNs and compute something else; named like that are also experts of which only some could be read.
+    laid out like FFNs and compute something else.
     """
     sites: list[Site] = []
     failed: list[str] = []
@@ -80,19 +80,19 @@ def _above(name: str) -> list[str]:
 
 
 def check_run_once(sites: Iterable[Site], run: Callable[[], object]) -> None:
-    """MoefyError if `run()`, a pass of the model, comes more than once by a FFN of an architecture without a row.
+    """MoefyError if `run()`, a pass of the model, comes more than once by an FFN of an architecture without a row.
 
     Layers share it then (ALBERT), and a calibration would see the first layer's tokens only.
     """
     names = {site.layer_name if isinstance(site, ExpertSite) else site.name: site for site in sites}
-    tried = {name: site.model.get_submodule(name) for name, site in names.items() if site.family not in FAMILIES}
+    watched = {name: site.model.get_submodule(name) for name, site in names.items() if site.family not in FAMILIES}
     calls: Counter[str] = Counter()
     hooks = [
         module.register_forward_pre_hook(lambda module, args, name=name: calls.update([name]))
-        for name, module in tried.items()
+        for name, module in watched.items()
     ]
     try:
-        if tried:
+        if watched:
             run()
     finally:
         for hook in hooks:
@@ -165,13 +165,13 @@ def _computes(module: nn.Module, site: Site) -> bool:
 
 
 def _arguments(module: nn.Module, site: Site, x: Tensor) -> tuple[Tensor, ...]:
-    """What a layer gives a module that may be a FFN, or the experts of which the site is one; it may take no more."""
+    """What a layer gives a module that may be an FFN, or the experts of which the site is one; it may take no more."""
     given: tuple[Tensor, ...] = (x[None],)
     if isinstance(site, ExpertSite):
         number = int(site.name.rpartition(".")[2])
         given = (x, torch.full((len(x), 1), number, device=x.device), x.new_ones(len(x), 1))
     if len(inspect.signature(module.forward).parameters) != len(given):
-        raise TypeError("It takes more than a FFN does.")
+        raise TypeError("It takes more than an FFN does.")
     return given
 
 

@@ -28,7 +28,7 @@ def explain_unknown(model: nn.Module, parts: Mapping[str, Any], failed: Sequence
         return f"moefy does not convert the architecture {known[0]!r}: {LEFT_OUT[known[0]]}."
     if failed:
         return (
-            f"moefy does not convert the architecture {types[failed[0]]!r}: {failed[0]} has the matrices of a FFN and "
+            f"moefy does not convert the architecture {types[failed[0]]!r}: {failed[0]} has the matrices of an FFN and "
             f"does not compute what they say; a norm, a limit, a factor or something else comes between."
         )
     if any(getattr(config, name, None) for config in parts.values() for name in EXPERT_COUNTS):
