@@ -87,7 +87,8 @@ def test_other_programs_folders_are_not_replaced(dense, converted, tmp_path):
     (kept / "thesis.tex").write_text("all")
     with pytest.raises(moefy.MoefyError, match="not a model directory, so it will not be overwritten"):
         moefy.save(moefy.load(converted), editor, overwrite=True)
-    moefy.load(converted)
+    with pytest.raises(moefy.MoefyError, match=r"\.converted\.old is in the way, and moefy has not made it"):
+        moefy.save(moefy.load(converted), converted, overwrite=True)
     assert (editor / "thesis.tex").read_text() == (kept / "thesis.tex").read_text() == "all"
 
 

@@ -66,6 +66,10 @@ def check_output(
         if out.exists() and not (is_gguf(out) if gguf else _is_ours(out)):
             what = "GGUF file" if gguf else "model directory"
             raise MoefyError(f"{path} is not a {what}, so it will not be overwritten.")
+        if out.exists() and _old(out).exists():
+            raise MoefyError(
+                f"{_old(out)} is in the way, and moefy has not made it; move it, or choose another output."
+            )
         _probe(out)
     except OSError as error:
         raise MoefyError(why_not_written(error, out)) from None
