@@ -66,7 +66,7 @@ def check_output(
         if out.exists() and not (is_gguf(out) if gguf else _is_ours(out)):
             what = "GGUF file" if gguf else "model directory"
             raise MoefyError(f"{path} is not a {what}, so it will not be overwritten.")
-        if out.exists() and _old(out).exists():
+        if out.is_dir() and _old(out).exists():  # where it would be put while the new one takes its place
             raise MoefyError(
                 f"{_old(out)} is in the way, and moefy has not made it; move it, or choose another output."
             )
