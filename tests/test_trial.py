@@ -56,6 +56,12 @@ class Normed(MLP):
         return self.down_proj(nn.functional.rms_norm(h, (NEURONS,)))
 
 
+class NarrowGate(MLP):
+    def __init__(self):
+        super().__init__()
+        self.gate_proj = nn.Linear(WIDTH, 1, bias=False)
+
+
 class WithMore(MLP):
     def forward(self, x, residual=None):
         return super().forward(x)
@@ -135,6 +141,11 @@ def test_what_a_module_computes_decides(make, believed, dtype):
         moefy.MoefyError, match=r"'moefy-test-odd': layers.0.ffn has the matrices of an FFN and does not"
     ):
         find_sites(model)
+
+
+def test_a_gate_of_another_width_is_none():
+    with pytest.raises(moefy.MoefyError, match="'moefy-test-odd' is not in moefy's table of families"):
+        find_sites(Odd(NarrowGate))
 
 
 def test_the_activation_is_the_one_that_it_computes():

@@ -356,7 +356,7 @@ def _old(out: Path) -> Path:
 
 def _recover(out: Path) -> None:
     """Undo an overwrite that was cut off between its two renames."""
-    if _old(out).exists() and (is_gguf(_old(out)) or _is_ours(_old(out))):  # somebody else's may be called so
+    if _old(out).exists() and _is_ours(_old(out)):  # somebody else's may be called so
         if out.exists():
             shutil.rmtree(_old(out), ignore_errors=True)
         else:

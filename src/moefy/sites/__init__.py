@@ -36,7 +36,8 @@ def find_sites(model: nn.Module) -> list[Site]:
     """Every dense FFN of a transformers model, in the order of its modules; each expert of a mixture is one.
 
     Of a model that sees or hears and writes text, such as LLaVA, those of the text part: text is what calibrates it.
-    An architecture that no row of FAMILIES names is tried (`trial.py`). Raises MoefyError where that finds nothing.
+    An architecture that no row of FAMILIES names is tried (`trial.py`). Raises MoefyError where that
+    finds nothing, and warns of what looks like an FFN and is none.
     """
     text, parts = text_config(model.config), config_by_module(model)
     whole = any(base_model_type(model.config) in family.model_types for family in FAMILIES)

@@ -145,6 +145,8 @@ def fits(name: str, module: nn.Module, family: Family) -> bool:
     if not all(is_linear(child(module, path)) for path in needed):
         return False
     up, down = (rows(child(module, path))[0] for path in (family.up, family.down))  # type: ignore[arg-type]
+    if family.gate and rows(child(module, family.gate))[0].shape != up.shape:  # type: ignore[arg-type]
+        return False
     # The widths must chain: BERT's attention also has an `output.dense`, whose input is not the FFN's.
     return up.shape[0] == down.shape[1] * (2 if family.fused else 1) and up.shape[1] == down.shape[0]
 

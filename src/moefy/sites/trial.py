@@ -146,6 +146,8 @@ def _computes(module: nn.Module, site: Site) -> bool:
     There the record of a conversion names the FFNs, which have been tried before it.
     """
     ffn = site.read()
+    if ffn.up.dtype not in _CLOSE:
+        return False
     if ffn.up.is_meta or not all(p.isfinite().all() for p in (ffn.up, ffn.down)):
         return True  # and whoever needs the values says what is wrong with them
     x = torch.randn(len(_SPREADS), ffn.width, generator=torch.Generator().manual_seed(0)).to(ffn.up.device)

@@ -183,15 +183,16 @@ def checked_steps(model: Any) -> Any:
 
 
 def greedy(model: Any, **options: Any) -> Tensor:
-    """The ids that a model writes, each the likeliest; MoefyError if its generation_config.json does not allow that."""
+    """The ids (N, L) that a model writes, each the likeliest; MoefyError if it cannot, as with what some
+    generation_config.json asks for."""
     one: dict[str, Any] = {"do_sample": False, "num_beams": 1, "num_return_sequences": 1}
     one |= {"return_dict_in_generate": False, "logits_processor": checked_steps(model)}
     try:
         return model.generate(**one, **options)
     except LOAD_ERRORS as error:
         raise MoefyError(
-            f"This {type(model).__name__} cannot write with what its generation_config.json asks for "
-            f"({type(error).__name__}: {reason(error).rstrip('.')}); correct that file."
+            f"This {type(model).__name__} cannot write ({type(error).__name__}: {reason(error).rstrip('.')}); "
+            f"if its generation_config.json asks for that, correct it."
         ) from None
 
 
