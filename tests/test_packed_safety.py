@@ -163,3 +163,27 @@ def test_a_million_experts():
     x = torch.randn(1, width)
     _, chosen = ffn.forward_with_chosen(x, router=native.PackedRouter.linear(rows), top_k=5)
     assert set(chosen[0].tolist()) == set((x @ rows.t()).topk(5).indices[0].tolist())
+
+
+@torch.no_grad()
+def test_a_router_with_new_data_or_parametrized_is_the_one_that_chooses():
+    moe, x = build()
+    moe(x), moe(x)  # packed, and prepared
+    assert moe.packed_bytes()
+    moe.router.weight.data = moe.router.weight.data.flip(0).clone()
+    moe.router.bias.data = moe.router.bias.data.flip(0).clone()
+    with kernels.using("reference"):
+        expected = copy.deepcopy(moe)(x)
+    close(moe(x), expected)
+
+    class Turned(torch.nn.Module):
+        def forward(self, weight):
+            return -weight
+
+    moe(x)
+    torch.nn.utils.parametrize.register_parametrization(moe.router, "weight", Turned())
+    for _ in range(2):
+        with kernels.using("reference"):
+            expected = copy.deepcopy(moe)(x)
+        close(moe(x), expected)
+        moe.router.parametrizations.weight.original.add_(moe.router.weight.flip(0).abs())

@@ -55,6 +55,11 @@ def _counts(tensor: Tensor) -> bool:
         return False
 
 
+def _memory(module: nn.Module) -> list[int]:
+    """Where a module's own parameters are."""
+    return [p.data_ptr() for p in module._parameters.values() if p is not None]
+
+
 class _Graph:
     """Lives as long as a graph of autograd does."""
 
@@ -113,6 +118,7 @@ class Packed:
         self.router: native.PackedRouter | None = None
         self._router: Router | None = None
         self._router_snapshot = Snapshot({})
+        self._router_memory: list[int] = []
         self._threshold: Tensor | None = None
         self.bound: Bound | None = None
         self.bound_top_k = -1
@@ -139,8 +145,11 @@ class Packed:
         if router is not None and self.is_from(router):
             return
         self.bound = None
-        self.router = router.packed() if router is not None else None
+        # What parametrizations compute has no parameter here whose changes would be seen: it is scored in torch.
+        plain = router is not None and not hasattr(router, "parametrizations")
+        self.router = router.packed() if router is not None and plain else None
         self._router, self._router_snapshot = router, Snapshot(router._parameters if router is not None else {})
+        self._router_memory = _memory(router) if router is not None else []
         self._threshold = router.threshold if router is not None else None
 
     def is_from(self, router: Router) -> bool:
@@ -148,7 +157,8 @@ class Packed:
         known = self._router_snapshot
         if self._router is not router or router._buffers.get("threshold", self._threshold) is not self._threshold:
             return False
-        return known.same(router._parameters) and known.unchanged()
+        # A new `.data` is other memory; what is written into the old one through `.data` is not seen.
+        return known.same(router._parameters) and known.unchanged() and _memory(router) == self._router_memory
 
     def bind(self, dtype: torch.dtype, top_k: int, most: int) -> None:
         """Prepare the calls that follow on inputs of this type."""
