@@ -13,6 +13,7 @@ import moefy
 import moefy_cli
 from moefy import kernels
 from moefy.cli import app
+from native_problem import needs_native
 
 QUICK = [
     (["--version"], 0),
@@ -138,13 +139,13 @@ def test_a_stop_is_heard_where_python_would_lose_it(stop):
 
 
 def test_a_slow_kernel_is_one_line(dense):
-    environment = {**os.environ, "MOEFY_NATIVE": "0"}
+    environment = {**os.environ, "MOEFY_NATIVE": "Off"}  # as good as 0, no or false
     made = dense.parent / "routed"
     done = command.moefy("convert", dense, made, "--recipe", "cmoe", "--window", 32, "--windows", 4)
     assert done.returncode == 0, done.stderr
     generate = [sys.executable, "-m", "moefy", "generate", str(made), "the value", "--tokens", "2"]
     done = subprocess.run(generate, capture_output=True, text=True, env=environment)
-    told = "moefy runs on torch, slower: it is turned off with MOEFY_NATIVE=0."
+    told = "moefy runs on torch, slower: it is turned off with MOEFY_NATIVE=Off."
     assert [line for line in done.stderr.splitlines() if not line.startswith("Loading")] == [told]
 
 
@@ -157,6 +158,15 @@ def test_a_mistyped_kernel_is_refused_before_anything_is_loaded():
         "moefy: In MOEFY_KERNEL: There is no kernel 'ntive'; choose one of auto, native, torch, reference, grouped, "
         "masked.\n"
     )
+
+
+@needs_native
+def test_a_mistyped_instruction_set_is_refused_before_anything_is_loaded(monkeypatch):
+    monkeypatch.setenv("MOEFY_ISA", "avx3")
+    done = command.moefy("eval", "no/such/model")
+    assert done.returncode == 2
+    assert done.stderr.startswith("moefy: MOEFY_ISA=avx3 is none of generic")
+    assert done.stderr.count("\n") == 1
 
 
 def test_a_mistyped_kernel_is_refused_in_a_library_too(monkeypatch):

@@ -1,5 +1,6 @@
 """What is printed: help of every command, and names that look like markup."""
 
+import os
 import re
 import subprocess
 import sys
@@ -87,6 +88,20 @@ def test_a_log_is_told_what_takes_its_time_while_it_does(show, monkeypatch, caps
         time.sleep(0.5)
         assert capsys.readouterr().err == "Slow[/b]\n"
     assert not capsys.readouterr().err
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no disk that is always full")
+def test_a_full_disk_under_the_log_does_not_end_the_work():
+    source = (
+        "from moefy import console\n"
+        "console.EVERY = console.SOON = 0\n"
+        "with console.progress('Sorting') as update:\n"
+        "    for i in range(3): update(i, 3)\n"
+        "with console.status('Saving'): print('done')\n"
+    )
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-c", source], stdout=subprocess.PIPE, stderr=full, text=True)
+    assert (done.returncode, done.stdout) == (0, "done\n")
 
 
 def test_progress_shows_names_as_they_are():

@@ -248,6 +248,15 @@ def test_a_state_that_cannot_be_written_leaves_the_one_before(tmp_path, data, mo
     assert sorted(path.name for path in tmp_path.iterdir()) == ["state", "train.tsv"]
 
 
+@pytest.mark.parametrize("name", ["x" * 250, "file/state"])
+def test_a_state_that_cannot_be_written_is_said_before_the_training(name, tmp_path, data):
+    (tmp_path / "file").write_text("in the way")
+    model = tiny.tiny("bert")
+    features = TASKS["sst2"].encode(model, words.tokenizer(), TASKS["sst2"].examples(_rows(data)))
+    with pytest.raises(moefy.MoefyError, match=r"The training state .* cannot be written"):
+        finetune(model, features, 0, Schedule(16, 8), state=tmp_path / name, progress=_stop)
+
+
 def _stop(done, total):
     raise KeyboardInterrupt
 

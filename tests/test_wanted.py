@@ -120,6 +120,11 @@ def test_what_yaml_cannot_read_is_one_sentence(text):
         Recipe.from_yaml(text)
 
 
+def test_a_field_that_is_given_twice_is_one_sentence():
+    with pytest.raises(moefy.MoefyError, match=r"^The recipe gives budget twice; keep one of the two\.$"):
+        Recipe.from_yaml("name: reconstructed\nbudget: 0.5\nseed: 1\nbudget: 0.25\n")
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_mapping_holds_what_differs_from_the_recipe_that_it_names(name):
     assert Recipe.from_yaml(f"name: {name}\nseed: 3") == Recipe.of(name, seed=3)

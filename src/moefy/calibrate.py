@@ -34,7 +34,7 @@ def token_windows(tokenizer: Any, texts: str | Iterable[str], window: int, windo
     if count == 0:
         raise MoefyError(
             f"The text is shorter than a window: {len(ids)} tokens, and a window takes {body}; "
-            f"give more text or a smaller --window."
+            f"give more text or smaller windows."
         )
     count = min(count, windows or count)
     rows = torch.tensor(ids[: count * body], dtype=torch.long).view(count, body)

@@ -31,6 +31,11 @@ app = typer.Typer(
     help=__doc__,
 )
 
+NO_MEMORY = (
+    "There is not enough memory for that; use a smaller model, fewer or smaller windows, smaller batches, or a smaller "
+    "--rank or --memory."
+)
+
 
 def _print_version(wanted: bool) -> None:
     if wanted:
@@ -157,10 +162,12 @@ def main() -> None:
         print(moefy_cli.INTERRUPTED, file=sys.stderr)
         sys.exit(130)
     except MemoryError:
-        _fail("There is not enough memory; use a smaller --window, fewer --windows or a smaller --memory.")
+        _fail(NO_MEMORY)
     except OSError as error:
         _fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}.")
     except Exception as error:
+        if "DefaultCPUAllocator" in str(error):  # torch's for what no memory is there for
+            _fail(NO_MEMORY)
         if os.environ.get("MOEFY_TRACEBACK"):
             raise
         what = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"

@@ -6,7 +6,7 @@ import datetime
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 
 from rich.console import Console
 from rich.progress import (
@@ -76,11 +76,17 @@ def _progress_lines(what: str, total: int | None, counted: bool, brief: bool) ->
         shown_last = now - said >= EVERY
         if shown_last:
             said = now
-            err.print(line(*last, now - start), soft_wrap=True)
+            _log(line(*last, now - start))
 
     yield update
     if not shown_last and not brief:
-        err.print(line(*last, time.monotonic() - start), soft_wrap=True)
+        _log(line(*last, time.monotonic() - start))
+
+
+def _log(what: str) -> None:
+    """A line for a log; a full disk under it shall not end the work."""
+    with suppress(OSError):
+        err.print(what, soft_wrap=True)
 
 
 def _clock(seconds: float) -> str:
@@ -97,7 +103,7 @@ def status(what: str) -> Iterator[None]:
 @contextmanager
 def _said_soon(what: str) -> Iterator[None]:
     """A line for a log, unless it is done, or refused, before anybody could wonder."""
-    timer = threading.Timer(SOON, err.print, [what], {"soft_wrap": True})
+    timer = threading.Timer(SOON, _log, [what])
     timer.daemon = True
     timer.start()
     try:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import random
 import signal
 import threading
@@ -157,6 +158,7 @@ def train(
     groups = [{"params": [p], "scale": (scales or {}).get(name, 1.0)} for name, p in trained.items()]
     optimizer = torch.optim.AdamW(groups, lr=0.0, weight_decay=schedule.weight_decay, fused=True)
     run = _Run(state, dict(trained), optimizer, {**vars(schedule), **identity}, dict(kept or {}))
+    run.probe()
     begun = run.restore()
     start = saved = time.monotonic()
     losses: list[float] = []
@@ -276,19 +278,31 @@ class _Run:
                 if moment in self.optimizer.state[p]:
                     tensors[f"{moment}.{name}"] = self.optimizer.state[p][moment]
         metadata = {"moefy": json.dumps({"step": self.step, **self.identity})}
-        partial = self.state.with_name(f".{self.state.name}.partial")
-        try:
-            self.state.parent.mkdir(parents=True, exist_ok=True)
+        with self._beside(self.state) as partial:
             save_file(tensors, partial, metadata=metadata)
             put_in_place(partial, self.state)
+
+    @contextmanager
+    def _beside(self, state: Path) -> Iterator[Path]:
+        """Where to write before it is renamed to `state`; MoefyError if that cannot be written."""
+        partial = state.with_name(f".{state.name}.partial")
+        try:
+            state.parent.mkdir(parents=True, exist_ok=True)
+            yield partial
         except (SafetensorError, OSError) as error:
-            kept = "; the one before it is kept" if self.state.exists() else ""
+            kept = "; the one before it is kept" if os.path.exists(state) else ""
             raise MoefyError(
-                f"The training state {self.state} cannot be written ({error}){kept}. Repeat the command when it can."
+                f"The training state {state} cannot be written ({error}){kept}. Repeat the command when it can."
             ) from None
         finally:
             with suppress(OSError):
                 partial.unlink()
+
+    def probe(self) -> None:
+        """MoefyError, before hours of training and not after them, if the state cannot be written."""
+        if self.state is not None:
+            with self._beside(self.state) as partial:
+                partial.touch()
 
     def restore(self) -> int:
         """Load the state, if there is one, and return the step that it had come to."""

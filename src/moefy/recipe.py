@@ -18,6 +18,17 @@ from moefy.slim import slim_spec
 from moefy.types import FFNWeights, LayerSpec, MoefyError
 
 
+class _Loader(yaml.SafeLoader):
+    """As `yaml.safe_load`, but that of a field that is given twice the last word does not win."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        fields = [key.value for key, _ in node.value]
+        twice = next((field for field in fields if fields.count(field) > 1), None)
+        if twice is not None:
+            raise MoefyError(f"The recipe gives {twice} twice; keep one of the two.")
+        return super().construct_mapping(node, deep)
+
+
 class Recipe(BaseModel):
     """How every FFN of a model is cut and routed.
 
@@ -229,7 +240,7 @@ class Recipe(BaseModel):
     @classmethod
     def from_yaml(cls, text: str) -> Recipe:
         try:
-            data = yaml.safe_load(text)
+            data = yaml.load(text, _Loader)  # a SafeLoader
         except yaml.YAMLError as error:
             raise MoefyError(f"The recipe is not YAML: {str(error).splitlines()[0]}.") from None
         except RecursionError:

@@ -43,11 +43,13 @@ def use(name: str) -> None:
 
 
 def check() -> None:
-    """MoefyError if the kernel that MOEFY_KERNEL names does not exist or cannot be used."""
+    """MoefyError if the kernel that MOEFY_KERNEL names does not exist or cannot be used, or MOEFY_ISA names none."""
     try:
         use(_choice)
     except MoefyError as error:
         raise MoefyError(f"In MOEFY_KERNEL: {error}") from None
+    if native.available():
+        native.default_isa()
 
 
 def native_wanted() -> bool:

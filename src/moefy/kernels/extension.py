@@ -13,8 +13,9 @@ from moefy.errors import MoefyError
 
 EXTENSION: Any = None
 _why_not: str | None = None
-if os.environ.get("MOEFY_NATIVE", "1") == "0":
-    _why_not = "it is turned off with MOEFY_NATIVE=0"
+_wanted = os.environ.get("MOEFY_NATIVE", "1")
+if _wanted.lower() in ("0", "no", "off", "false"):
+    _why_not = f"it is turned off with MOEFY_NATIVE={_wanted}"
 else:
     try:
         EXTENSION = importlib.import_module("moefy.kernels._native")
