@@ -22,10 +22,10 @@ from torch import nn
 from transformers import BertConfig, BertModel
 
 import moefy
-from moefy.bench import compare
+from moefy.measure.bench import compare
 from moefy.sites import find_sites
-from moefy.sources import load_source, smollm2_gguf
-from moefy.texts import read_text
+from moefy.sources.models import load_source, smollm2_gguf
+from moefy.sources.texts import read_text
 
 
 def smollm2(share: float) -> dict[str, Any]:

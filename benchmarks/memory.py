@@ -26,8 +26,8 @@ from limits import machine
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import moefy
-from moefy.bench import weight_bytes
-from moefy.sources import load_source
+from moefy.measure.bench import weight_bytes
+from moefy.sources.models import load_source
 from moefy.wanted import chosen
 
 

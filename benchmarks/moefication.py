@@ -22,9 +22,9 @@ from typing import Any
 import torch
 
 import moefy
-from moefy.evaluate import routing
+from moefy.measure.evaluate import routing
 from moefy.routers import ROUTERS
-from moefy.sources import load_source
+from moefy.sources.models import load_source
 from moefy.tasks import evaluate_task, task_calibration
 
 CONSTRUCTIONS = ("random", "weights", "coactivation")

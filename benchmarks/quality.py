@@ -15,13 +15,13 @@ import re
 import time
 
 import moefy
-from moefy.budgets import measure
 from moefy.calibrate import special_prefix, token_windows
-from moefy.compare import recipe_at
-from moefy.evaluate import perplexity
+from moefy.conversion.budgets import measure
+from moefy.measure.compare import recipe_at
+from moefy.measure.evaluate import perplexity
 from moefy.sites import find_sites
-from moefy.sources import load_source, smollm2_gguf
-from moefy.texts import read_text
+from moefy.sources.models import load_source, smollm2_gguf
+from moefy.sources.texts import read_text
 from moefy.usage import realised_fraction, usage
 
 # Activations held in memory: what 64 windows of SmolLM2 take.

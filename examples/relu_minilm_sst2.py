@@ -18,10 +18,10 @@ import importlib.util
 import sys
 from pathlib import Path
 
-from moefy import console
-from moefy.relufy import relufy
-from moefy.sources import load_source
+from moefy.cli import console
+from moefy.sources.models import load_source
 from moefy.tasks import evaluate_task, task_examples
+from moefy.tuning.relufy import relufy
 from moefy.types import MoefyError
 
 

@@ -22,12 +22,12 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
-from moefy import console
 from moefy.checkpoint import check_output
-from moefy.finetune import Schedule, check_positive, finetune
-from moefy.relufy import save_dense
-from moefy.sources import load_source
+from moefy.cli import console
+from moefy.sources.models import load_source
 from moefy.tasks import TASKS, evaluate_task, task_examples
+from moefy.tuning.finetune import Schedule, check_positive, finetune
+from moefy.tuning.relufy import save_dense
 from moefy.types import MoefyError
 
 # Of the development data, spread over it.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from moefy.cli import main
+from moefy.cli.app import main
 
 
 @dataclass

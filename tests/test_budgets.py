@@ -8,15 +8,15 @@ import torch
 
 import moefy
 import tiny
-from moefy import sensitivity
-from moefy.budgets import GRID, Curve, Sensitivity, allocate, loss_curve
 from moefy.calibrate import real_tokens
 from moefy.construct.elimination import eliminate
-from moefy.sensitivity import Metrics, output_metrics
+from moefy.conversion import sensitivity
+from moefy.conversion.budgets import GRID, Curve, Sensitivity, allocate, loss_curve
+from moefy.conversion.sensitivity import Metrics, output_metrics
+from moefy.conversion.work import layer_work, measure_work, tokens_in
 from moefy.sites import find_sites, join_experts
 from moefy.stats import NeuronStats
 from moefy.usage import realised_fraction, usage
-from moefy.work import layer_work, measure_work, tokens_in
 from test_construct import make_stats
 
 
@@ -192,7 +192,7 @@ def test_a_model_whose_logits_are_not_finite_is_a_sentence():
 
 @pytest.mark.parametrize("family", ["llama", "bert", "t5-v1.1", "gpt2", "mixtral", "whisper"])
 def test_what_the_backward_pass_needs_may_lie_on_disk(family, monkeypatch):
-    monkeypatch.setattr("moefy.sensitivity.SMALLEST_SPILLED", 0)
+    monkeypatch.setattr("moefy.conversion.sensitivity.SMALLEST_SPILLED", 0)
     files, real = [], sensitivity.save_file
     monkeypatch.setattr(sensitivity, "save_file", lambda tensors, file: (files.append(file), real(tensors, file)))
     model, batches = tiny.tiny(family), [tiny.inputs(family, seed=i) for i in range(2)]
@@ -209,7 +209,7 @@ def test_what_the_backward_pass_needs_may_lie_on_disk(family, monkeypatch):
 
 
 def test_any_tensor_may_be_spilled(monkeypatch):
-    monkeypatch.setattr("moefy.sensitivity.SMALLEST_SPILLED", 0)
+    monkeypatch.setattr("moefy.conversion.sensitivity.SMALLEST_SPILLED", 0)
     x = torch.randn(6, 4, 5, requires_grad=True)
     c = torch.randn(7, dtype=torch.complex64, requires_grad=True)
 
@@ -228,7 +228,7 @@ def test_a_full_disk_while_measuring_is_a_sentence(monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("moefy.sensitivity.SMALLEST_SPILLED", 0)
+    monkeypatch.setattr("moefy.conversion.sensitivity.SMALLEST_SPILLED", 0)
     monkeypatch.setattr(sensitivity, "save_file", full)
     model = tiny.tiny("llama")
     sites = {site.entry_name: site for site in find_sites(model)}
@@ -292,7 +292,7 @@ def test_the_experts_of_a_layer_share_a_metric_and_are_weighted_by_their_own():
             return asking
 
         hooks.append(down.register_forward_hook(watch))
-    from moefy.sensitivity import _loss
+    from moefy.conversion.sensitivity import _loss
 
     with torch.enable_grad():
         _loss(model.requires_grad_(False)(**feed), feed, torch.Generator().manual_seed(0)).backward()

@@ -24,7 +24,7 @@ from transformers import (
 import moefy
 import tiny
 from moefy import checkpoint
-from moefy.cli_common import load_any
+from moefy.cli.common import load_any
 from moefy.moe import moe_layers
 
 RECIPE = moefy.Recipe(experts=6, shared=1, active=2, top_activated=4)

@@ -8,10 +8,10 @@ import transformers as tf
 
 import moefy
 import words
-from moefy.relufy import relufy
-from moefy.sources import load_source
+from moefy.sources.models import load_source
 from moefy.study import study
 from moefy.tasks import TASKS, evaluate_task, task_batches, task_calibration
+from moefy.tuning.relufy import relufy
 from task_data import SMALL, randomised, write
 
 

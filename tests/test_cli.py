@@ -17,9 +17,9 @@ import transformers as tf
 
 import tiny
 from command import moefy
-from moefy.cli import main
+from moefy.cli.app import main
 from moefy.kernels import native
-from moefy.texts import builtin_text
+from moefy.sources.texts import builtin_text
 from words import pydoc_tokenizer
 
 
@@ -97,8 +97,8 @@ def test_bench_times_both_models_in_every_case(dense, converted):
 
 
 def test_bench_runs_on_the_text_it_is_given_repeated_as_far_as_needed(dense):
-    from moefy import bench
-    from moefy.sources import load_source
+    from moefy.measure import bench
+    from moefy.sources.models import load_source
 
     model, tokens = load_source(str(dense))[0], torch.tensor([11, 12, 13, 14, 15])
     model.config.max_position_embeddings, seen = 256, []  # so that there is a prefill, which nothing computes here

@@ -12,7 +12,7 @@ import command
 import moefy
 import moefy_cli
 from moefy import kernels
-from moefy.cli import app
+from moefy.cli.app import app
 from native_problem import needs_native
 
 QUICK = [
@@ -45,7 +45,7 @@ def test_running_the_package_waits_for_no_torch():
     version = [sys.executable, "-X", "importtime", "-m", "moefy", "--version"]
     done = subprocess.run(version, capture_output=True, text=True)
     assert done.stdout == f"moefy {moefy.__version__}\n"
-    assert " moefy.cli\n" in done.stderr
+    assert " moefy.cli.app\n" in done.stderr
     assert " torch\n" not in done.stderr
 
 

@@ -12,11 +12,11 @@ from typer.testing import CliRunner
 
 import moefy
 import tiny
-from moefy import budgets
-from moefy import compare as comparison
-from moefy.cli import app, main
-from moefy.cli_compare import _bodies
-from moefy.compare import DEFAULT_RECIPES, Data, Run, compare, plan, recipe_at
+from moefy.cli.app import app, main
+from moefy.cli.compare import _bodies
+from moefy.conversion import budgets
+from moefy.measure import compare as comparison
+from moefy.measure.compare import DEFAULT_RECIPES, Data, Run, compare, plan, recipe_at
 from moefy.report import compare_page, plots
 from moefy.usage import realised_fraction, usage
 

@@ -10,9 +10,9 @@ import pytest
 import typer
 from rich.console import Console
 
-from moefy import console
-from moefy.cli import app
-from moefy.cli import main as run_cli
+from moefy.cli import console
+from moefy.cli.app import app
+from moefy.cli.app import main as run_cli
 from moefy.construct import CONSTRUCTIONS
 from moefy.recipe import RECIPES
 from moefy.routers import ROUTERS
@@ -93,7 +93,7 @@ def test_a_log_is_told_what_takes_its_time_while_it_does(show, monkeypatch, caps
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no disk that is always full")
 def test_a_full_disk_under_the_log_does_not_end_the_work():
     source = (
-        "from moefy import console\n"
+        "from moefy.cli import console\n"
         "console.EVERY = console.SOON = 0\n"
         "with console.progress('Sorting') as update:\n"
         "    for i in range(3): update(i, 3)\n"
@@ -106,7 +106,7 @@ def test_a_full_disk_under_the_log_does_not_end_the_work():
 
 def test_progress_shows_names_as_they_are():
     source = (
-        "from moefy import console\n"
+        "from moefy.cli import console\n"
         "name = 'a[/config][red] :smile:'\n"
         "with console.status(name): pass\n"
         "with console.progress(name) as update: update(1, 2)\n"

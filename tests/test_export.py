@@ -18,7 +18,7 @@ from moefy.export import EXPORTERS, export
 from moefy.export.gguf import TYPES
 from moefy.export.glm4_moe import SOURCES, stock
 from moefy.moe import MoEFFN, moe_layers
-from moefy.sources import load_source, smollm2_gguf
+from moefy.sources.models import load_source, smollm2_gguf
 from moefy.types import MoefyError, Partition
 from words import pydoc_tokenizer
 

@@ -9,7 +9,7 @@ import moefy
 import tiny
 from moefy.moe import moe_layers
 from moefy.sites import find_sites
-from moefy.sources import load_source
+from moefy.sources.models import load_source
 
 ALL_ACTIVE = moefy.Recipe(experts=6, shared=2, active=4, top_activated=4)
 HALF = moefy.Recipe(experts=6, shared=1, active=2, top_activated=4)

@@ -8,8 +8,8 @@ import torch
 import moefy
 import tiny
 from moefy import kernels
-from moefy.balance import direction
 from moefy.moe import MoEFFN, moe_layers
+from moefy.tuning.balance import direction
 from native_problem import middle, needs_native
 from test_construct import make_stats
 from test_moe import build

@@ -10,8 +10,9 @@ import pytest
 from huggingface_hub import HfApi, constants
 
 import tiny
-from moefy import hub, sources, texts
 from moefy.errors import MoefyWarning
+from moefy.sources import hub, texts
+from moefy.sources import models as sources
 from moefy.types import MoefyError
 from words import pydoc_tokenizer
 

@@ -8,11 +8,11 @@ from torch.nn import functional as F
 import moefy
 import tiny
 from moefy import kernels
-from moefy.budgets import measure
-from moefy.evaluate import routing
+from moefy.conversion.budgets import measure
+from moefy.measure.evaluate import routing
 from moefy.moe import MoEFFN, moe_layers
 from moefy.sites import ExpertList, ExpertSite, find_sites, join_experts
-from moefy.sources import load_source
+from moefy.sources.models import load_source
 from moefy.study.collect import collect
 from moefy.usage import realised_fraction, usage
 from native_problem import needs_native

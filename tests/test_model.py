@@ -7,7 +7,7 @@ import torch
 
 import moefy
 import tiny
-from moefy.evaluate import agreement, evaluate_model, perplexity, routing
+from moefy.measure.evaluate import agreement, evaluate_model, perplexity, routing
 from moefy.moe import moe_layers
 from moefy.sites import find_sites
 from test_families import close

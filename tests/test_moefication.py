@@ -9,7 +9,7 @@ import moefy
 import tiny
 from moefy.construct import CONSTRUCTIONS, coactivation
 from moefy.construct.balanced import balanced_assignment
-from moefy.evaluate import routing
+from moefy.measure.evaluate import routing
 from moefy.moe import moe_layers
 from moefy.routers import ROUTERS
 from moefy.stats import NeuronStats, activation_mass, as_mask, captured, firing

@@ -8,8 +8,8 @@ from torch import nn
 import moefy
 import tiny
 from moefy.moe import moe_layers
-from moefy.relufy import with_activation
 from moefy.sites import FAMILIES, find_sites
+from moefy.tuning.relufy import with_activation
 from test_families import close
 from tiny_base import bert_like
 from tiny_mixtures import MIXTURES

@@ -8,9 +8,9 @@ import torch
 import moefy
 import tiny
 from moefy.calibrate import real_tokens, without_cache
+from moefy.conversion.one_pass import OnePass
+from moefy.conversion.residuals import find_residuals
 from moefy.moe import moe_layers
-from moefy.one_pass import OnePass
-from moefy.residuals import find_residuals
 from moefy.sites import find_sites
 
 RECIPE = moefy.Recipe(experts=6, shared=1, active=2, top_activated=4)
@@ -40,7 +40,7 @@ def seen_inputs(model, names, batches):
 @pytest.mark.parametrize("family", ["llama", "bert", "opt", "t5-v1.1", "whisper", "gpt2"])
 @pytest.mark.parametrize("hold_bytes", [1 << 30, 0])
 def test_layers_are_converted_on_what_they_see_in_the_converted_model(family, hold_bytes, monkeypatch):
-    monkeypatch.setattr("moefy.one_pass.SMALLEST_SPILLED", 64)
+    monkeypatch.setattr("moefy.conversion.one_pass.SMALLEST_SPILLED", 64)
     given = {}
 
     def record(site, specs, recipe, arrival, seed, metric):
@@ -62,7 +62,7 @@ def test_layers_are_converted_on_what_they_see_in_the_converted_model(family, ho
 
 @pytest.mark.parametrize("repair", [0.0, 0.5])
 def test_spilling_changes_nothing(repair, monkeypatch):
-    monkeypatch.setattr("moefy.one_pass.SMALLEST_SPILLED", 64)
+    monkeypatch.setattr("moefy.conversion.one_pass.SMALLEST_SPILLED", 64)
     states, recipe = [], moefy.Recipe.of(RECIPE, refit=True, repair=repair)
     for hold_bytes in (1 << 30, 4096, 0):
         model = tiny.tiny("llama")
@@ -74,7 +74,7 @@ def test_spilling_changes_nothing(repair, monkeypatch):
 
 def test_which_tokens_an_expert_sees_outlives_spilling(monkeypatch):
     """The numbers of its rows are the batch's own tensor, and were gone when it was written to disk."""
-    monkeypatch.setattr("moefy.one_pass.SMALLEST_SPILLED", 64)
+    monkeypatch.setattr("moefy.conversion.one_pass.SMALLEST_SPILLED", 64)
     feeds = [tiny.inputs("mixtral", seed=seed, batch=16, length=24) for seed in range(3)]
     assert all((feed["attention_mask"] == 0).any() for feed in feeds)
     states = []
@@ -90,7 +90,7 @@ def test_which_tokens_an_expert_sees_outlives_spilling(monkeypatch):
 def test_what_may_not_be_spilled_is_looked_for_when_something_must_be(hold_bytes, monkeypatch):
     calls, real = [], OnePass._common_addresses
     monkeypatch.setattr(OnePass, "_common_addresses", lambda self: (calls.append(1), real(self))[1])
-    monkeypatch.setattr("moefy.one_pass.SMALLEST_SPILLED", 64)
+    monkeypatch.setattr("moefy.conversion.one_pass.SMALLEST_SPILLED", 64)
     moefy.convert(tiny.tiny("llama"), RECIPE, [tiny.inputs("llama", seed=s) for s in range(3)], hold_bytes=hold_bytes)
     assert bool(calls) == (hold_bytes == 0)
 
@@ -211,7 +211,7 @@ def test_no_temporary_directory_is_a_sentence(monkeypatch):
     def none(**_):
         raise FileNotFoundError(2, "No usable temporary directory found")
 
-    monkeypatch.setattr("moefy.one_pass.tempfile.TemporaryDirectory", none)
+    monkeypatch.setattr("moefy.conversion.one_pass.tempfile.TemporaryDirectory", none)
     model, recipe = tiny.tiny("llama"), moefy.Recipe.of(RECIPE, refit=True, repair=0.5)
     with pytest.raises(moefy.MoefyError, match="set TMPDIR"):
         moefy.convert(model, recipe, [tiny.inputs("llama")])

@@ -13,7 +13,7 @@ import moefy
 import tiny
 from moefy import kernels
 from moefy.moe import moe_layers
-from moefy.sources import load_source
+from moefy.sources.models import load_source
 from native_problem import needs_native
 from test_bound import build
 from test_packed import close

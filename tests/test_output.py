@@ -10,8 +10,8 @@ import pytest
 import moefy
 import tiny
 from moefy.checkpoint import check_output
-from moefy.cli import main
-from moefy.relufy import save_dense
+from moefy.cli.app import main
+from moefy.tuning.relufy import save_dense
 from words import pydoc_tokenizer
 
 

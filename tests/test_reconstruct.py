@@ -77,7 +77,7 @@ def test_a_whole_model_comes_nearer_with_it(family):
 @pytest.mark.parametrize("shares", [[0.8, 0.2], [0.2, 0.8]])
 def test_of_several_shared_budgets_each_layer_takes_the_one_with_the_least_held_out_error(shares, monkeypatch):
     """In whatever order they are given, and every layer for itself."""
-    module, fits = sys.modules["moefy.convert_layer"], []
+    module, fits = sys.modules["moefy.conversion.convert_layer"], []
 
     def record(moe, *args):
         fits.append((refit(moe, *args).held_out_error, moe.spec.shared))

@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 
 import moefy
 import tiny
-from moefy.cli import main
-from moefy.sources import load_source
+from moefy.cli.app import main
+from moefy.sources.models import load_source
 
 RECIPE = moefy.Recipe(experts=6, shared=1, active=2, top_activated=4, router="linear")
 # Heads that transformers makes of any decoder, with a body that AutoModel builds.

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import moefy
 from moefy.moe import moe_layers
 from moefy.sites import find_sites
-from moefy.sources import load_source
+from moefy.sources.models import load_source
 
 # SparseLLM/ReluLLaMA-7B: Llama 2 with ReLU for SiLU.
 RELU_LLAMA = {

@@ -11,13 +11,13 @@ from safetensors import SafetensorError
 from transformers import AutoModelForSequenceClassification
 
 import moefy
-import moefy.finetune
+import moefy.tuning.finetune
 import tiny
 import words
-from moefy.finetune import Schedule, finetune
-from moefy.relufy import load_for_task, relufy, with_activation
 from moefy.sites import find_sites
 from moefy.tasks import TASKS
+from moefy.tuning.finetune import Schedule, finetune
+from moefy.tuning.relufy import load_for_task, relufy, with_activation
 
 
 @pytest.mark.parametrize("family", [f for f in tiny.FAMILIES if f != "whisper"])
@@ -241,7 +241,7 @@ def test_a_state_that_cannot_be_written_leaves_the_one_before(tmp_path, data, mo
         path.write_bytes(b"half")
         raise error
 
-    monkeypatch.setattr(moefy.finetune, "save_file", full)
+    monkeypatch.setattr(moefy.tuning.finetune, "save_file", full)
     with pytest.raises(moefy.MoefyError, match=r"No space left.*the one before it is kept"):
         finetune(tiny.tiny("bert"), features, 0, Schedule(16, 8), state=state)
     assert state.read_bytes() == before

@@ -7,7 +7,7 @@ import torch
 
 import moefy
 import tiny
-from moefy.residuals import find_residuals
+from moefy.conversion.residuals import find_residuals
 from moefy.sites import find_sites
 
 # The last part of the name of the module that gets the stream, by family; None: there is none to mend.

@@ -14,12 +14,12 @@ import torch
 import moefy
 import tiny
 from command import run
-from moefy import budgets, resume
+from moefy.conversion import budgets, resume
 from moefy.errors import MoefyWarning
+from moefy.measure.target import smallest_budget, split_held_out
 from moefy.moe import moe_layers
 from moefy.recipe import DEFAULT
 from moefy.sites import find_sites
-from moefy.target import smallest_budget, split_held_out
 from test_target import batches as counting_batches
 from test_target import trained
 
@@ -244,7 +244,7 @@ def test_the_command_goes_on_when_it_is_repeated(made, dense, monkeypatch, capsy
     assert f"Repeat the command to go on, or remove what is done: {tmp_path / '.out.converting'}." in shown
     assert [file.name for file in tmp_path.iterdir()] == [".out.converting"]
     done = len(made)
-    monkeypatch.setattr("moefy.cli_convert.ROOM", float("inf"))  # what is there takes room
+    monkeypatch.setattr("moefy.cli.convert.ROOM", float("inf"))  # what is there takes room
     assert run(monkeypatch, *args) == 0, capsys.readouterr().err
     assert len(made) == len(set(made)) > done
     shown = capsys.readouterr()
@@ -270,7 +270,7 @@ def test_a_failure_says_what_it_leaves(made, dense, monkeypatch, capsys, tmp_pat
 
 
 def test_without_room_beside_the_output_nothing_is_kept(dense, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr("moefy.cli_convert.ROOM", float("inf"))
+    monkeypatch.setattr("moefy.cli.convert.ROOM", float("inf"))
     options = ["--recipe", "cmoe", "--experts", "6", "--window", "32", "--windows", "2"]
     assert run(monkeypatch, "convert", str(dense), str(tmp_path / "new" / "out"), *options) == 0
     assert "too full to keep layers" in capsys.readouterr().err

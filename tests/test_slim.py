@@ -12,10 +12,10 @@ from typer.testing import CliRunner
 import moefy
 import tiny
 from moefy import slim
-from moefy.cli import app
+from moefy.cli.app import app
 from moefy.moe import moe_layers
 from moefy.sites import find_sites
-from moefy.sources import load_source
+from moefy.sources.models import load_source
 from test_families import close
 from words import pydoc_tokenizer
 

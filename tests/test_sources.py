@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 
 import moefy
 import tiny
-from moefy import gguf_file
 from moefy.quiet import loading
-from moefy.sources import load_source
+from moefy.sources import gguf_file
+from moefy.sources.models import load_source
 from words import pydoc_tokenizer
 
 

@@ -12,8 +12,8 @@ import moefy
 import tiny
 from command import moefy as command
 from moefy.calibrate import token_windows
-from moefy.sources import load_source
-from moefy.texts import read_text
+from moefy.sources.models import load_source
+from moefy.sources.texts import read_text
 from test_sources import with_config, with_weights, write_gguf
 from words import pydoc_tokenizer
 

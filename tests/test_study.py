@@ -15,7 +15,7 @@ import moefy
 import tiny
 import words
 from moefy import report
-from moefy.cli import app
+from moefy.cli.app import app
 from moefy.moe import moe_layers
 from moefy.report.html import write_together
 from moefy.study import measures, study

@@ -16,10 +16,10 @@ import tiny
 from moefy import hf
 from moefy.calibrate import positions
 from moefy.moe import moe_layers
-from moefy.relufy import with_activation
 from moefy.routers import Router
-from moefy.sources import load_source
-from moefy.texts import read_text
+from moefy.sources.models import load_source
+from moefy.sources.texts import read_text
+from moefy.tuning.relufy import with_activation
 from moefy.usage import usage
 
 COUNTED = moefy.Recipe(experts=6, shared=1, active=2, top_activated=4)

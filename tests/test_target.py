@@ -8,10 +8,10 @@ import torch
 
 import moefy
 import tiny
-from moefy import target
-from moefy.evaluate import perplexity
+from moefy.measure import target
+from moefy.measure.evaluate import perplexity
+from moefy.measure.target import LARGEST, TRIALS, smallest_budget, split_held_out
 from moefy.recipe import DEFAULT, Recipe
-from moefy.target import LARGEST, TRIALS, smallest_budget, split_held_out
 
 
 def trained(seed=0):

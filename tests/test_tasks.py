@@ -9,7 +9,7 @@ import transformers as tf
 import moefy
 import tiny
 import words
-from moefy import harness
+from moefy.measure import harness
 from moefy.tasks import TASKS, evaluate_task, task_calibration, task_examples
 from moefy.tasks.likelihood import log_likelihoods
 from moefy.tasks.qa import normal, word_f1

@@ -10,11 +10,12 @@ import torch
 import moefy
 import tiny
 from command import run
-from moefy import adapters, kernels
-from moefy.losses import teacher_loss, text_loss
+from moefy import kernels
 from moefy.moe import moe_layers
-from moefy.tokenizer import load_tokenizer
-from moefy.tune import _measured, tune
+from moefy.sources.tokenizer import load_tokenizer
+from moefy.tuning import adapters
+from moefy.tuning.losses import teacher_loss, text_loss
+from moefy.tuning.tune import _measured, tune
 from moefy.usage import usage
 from native_problem import needs_native
 
@@ -199,7 +200,7 @@ def test_what_ends_in_the_last_measurement_leaves_the_model_as_it_was(monkeypatc
             raise KeyboardInterrupt
         return _measured(*args)
 
-    monkeypatch.setattr(importlib.import_module("moefy.tune"), "_measured", stopped)
+    monkeypatch.setattr(importlib.import_module("moefy.tuning.tune"), "_measured", stopped)
     with pytest.raises(KeyboardInterrupt):
         tune(model, windows(), gate_scale=True)
     assert same(state_of(model), before)

@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import moefy
 import tiny
 from moefy.calibrate import check_ids, ids_checked
-from moefy.cli import main
+from moefy.cli.app import main
 
 WORDS = "the value of an object is what the documentation of a class says it is "
 COMMANDS = {

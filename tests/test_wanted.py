@@ -6,7 +6,7 @@ import transformers as tf
 
 import moefy
 import tiny
-from moefy.compare import recipe_at
+from moefy.measure.compare import recipe_at
 from moefy.recipe import DEFAULT, RECIPES, Recipe
 from moefy.routers import ROUTERS
 from moefy.types import FFNWeights

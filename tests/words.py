@@ -6,7 +6,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 import tiny
-from moefy.texts import builtin_text
+from moefy.sources.texts import builtin_text
 
 WORDS = [f"w{i}" for i in range(60)] + [
     "negative",

@@ -19,7 +19,7 @@ def _command_starts() -> bool:
     )
 
 
-# torch and transformers take seconds to import. Help and wrong options do without: see `whole` in cli.py.
+# torch and transformers take seconds to import. Help and wrong options do without: see `whole` in cli/app.py.
 _is_whole = not _command_starts()
 
 if TYPE_CHECKING or _is_whole:
@@ -29,9 +29,9 @@ if TYPE_CHECKING or _is_whole:
     from moefy.convert import Report, convert
     from moefy.moe import MoEFFN, pack
     from moefy.recipe import RECIPES, Recipe
-    from moefy.relufy import relufy
     from moefy.tasks import evaluate_task, task_calibration
-    from moefy.tune import Tuned, tune
+    from moefy.tuning.relufy import relufy
+    from moefy.tuning.tune import Tuned, tune
     from moefy.types import FFNWeights, LayerSpec, MoEWeights, Partition
 
     _hf.register()

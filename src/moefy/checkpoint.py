@@ -17,14 +17,15 @@ import transformers
 from safetensors import SafetensorError
 from transformers import GenerationConfig, PreTrainedModel
 
-from moefy import hf, hub, slim
+from moefy import hf, slim
 from moefy.convert import check_no_adapters
 from moefy.files import put_in_place, sync
-from moefy.folder import check_directory
 from moefy.model_card import model_card
 from moefy.recipe import Recipe
 from moefy.sites import bamboo, find_sites
-from moefy.sources import (
+from moefy.sources import hub
+from moefy.sources.folder import check_directory
+from moefy.sources.models import (
     LOAD_ERRORS,
     check_complete,
     check_weights,

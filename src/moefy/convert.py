@@ -21,18 +21,18 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moefy import slim
-from moefy.budgets import Sensitivity, allocate, measure
 from moefy.calibrate import CalibrationInfo, check_batches, real_tokens, without_cache
-from moefy.convert_layer import LayerReport, as_it_is, convert_layer, whole_layer
+from moefy.conversion.budgets import Sensitivity, allocate, measure
+from moefy.conversion.convert_layer import LayerReport, as_it_is, convert_layer, whole_layer
+from moefy.conversion.one_pass import Arrival, OnePass
+from moefy.conversion.residuals import find_residuals
+from moefy.conversion.resume import Store
+from moefy.conversion.work import layer_work, measure_work, tokens_in
 from moefy.hf import mark_converted
 from moefy.moe import MoEFFN, moe_layers
-from moefy.one_pass import Arrival, OnePass
 from moefy.recipe import Recipe
-from moefy.residuals import find_residuals
-from moefy.resume import Store
 from moefy.sites import ExpertSite, Site, check_run_once, find_sites, join_experts
 from moefy.types import LayerSpec, MoefyError
-from moefy.work import layer_work, measure_work, tokens_in
 
 Progress = Callable[[int, int, str], None]
 
@@ -119,8 +119,8 @@ def convert(
 
     `calibration` iterates over model inputs (dicts of tensors). `hold_bytes` bounds the memory for
     activations between layers; what is beyond goes to a temporary directory. `progress(done, total,
-    name)` is called after each FFN; it counts work as `moefy.work` does. `sensitivity` saves
-    measuring again what a recipe that allocates its budget needs (`moefy.budgets.measure`).
+    name)` is called after each FFN; it counts work as `moefy.conversion.work` does. `sensitivity` saves
+    measuring again what a recipe that allocates its budget needs (`moefy.conversion.budgets.measure`).
 
     `state` is a folder where each FFN is kept as soon as it is done: a conversion of the same model by the same recipe
     and calibration goes on from there. The converted FFNs are mapped from its files, so that they do not add up in

@@ -21,7 +21,7 @@ def main() -> None:
     global starting
     on_stop(_leave)
     starting = True
-    from moefy.cli import main as run
+    from moefy.cli.app import main as run
 
     try:
         run()

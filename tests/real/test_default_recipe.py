@@ -5,7 +5,7 @@ import json
 import pytest
 from test_smollm2 import command
 
-from moefy.sources import smollm2_gguf
+from moefy.sources.models import smollm2_gguf
 
 pytestmark = pytest.mark.real
 

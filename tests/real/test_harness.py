@@ -7,7 +7,7 @@ import pytest
 import moefy
 import tiny
 import words
-from moefy import harness
+from moefy.measure import harness
 
 pytestmark = pytest.mark.real
 

@@ -11,10 +11,10 @@ import torch
 
 import moefy
 from moefy.calibrate import token_windows
-from moefy.evaluate import perplexity
+from moefy.measure.evaluate import perplexity
 from moefy.moe import moe_layers
-from moefy.sources import load_source, smollm2_gguf
-from moefy.texts import read_text
+from moefy.sources.models import load_source, smollm2_gguf
+from moefy.sources.texts import read_text
 
 pytestmark = pytest.mark.real
 
@@ -98,7 +98,7 @@ def test_eval_and_generate_on_the_saved_model(converted, data):
 def test_a_loaded_model_holds_little_more_than_its_weights(converted):
     """Peak of load, packing and one token, over an idle process: at most 1.1 times the weights."""
     program = (
-        "import sys, torch, moefy; from moefy.bench import weight_bytes\n"
+        "import sys, torch, moefy; from moefy.measure.bench import weight_bytes\n"
         "def peak(): return next(int(l.split()[1]) * 1024 for l in open('/proc/self/status') if 'VmHWM' in l)\n"
         "torch.zeros(8, 8) @ torch.zeros(8, 8); torch.set_grad_enabled(False); import transformers.models.llama\n"
         "idle = peak(); model = moefy.load(sys.argv[1]); model(torch.ones(1, 1, dtype=torch.long))\n"

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from moefy.checkpoint import written_file
-from moefy.gguf_file import is_gguf, read_gguf
+from moefy.sources.gguf_file import is_gguf, read_gguf
 from moefy.types import MoefyError
 
 #: Types of matrices, by name: as GGUF calls the tensor's and the file's.

@@ -1,4 +1,4 @@
-"""A comparison of recipes (`moefy.compare`) as a table, in Markdown and as one HTML page with plots."""
+"""A comparison of recipes (`moefy.measure.compare`) as a table, in Markdown and as one HTML page with plots."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from moefy.report.html import document, image, table, write_whole
 
 
 def write(settings: dict[str, Any], base: dict[str, Any], lines: Sequence[dict[str, Any]], path: Path) -> Path:
-    """Write the page; `settings`, the dense model's line and the runs' lines as `moefy.compare` has them."""
+    """Write the page; `settings`, the dense model's line and the runs' lines as `moefy.measure.compare` has them."""
     return write_whole(path, page(settings, base, lines))
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from moefy.moe import moe_layers
-from moefy.sources import check_weights
+from moefy.sources.models import check_weights
 from moefy.study import measures
 from moefy.study.collect import Layer, collect
 from moefy.study.preferences import over_sequences, over_tokens, preferences, turned

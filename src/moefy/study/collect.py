@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from moefy import kernels
 from moefy.calibrate import real_tokens, row_mask, token_mask
+from moefy.conversion.quality import routes
 from moefy.moe import MoEFFN, moe_layers
-from moefy.quality import routes
 from moefy.sites import find_sites, join_experts, token_rows
-from moefy.sources import check_finite
+from moefy.sources.models import check_finite
 from moefy.stats import firing, normalised_rows
 from moefy.types import FFNWeights, MoefyError
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from moefy.calibrate import positions
-from moefy.sources import LOAD_ERRORS, check_finite, reason
+from moefy.sources.models import LOAD_ERRORS, check_finite, reason
 from moefy.tasks.rows import Row
 from moefy.types import MoefyError
 

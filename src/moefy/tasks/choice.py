@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from moefy.sources import check_finite
+from moefy.sources.models import check_finite
 from moefy.tasks.base import Progress, Task, collate, head_of, longest_input, pad_id, refuse_head
 from moefy.tasks.likelihood import log_likelihoods
 from moefy.tasks.pairs import encode_pairs

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from moefy.sources import check_finite
+from moefy.sources.models import check_finite
 from moefy.tasks.base import Progress, Task, by_length, collate, head_of, longest_input, padding, refuse_head
 from moefy.tasks.likelihood import log_likelihoods
 from moefy.tasks.pairs import encode_pairs

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from moefy.sources import check_finite
+from moefy.sources.models import check_finite
 from moefy.tasks.base import Progress, by_length, head_of, pad_id, padded
 from moefy.tasks.pairs import encode_pair
 

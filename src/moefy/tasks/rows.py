@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from moefy.texts import decoded, hub_rows, is_text
+from moefy.sources.texts import decoded, hub_rows, is_text
 from moefy.types import MoefyError
 
 Row = dict[str, Any]

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from moefy.cli_common import Dtype, load_any, text_batches
+from moefy.cli.common import Dtype, load_any, text_batches
 from moefy.errors import MoefyError
 
 # Tokens on which the written model is compared with the converted one.
@@ -32,9 +32,11 @@ def export(
     overwrite: Annotated[bool, typer.Option(help="Replace the output if it is a model.")] = False,
 ) -> None:
     """Write a converted model for transformers, vLLM, SGLang (a directory) or llama.cpp (a GGUF), without moefy."""
-    from moefy import checkpoint, console, texts
+    from moefy import checkpoint
+    from moefy.cli import console
     from moefy.export import export as export_model
     from moefy.export.gguf import check_options
+    from moefy.sources import texts
 
     form = "gguf" if output.suffix.lower() == ".gguf" else "transformers"
     options: dict[str, Any] = {}

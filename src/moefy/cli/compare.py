@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moefy.cli_common import TEXT, Dtype, RemoteCode, load_any, text_batches
+from moefy.cli.common import TEXT, Dtype, RemoteCode, load_any, text_batches
 from moefy.errors import MoefyError
 
 if TYPE_CHECKING:
-    from moefy.compare import Data
+    from moefy.measure.compare import Data
 
 # Windows to draw each seed's calibration from, in multiples of what a seed takes.
 POOL = 8
@@ -49,8 +49,8 @@ def compare(
 
     A comparison that was cut off goes on when the command is repeated.
     """
-    from moefy import compare as comparison
-    from moefy import console
+    from moefy.cli import console
+    from moefy.measure import compare as comparison
     from moefy.report import compare_page, plots
 
     plots.require()
@@ -90,7 +90,7 @@ def _fractions(text: str) -> list[float]:
 
 def _bodies(calibration: str, texts: Sequence[str] | None) -> tuple[str, dict[str, str]]:
     """The text to calibrate on, and those to measure on by a short name: never the same words."""
-    from moefy.texts import halves, read_text
+    from moefy.sources.texts import halves, read_text
 
     whole = read_text(calibration)
     first, second = halves(whole)
@@ -109,7 +109,7 @@ def _data(
     import torch
 
     from moefy.calibrate import special_prefix
-    from moefy.compare import Data
+    from moefy.measure.compare import Data
 
     def rows(text: str, count: int) -> torch.Tensor:
         return torch.cat([batch["input_ids"] for batch in text_batches(model, tokenizer, text, window, count)])

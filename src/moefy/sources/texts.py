@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from moefy import hub
 from moefy.errors import MoefyError, MoefyWarning
+from moefy.sources import hub
 
 BUILTIN = "pydoc"
 # Of a hub's data set, which may be larger than any disk: some 16 million tokens.

@@ -10,12 +10,14 @@ from typing import Any
 
 import torch
 
-from moefy import checkpoint, console, texts
+from moefy import checkpoint
 from moefy.calibrate import special_prefix, text_calibration, token_windows
+from moefy.cli import console
 from moefy.convert import Report, convert
-from moefy.evaluate import perplexity
+from moefy.measure.evaluate import perplexity
 from moefy.recipe import Recipe
-from moefy.sources import load_source, smollm2_gguf
+from moefy.sources import texts
+from moefy.sources.models import load_source, smollm2_gguf
 from moefy.usage import realised_fraction, usage
 
 NEW_TOKENS = 48

@@ -25,7 +25,8 @@ RemoteCode = Annotated[bool, typer.Option(help="Run the checkpoint's own code. O
 @contextmanager
 def loading(name: str) -> Iterator[None]:
     """Show the progress of a model's loading."""
-    from moefy import console, quiet
+    from moefy import quiet
+    from moefy.cli import console
 
     with console.progress(f"Loading {name}", counted=False, brief=True) as update, quiet.loading(update):
         yield
@@ -41,7 +42,7 @@ def load_any(name: str, dtype: str, remote_code: bool, int8: bool = False) -> tu
 
 
 def _pack_int8(name: str, model: Any) -> None:
-    from moefy import console
+    from moefy.cli import console
     from moefy.moe import moe_layers, pack
 
     if not moe_layers(model):
@@ -55,10 +56,10 @@ def _pack_int8(name: str, model: Any) -> None:
 
 def _load(name: str, dtype: str, remote_code: bool) -> tuple[Any, Any]:
     from moefy import checkpoint
-    from moefy.folder import read_config
     from moefy.hf import MODEL_TYPE
-    from moefy.sources import load_source, local_path, torch_dtype
-    from moefy.tokenizer import load_tokenizer
+    from moefy.sources.folder import read_config
+    from moefy.sources.models import load_source, local_path, torch_dtype
+    from moefy.sources.tokenizer import load_tokenizer
 
     checkpoint.recover(name)
     folder = local_path(name)

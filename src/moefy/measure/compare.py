@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moefy import bench
-from moefy.budgets import Sensitivity, measure
+from moefy.conversion.budgets import Sensitivity, measure
+from moefy.conversion.resume import digest
 from moefy.convert import convert
-from moefy.evaluate import is_causal_lm, perplexity
 from moefy.hf import versions
+from moefy.measure import bench
+from moefy.measure.evaluate import is_causal_lm, perplexity
 from moefy.recipe import DEFAULT, RECIPES, Recipe
-from moefy.resume import digest
 from moefy.routers import ROUTERS
 from moefy.sites import find_sites
 from moefy.slim import ordinary

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moefy.calibrate import token_mask, without_cache
-from moefy.residuals import first_tensor
+from moefy.conversion.residuals import first_tensor
 from moefy.sites import ExpertList, Site, token_rows
 from moefy.types import MoefyError
 

@@ -12,9 +12,9 @@ from typing import Annotated, Any
 
 import typer
 
-from moefy.cli_common import TEXT, Dtype, RemoteCode, TaskName, gibibytes, loading, number, text_batches
+from moefy.cli.common import TEXT, Dtype, RemoteCode, TaskName, gibibytes, loading, number, text_batches
 from moefy.errors import MoefyError
-from moefy.texts import BUILTIN
+from moefy.sources.texts import BUILTIN
 
 # By how much of the FFNs' multiply-adds a conversion may miss what was asked for before it is said.
 TOO_MUCH = 0.05
@@ -86,8 +86,9 @@ def convert(
     trust_remote_code: RemoteCode = False,
 ) -> None:
     """Convert a dense model's FFNs to mixtures of experts, or slim them, and save the result."""
-    from moefy import checkpoint, console, hf
-    from moefy.sources import load_source
+    from moefy import checkpoint, hf
+    from moefy.cli import console
+    from moefy.sources.models import load_source
     from moefy.wanted import chosen
 
     hold = gibibytes("--memory", memory)
@@ -122,7 +123,7 @@ def convert(
 
 def _check_together(task: str | None, calibration: str, target_loss: float | None, active: str | None) -> None:
     """MoefyError for options that exclude each other, before anything is loaded."""
-    from moefy.target import check_target
+    from moefy.measure.target import check_target
 
     if task and calibration == BUILTIN:
         raise MoefyError(f"A conversion for {task} is calibrated on its data; name it with --calibration.")
@@ -137,7 +138,8 @@ def _check_together(task: str | None, calibration: str, target_loss: float | Non
 
 def _readable(task: str | None, calibration: str) -> str:
     """The calibration text, empty for a task's data; MoefyError if it cannot be read, before a model is loaded."""
-    from moefy import tasks, texts
+    from moefy import tasks
+    from moefy.sources import texts
 
     if task is None:
         return texts.read_text(calibration)
@@ -161,7 +163,7 @@ def _kept(model: Any, out: Path, target_loss: float | None) -> Iterator[Path | N
 
     What is there already is gone on from. MoefyError if another process is converting to the same output.
     """
-    from moefy import console
+    from moefy.cli import console
 
     state = out.parent / f".{out.name}.converting"
     room = (ROOM if target_loss is None else ROOM_OF_A_SEARCH) * sum(p.nbytes for p in model.parameters())
@@ -221,9 +223,10 @@ def _converted(
     state: Path | None,
 ) -> tuple[Any, Any, list[Any]]:
     """The converted model, its report, and the budgets that were tried for a target."""
-    from moefy import console, target
     from moefy.calibrate import special_prefix
+    from moefy.cli import console
     from moefy.convert import convert as convert_model
+    from moefy.measure import target
 
     with console.progress("Converting layers", counted=False) as update:
         if target_loss is None:
@@ -237,7 +240,8 @@ def _converted(
 
 def _show_conversion(model: Any, output: Path, wanted: Any, report: Any, trials: list[Any]) -> None:
     """The table after `convert`: what was tried for a target, what was made, and what it took."""
-    from moefy import console, slim
+    from moefy import slim
+    from moefy.cli import console
 
     before = f", {report.resumed} of them before" if report.resumed else ""
     searched = [
@@ -263,7 +267,7 @@ def _show_conversion(model: Any, output: Path, wanted: Any, report: Any, trials:
 
 def _say_surprises(wanted: Any, report: Any, share: float | None) -> None:
     """What nobody asked for, on standard error: experts of another size, more work than wanted or than dense."""
-    from moefy import console
+    from moefy.cli import console
 
     if report.recipe.expert_size != wanted.expert_size:
         console.err.print(

@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 from moefy import kernels
 from moefy.calibrate import row_mask
+from moefy.conversion.quality import Routing, RoutingTally, routes
 from moefy.moe import MoEFFN, moe_layers
-from moefy.quality import Routing, RoutingTally, routes
 from moefy.types import MoefyError
 from moefy.usage import realised_fraction, usage
 

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 from moefy.calibrate import real_tokens, spread
 from moefy.construct.elimination import eliminate
-from moefy.one_pass import Arrival, OnePass
-from moefy.resume import Store, digest
-from moefy.sensitivity import Metrics, output_metrics
+from moefy.conversion.one_pass import Arrival, OnePass
+from moefy.conversion.resume import Store, digest
+from moefy.conversion.sensitivity import Metrics, output_metrics
+from moefy.conversion.work import CURVE_BATCHES, METRIC_BATCHES, curve_work, measure_work, metric_work, tokens_in
 from moefy.sites import Site, join_experts
 from moefy.stats import NeuronStats
 from moefy.types import FFNWeights
-from moefy.work import CURVE_BATCHES, METRIC_BATCHES, curve_work, measure_work, metric_work, tokens_in
 
 # Shares that a layer may get. Below a twelfth the predictions, which are of second order, mean nothing.
 GRID = 401
@@ -77,8 +77,8 @@ def measure(
 ) -> Sensitivity:
     """Measure a dense model, which stays as it is, on a few of the calibration batches.
 
-    `chunk` tokens are worked on at a time; `progress(done, total, name)` counts as `moefy.work` does. What is in
-    `store`, of the same model and batches, is not measured again.
+    `chunk` tokens are worked on at a time; `progress(done, total, name)` counts as `moefy.conversion.work` does. What
+    is in `store`, of the same model and batches, is not measured again.
     """
     store = (store or Store(None)).below({"chunk": chunk})
     some, total = spread(batches, METRIC_BATCHES), measure_work(sites, batches)

@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from moefy.calibrate import row_mask, without_cache
+from moefy.conversion.one_pass import SMALLEST_SPILLED, not_spilled, spill_folder
 from moefy.kernels.native import return_freed_memory
-from moefy.one_pass import SMALLEST_SPILLED, not_spilled, spill_folder
 from moefy.sites import ExpertSite, Site
 from moefy.types import MoefyError
 

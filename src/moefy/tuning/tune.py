@@ -21,14 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moefy.adapters import Adapters
-from moefy.balance import Gates
 from moefy.calibrate import CalibrationInfo, check_batches, spread, tokens_of
+from moefy.conversion.resume import fingerprint
 from moefy.convert import check_no_adapters
-from moefy.finetune import Progress, Schedule, Trained, check_positive, train
-from moefy.losses import teacher_loss, text_loss
 from moefy.moe import moe_layers
-from moefy.resume import fingerprint
+from moefy.tuning.adapters import Adapters
+from moefy.tuning.balance import Gates
+from moefy.tuning.finetune import Progress, Schedule, Trained, check_positive, train
+from moefy.tuning.losses import teacher_loss, text_loss
 from moefy.types import MoefyError
 
 Loss = Callable[[Any, Mapping[str, Any]], Tensor]

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from moefy.cli_common import TEXT, Dtype, RemoteCode, load_any, loading, text_batches
+from moefy.cli.common import TEXT, Dtype, RemoteCode, load_any, loading, text_batches
 
 
 def tune(
@@ -37,12 +37,14 @@ def tune(
     trust_remote_code: RemoteCode = False,
 ) -> None:
     """Fine-tune a converted model shortly, on text or to its dense model. A run that was cut off goes on."""
-    from moefy import checkpoint, console, texts
-    from moefy.adapters import check_peft
-    from moefy.evaluate import check_comparable
-    from moefy.finetune import check_positive
-    from moefy.tune import RATE, TuneOptions
-    from moefy.tune import tune as tune_model
+    from moefy import checkpoint
+    from moefy.cli import console
+    from moefy.measure.evaluate import check_comparable
+    from moefy.sources import texts
+    from moefy.tuning.adapters import check_peft
+    from moefy.tuning.finetune import check_positive
+    from moefy.tuning.tune import RATE, TuneOptions
+    from moefy.tuning.tune import tune as tune_model
 
     options = {"rank": rank, "rate": RATE if rate is None else rate, "attention": attention, "gate_scale": gate_scale}
     options |= {"balance": balance, "epochs": epochs, "seed": seed}
@@ -73,8 +75,8 @@ def tune(
 def _converted(name: str, dtype: str, remote_code: bool) -> tuple[Any, Any]:
     """A converted model and its tokenizer; MoefyError for any other."""
     from moefy import checkpoint
-    from moefy.sources import local_path, torch_dtype
-    from moefy.tokenizer import load_tokenizer
+    from moefy.sources.models import local_path, torch_dtype
+    from moefy.sources.tokenizer import load_tokenizer
 
     with loading(name):
         loaded = checkpoint.load(name, dtype=torch_dtype(dtype))
@@ -82,7 +84,7 @@ def _converted(name: str, dtype: str, remote_code: bool) -> tuple[Any, Any]:
 
 
 def _show(output: Path, tuned: Any) -> None:
-    from moefy import console
+    from moefy.cli import console
 
     rows = [
         ["steps", str(tuned.steps)],

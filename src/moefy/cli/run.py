@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from moefy.cli_common import Dtype, Int8, RemoteCode, load_any
+from moefy.cli.common import Dtype, Int8, RemoteCode, load_any
 from moefy.errors import MoefyError
 
 # A short text is repeated to so many characters, enough for 1,024 tokens of any tokenizer.
@@ -27,8 +27,8 @@ def generate(
     from transformers import TextStreamer
 
     from moefy.calibrate import check_ids
+    from moefy.sources.texts import is_text
     from moefy.tasks.base import greedy
-    from moefy.texts import is_text
 
     if not is_text(prompt):
         raise MoefyError("The prompt is no valid text (it is not UTF-8, or holds half a character); write it in UTF-8.")
@@ -80,11 +80,11 @@ def bench(
     trust_remote_code: RemoteCode = False,
 ) -> None:
     """Time a model end to end: decode, prefill, batches, memory."""
-    from moefy import console
-    from moefy.bench import cases, compare
     from moefy.calibrate import check_ids, token_windows
-    from moefy.evaluate import check_comparable
-    from moefy.texts import read_text
+    from moefy.cli import console
+    from moefy.measure.bench import cases, compare
+    from moefy.measure.evaluate import check_comparable
+    from moefy.sources.texts import read_text
 
     body = read_text(text)  # a wrong name is refused before anything is loaded
     whole = [body] * -(-_CHARACTERS // len(body))

@@ -13,9 +13,9 @@ from torch import Tensor
 from moefy import kernels
 from moefy.construct import construct
 from moefy.construct.sharing import SHARING
+from moefy.conversion.one_pass import Arrival
+from moefy.conversion.quality import Routing, RoutingTally, routes
 from moefy.moe import MoEFFN
-from moefy.one_pass import Arrival
-from moefy.quality import Routing, RoutingTally, routes
 from moefy.recipe import Recipe
 from moefy.reconstruct import refit
 from moefy.routers import ROUTERS

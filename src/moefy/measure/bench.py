@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from moefy.calibrate import positions
-from moefy.evaluate import is_causal_lm
 from moefy.kernels import native
+from moefy.measure.evaluate import is_causal_lm
 from moefy.moe import MoEFFN
 from moefy.types import MoefyError
 from moefy.usage import realised_fraction, usage

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from moefy.cli_common import Dtype, RemoteCode, TaskName, load_any, text_batches
+from moefy.cli.common import Dtype, RemoteCode, TaskName, load_any, text_batches
 from moefy.errors import MoefyError
 
 
@@ -27,8 +27,8 @@ def relufy(
     trust_remote_code: RemoteCode = False,
 ) -> None:
     """Swap a model's activation for ReLU, fine-tune it shortly and save it. A run that was cut off goes on."""
-    from moefy import console
-    from moefy.relufy import relufy as relufy_model
+    from moefy.cli import console
+    from moefy.tuning.relufy import relufy as relufy_model
 
     with console.progress("Training") as update:
         trained = relufy_model(
@@ -63,7 +63,9 @@ def inspect(
     trust_remote_code: RemoteCode = False,
 ) -> None:
     """Study what a model's neurons and experts do: figures as JSON, and one page with plots."""
-    from moefy import console, report, tasks, texts
+    from moefy import report, tasks
+    from moefy.cli import console
+    from moefy.sources import texts
     from moefy.study import study
 
     if (task is None) != (data is None):
@@ -92,7 +94,8 @@ def evaluate_task(
     as_json: bool,
     remote_code: bool,
 ) -> None:
-    from moefy import console, tasks
+    from moefy import tasks
+    from moefy.cli import console
     from moefy.usage import realised_fraction, usage
 
     if not task or not data:
@@ -123,7 +126,7 @@ def harness(
     trust_remote_code: RemoteCode = False,
 ) -> None:
     """Run lm-evaluation-harness on a model and print its figures as JSON."""
-    from moefy.harness import run
+    from moefy.measure.harness import run
 
     loaded, tokenizer = load_any(model, dtype, trust_remote_code)
     figures = run(loaded, tokenizer, tasks, include=include, limit=limit, shots=shots, batch_size=batch_size)

@@ -18,13 +18,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from moefy import hub
-from moefy.folder import check_directory, quantised_error
-from moefy.gguf_file import alone, is_gguf, layers_of, read_gguf, read_once
 from moefy.hf import MODEL_TYPE
 from moefy.moe import moe_layers
 from moefy.quiet import quiet_transformers
-from moefy.tokenizer import load_tokenizer
+from moefy.sources import hub
+from moefy.sources.folder import check_directory, quantised_error
+from moefy.sources.gguf_file import alone, is_gguf, layers_of, read_gguf, read_once
+from moefy.sources.tokenizer import load_tokenizer
 from moefy.types import MoefyError
 
 # Quantisations that transformers undoes when it loads them without a GPU for them.

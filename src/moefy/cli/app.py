@@ -17,8 +17,8 @@ import typer
 
 import moefy
 import moefy_cli
-from moefy import cli_compare, cli_convert, cli_export, cli_run, cli_tasks, cli_tune
-from moefy.cli_common import Dtype, Int8, RemoteCode, TaskName, load_any, text_batches
+from moefy.cli import compare, convert, export, run, tasks, tune
+from moefy.cli.common import Dtype, Int8, RemoteCode, TaskName, load_any, text_batches
 from moefy.errors import MoefyError, MoefyWarning
 from moefy.version import __version__
 
@@ -61,7 +61,7 @@ def whole(command: Callable[..., None]) -> Callable[..., None]:
     @wraps(command)
     def run(*args: Any, **options: Any) -> None:
         if not moefy._is_whole:
-            from moefy import console
+            from moefy.cli import console
 
             moefy_cli.starting = False
             with console.err.status("Starting"):  # in a log that is no news
@@ -76,7 +76,7 @@ def whole(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-app.command()(whole(cli_convert.convert))
+app.command()(whole(convert.convert))
 
 
 @app.command("eval")
@@ -98,11 +98,12 @@ def evaluate(
     trust_remote_code: RemoteCode = False,
 ) -> None:
     """Measure a model: perplexity, agreement with the dense model, routing; or a task's figures."""
-    from moefy import console, texts
-    from moefy.evaluate import evaluate_model
+    from moefy.cli import console
+    from moefy.measure.evaluate import evaluate_model
+    from moefy.sources import texts
 
     if task or data or limit:
-        cli_tasks.evaluate_task(model, task, data, limit, against, int8, dtype, as_json, trust_remote_code)
+        tasks.evaluate_task(model, task, data, limit, against, int8, dtype, as_json, trust_remote_code)
         return
     body = texts.read_text(text)
     ours, tokenizer = load_any(model, dtype, trust_remote_code, int8)
@@ -119,14 +120,14 @@ def evaluate(
         console.out.print(f"Perplexity: {figures['protocol']}.")
 
 
-app.command()(whole(cli_tune.tune))
-app.command()(whole(cli_tasks.relufy))
-app.command()(whole(cli_tasks.inspect))
-app.command()(whole(cli_tasks.harness))
-app.command()(whole(cli_compare.compare))
-app.command()(whole(cli_run.generate))
-app.command()(whole(cli_run.bench))
-app.command()(whole(cli_export.export))
+app.command()(whole(tune.tune))
+app.command()(whole(tasks.relufy))
+app.command()(whole(tasks.inspect))
+app.command()(whole(tasks.harness))
+app.command()(whole(compare.compare))
+app.command()(whole(run.generate))
+app.command()(whole(run.bench))
+app.command()(whole(export.export))
 
 
 @app.command()
@@ -141,7 +142,7 @@ def demo(
     overwrite: Annotated[bool, typer.Option(help="Replace the output if it is a model directory.")] = False,
 ) -> None:
     """Convert SmolLM2-135M on text that ships with Python, reload it from disk and measure it."""
-    from moefy.demo import run
+    from moefy.cli.demo import run
     from moefy.wanted import chosen
 
     run(output, chosen(recipe, **({} if active is None else {"active": active})), windows, overwrite)

@@ -28,8 +28,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from moefy.conversion.resume import fingerprint
 from moefy.files import put_in_place
-from moefy.resume import fingerprint
 from moefy.tasks.base import by_answers, collate, longest_of
 from moefy.types import MoefyError
 

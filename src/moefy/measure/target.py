@@ -12,16 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moefy.budgets import Sensitivity, allocate, measure
+from moefy.conversion.budgets import Sensitivity, allocate, measure
+from moefy.conversion.resume import Store
+from moefy.conversion.work import layer_work, measure_work, tokens_in
 from moefy.convert import Report, check_dense, convert, planned_shares, planned_specs
-from moefy.evaluate import is_causal_lm, perplexity
+from moefy.measure.evaluate import is_causal_lm, perplexity
 from moefy.recipe import Recipe
-from moefy.resume import Store
 from moefy.sites import Site, find_sites
 from moefy.types import MoefyError
 from moefy.usage import realised_fraction, usage
 from moefy.wanted import at_share
-from moefy.work import layer_work, measure_work, tokens_in
 
 # Conversions at most, and how near the smallest budget the search stops.
 TRIALS, NEAR = 5, 0.02

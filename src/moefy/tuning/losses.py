@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moefy.calibrate import without_cache
-from moefy.evaluate import is_causal_lm
+from moefy.measure.evaluate import is_causal_lm
 from moefy.types import MoefyError
 
 Batch = Mapping[str, Any]
