@@ -187,3 +187,56 @@ def test_a_router_with_new_data_or_parametrized_is_the_one_that_chooses():
             expected = copy.deepcopy(moe)(x)
         close(moe(x), expected)
         moe.router.parametrizations.weight.original.add_(moe.router.weight.flip(0).abs())
+
+
+@pytest.mark.parametrize("packs", ["amid", "before the backward pass", "amid the backward pass"])
+def test_gradients_beside_a_thread_that_infers(packs, monkeypatch):
+    moe, x = build()
+    moe.requires_grad_(True)
+
+    def infer():
+        thread = threading.Thread(target=torch.no_grad()(moe), args=(x,))
+        thread.start()
+        thread.join()
+
+    def loss():
+        return moe(x.clone().requires_grad_()).square().sum()
+
+    loss().backward()
+    expected = {name: p.grad for name, p in moe.named_parameters() if p.grad is not None}
+    assert len(expected) > 4
+    moe.zero_grad()
+    if packs == "amid":
+        once, main = MoEFFN.choose, threading.current_thread()
+
+        def choose(self, x):
+            if threading.current_thread() is main:
+                infer()
+            return once(self, x)
+
+        monkeypatch.setattr(MoEFFN, "choose", choose)
+    y = moe(x.clone().requires_grad_())
+    if packs == "before the backward pass":
+        infer()
+    if packs == "amid the backward pass":
+        y.register_hook(lambda _: infer())
+    y.square().sum().backward()
+    for name, p in moe.named_parameters():
+        assert name not in expected or torch.equal(p.grad, expected[name]), name
+    moe.zero_grad()
+    infer()
+    assert moe.packed_bytes()  # although y and its graph are still there
+
+
+@torch.no_grad()
+def test_what_was_read_stays_when_a_layer_packs():
+    moe, x = build()
+    dense, views, state = moe.to_dense(), moe.weights(), moe.__getstate__()
+    expected = dense.forward(x), views.bias.clone(), state["_parameters"]["experts_up"].clone()
+    moe(x)
+    assert moe.packed_bytes()
+    assert torch.equal(dense.forward(x), expected[0])
+    assert torch.equal(views.bias, expected[1])
+    assert torch.equal(state["_parameters"]["experts_up"], expected[2])
+    dense.down_bias.add_(1)
+    assert torch.equal(moe.weights().bias, expected[1])

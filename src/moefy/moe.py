@@ -13,14 +13,14 @@ from transformers.activations import ACT2FN
 from moefy import kernels
 from moefy.kernels import native
 from moefy.kernels.bound import Bound
-from moefy.packed import LOCK, Graphs, Packed, called_functionally, keeps
+from moefy.packed import LOCK, Graphs, Packed, is_alone, keeps
 from moefy.routers import ROUTERS, Router
 from moefy.routers.base import without_autocast
 from moefy.selection import above, highest
 from moefy.types import FFNWeights, LayerSpec, MoefyError, MoEWeights, Partition, Usage
 
 _PARTS = ("gate", "up", "down", "gate_bias", "up_bias")
-_MATRICES = frozenset(f"{group}_{part}" for group in ("shared", "experts") for part in _PARTS)
+_OWN = frozenset(f"{group}_{part}" for group in ("shared", "experts") for part in _PARTS)
 
 
 class MoEFFN(nn.Module):
@@ -40,18 +40,12 @@ class MoEFFN(nn.Module):
         super().__init__()
         self.spec = spec
         self.top_k = spec.top_k
-        present = {
-            "gate": spec.gated,
-            "up": True,
-            "down": True,
-            "gate_bias": spec.gate_bias,
-            "up_bias": spec.up_bias,
-        }
+        absent = {"gate": not spec.gated, "gate_bias": not spec.gate_bias, "up_bias": not spec.up_bias}
         for part in _PARTS:
             tail = () if part.endswith("bias") else (spec.width,)
             for group, size in (("shared", (spec.shared,)), ("experts", (spec.experts, spec.expert_size))):
-                value = nn.Parameter(torch.empty(*size, *tail, dtype=dtype)) if present[part] else None
-                self.register_parameter(f"{group}_{part}", value)
+                value = nn.Parameter(torch.empty(*size, *tail, dtype=dtype))
+                self.register_parameter(f"{group}_{part}", None if absent.get(part) else value)
         self.down_bias = nn.Parameter(torch.empty(spec.width, dtype=dtype)) if spec.down_bias else None
         self.register_buffer("neurons", torch.empty(spec.neurons, dtype=torch.int32))
         self.act: nn.Module = ACT2FN[spec.activation]
@@ -71,8 +65,7 @@ class MoEFFN(nn.Module):
             if dense is not None:
                 for group, index in rows.items():
                     getattr(moe, f"{group}_{part}").copy_(dense[index])
-        if moe.down_bias is not None:
-            # A refitted MoEFFN has a bias where the dense FFN has none.
+        if moe.down_bias is not None:  # a refitted MoEFFN has one where the dense FFN has none
             moe.down_bias.copy_(ffn.down_bias if ffn.down_bias is not None else torch.zeros(spec.width))
         moe.neurons.copy_(torch.cat([partition.shared, partition.experts.flatten()]))  # type: ignore[operator]
         if ffn.activation_state:
@@ -94,7 +87,7 @@ class MoEFFN(nn.Module):
             dense[part] = torch.empty_like(rows).index_copy_(0, self.neurons.long(), rows)  # type: ignore[operator]
         return FFNWeights(
             **dense,  # type: ignore[arg-type]
-            down_bias=self.down_bias,
+            down_bias=None if weights.bias is None else weights.bias.clone(),
             activation=self.spec.activation,
             activate_up=self.spec.activate_up,
             activation_state=weights.shared.activation_state,
@@ -120,14 +113,12 @@ class MoEFFN(nn.Module):
 
         def part(group: str) -> FFNWeights:
             tensors = {p: getattr(self, f"{group}_{p}") for p in _PARTS}
-            flat = {
-                p: t.reshape(-1, spec.width) if not p.endswith("bias") else t.reshape(-1)
-                for p, t in tensors.items()
-                if t is not None
-            }
+            last = {p: () if p.endswith("bias") else (spec.width,) for p in _PARTS}
+            flat = {p: t.reshape(-1, *last[p]) for p, t in tensors.items() if t is not None}
             return FFNWeights(**flat, activation=spec.activation, activate_up=spec.activate_up, activation_state=state)
 
-        return MoEWeights(part("shared"), part("experts"), spec.experts, self.down_bias)
+        bias = None if self.down_bias is None else self.down_bias.view(-1)
+        return MoEWeights(part("shared"), part("experts"), spec.experts, bias)
 
     def route(self, x: Tensor) -> Tensor:
         """The experts (T, K) int64 that tokens (T, D) take; -1 where a threshold leaves a place empty."""
@@ -176,14 +167,7 @@ class MoEFFN(nn.Module):
             return bound(hidden_states)
         x = hidden_states.reshape(-1, hidden_states.shape[-1])
         packed = self._packed_for(x)
-        if packed is not None:
-            y = self._forward_native(x, packed)
-        else:
-            weights, (chosen, gate) = self.weights(), self.choose(x)
-            y = kernels.pick(x, weights)(x, weights, chosen, gate)
-            self._graphs.watch(y)
-            if self._usage:
-                self._usage.counts += torch.bincount(chosen[chosen >= 0], minlength=self.spec.experts).cpu()
+        y = self._forward_native(x, packed) if packed is not None else self._forward_torch(x)
         if self._usage:
             self._usage.tokens += len(x)
         return y.view(hidden_states.shape)
@@ -193,8 +177,8 @@ class MoEFFN(nn.Module):
         packed = self._packed
         if packed is None or self._usage is not None or torch.is_grad_enabled() or not kernels.native_wanted():
             return None
-        # Attributes of a module that are modules are looked up slowly.
-        return packed.prepared(self._parameters, self._modules.get("router"), self.top_k)  # type: ignore[arg-type]
+        router: Any = self._modules.get("router")  # modules are slow to look up as attributes
+        return packed.prepared(self._parameters, router, self.top_k)
 
     def _packed_for(self, x: Tensor) -> Packed | None:
         """The packed weights, packed now if need be, where tokens (T, D) run on the native kernel; otherwise None."""
@@ -231,19 +215,24 @@ class MoEFFN(nn.Module):
         return any(p is not None and p.requires_grad for p in (*self._parameters.values(), scale))
 
     def _may_pack(self) -> bool:
-        """Not what autograd, an optimizer, another process, a functional call or an offloading hook still holds."""
-        own = [p for p in self._parameters.values() if p is not None]
+        """Not while training, nor what autograd or anybody else still holds."""
         return (
             not self.training
-            and self._parameters.keys() >= _MATRICES  # not where pruning has put a plain tensor
+            and self._parameters.keys() >= _OWN  # not where pruning has put a plain tensor
             and not self._graphs.alive()
             and self.experts_up.dtype in native.PRECISIONS
-            and all(isinstance(p, nn.Parameter) and p.device.type == "cpu" and p.grad is None for p in own)
-            and not any(p.is_shared() for p in own)  # with another process, which would see no change any more
-            and not hasattr(self, "_hf_hook")
-            and not hasattr(self, "parametrizations")  # adapters, whose parameters are elsewhere
-            and not called_functionally()
+            and is_alone(self)
         )
+
+    def _forward_torch(self, x: Tensor) -> Tensor:
+        with LOCK:  # from here on another thread's inference packs nothing
+            graph, weights = self._graphs.begin(), self.weights()
+        chosen, gate = self.choose(x)
+        y = kernels.pick(x, weights)(x, weights, chosen, gate)
+        self._graphs.watch(graph, y)
+        if self._usage:
+            self._usage.counts += torch.bincount(chosen[chosen >= 0], minlength=self.spec.experts).cpu()
+        return y
 
     def _forward_native(self, x: Tensor, packed: Packed) -> Tensor:
         how: dict[str, Any] = {"counts": self._usage.counts} if self._usage and self.spec.experts else {}
@@ -353,15 +342,27 @@ class MoEFFN(nn.Module):
             self.unpack()
             super()._load_from_state_dict(*args, **kwargs)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> MoEFFN:
+    def __copy__(self) -> MoEFFN:
+        return self.__deepcopy__(None)  # of the same parameters
+
+    def __deepcopy__(self, memo: dict[int, Any] | None) -> MoEFFN:
         with LOCK:
-            made = memo[id(self)] = type(self).__new__(type(self))
-            made.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+            self.unpack()
+            made, state = type(self).__new__(type(self)), self.__dict__.copy()
+            if memo is not None:
+                memo[id(self)] = made
+                state = copy.deepcopy(state, memo)
+            made.__setstate__(state)
             return made
 
     def __getstate__(self) -> dict[str, Any]:
-        self.unpack()  # packed memory is the extension's own and does not copy or pickle
-        return self.__dict__.copy()
+        """For pickle, which reads it later: what is packed in between empties the parameters and not these."""
+        with LOCK:
+            self.unpack()  # packed memory is the extension's own and does not pickle
+            own = {
+                name: p if p is None else nn.Parameter(p.data, p.requires_grad) for name, p in self._parameters.items()
+            }
+            return {**self.__dict__, "_parameters": own}
 
     def active_fraction(self, experts: float | None = None) -> float:
         """Multiply-adds a token over the dense FFN's, the router's included.

@@ -65,19 +65,29 @@ class _Graph:
 
 
 class Graphs:
-    """The graphs of autograd that may still need a layer's weights: from its forward pass until a backward pass has
-    come through, or until nobody has the graph any more. Copies and pickles know of none."""
+    """The graphs of autograd that may still need a layer's weights: from its forward pass until the end of a backward
+    pass, or until nobody has the graph any more. Copies and pickles know of none."""
 
     def __init__(self) -> None:
         self._alive: weakref.WeakSet[_Graph] = weakref.WeakSet()
 
-    def watch(self, y: Tensor) -> None:
-        """Count the graph that made y, if one did."""
+    def begin(self) -> _Graph:
+        """Count a graph that is about to be made; it counts for as long as the caller holds it, or `watch` has it."""
+        graph = _Graph()
+        self._alive.add(graph)
+        return graph
+
+    def watch(self, graph: _Graph, y: Tensor) -> None:
+        """Count the graph until a backward pass from y is over, if there is one to come."""
         if not y.requires_grad:
             return
-        graph, alive = _Graph(), self._alive
-        alive.add(graph)
-        y.register_hook(lambda _: alive.discard(graph))  # the hook, and with it `graph`, is the graph's own
+        alive = self._alive
+
+        def over(_: Tensor) -> None:  # the hook, and with it `graph`, is the graph's own
+            # Not now: the gradients of the weights are made after that of y.
+            torch.autograd.Variable._execution_engine.queue_callback(lambda: alive.discard(graph))
+
+        y.register_hook(over)
 
     def alive(self) -> bool:
         return len(self._alive) > 0
@@ -94,6 +104,19 @@ def called_functionally() -> bool:
             return True
         frame = frame.f_back
     return False
+
+
+def is_alone(layer: nn.Module) -> bool:
+    """Whether nobody else holds a layer's parameters: an optimizer's gradients, another process, adapters, an
+    offloading hook, a functional call."""
+    own = [p for p in layer._parameters.values() if p is not None]
+    return (
+        all(isinstance(p, nn.Parameter) and p.device.type == "cpu" and p.grad is None for p in own)
+        and not any(p.is_shared() for p in own)  # with another process, which would see no change any more
+        and not hasattr(layer, "_hf_hook")
+        and not hasattr(layer, "parametrizations")  # adapters, whose parameters are elsewhere
+        and not called_functionally()
+    )
 
 
 def keeps(fn: Any, dtype: torch.dtype) -> bool:

@@ -142,7 +142,7 @@ class Recipe(BaseModel):
             gated=ffn.gate is not None,
         )
         router = ROUTERS[self.router].planned_multiply_adds(spec) / (size * ffn.width * (2 if ffn.gate is None else 3))
-        active = int(budget * experts - shared - router)
+        active = int(budget * experts - shared - router + 1e-9)
         if active < 1 and self.allocation == "sensitivity":
             return within, 0  # a layer that gets too little to route keeps what is shared
         if active < 1:

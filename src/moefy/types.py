@@ -25,11 +25,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear`: x (T, K) by weight (N, K) to (T, N); through oneDNN where that is likely to be faster.
 
     torch gives fp32 products to MKL, which reached 90 GFLOP/s on a core of an AMD Zen 5 where oneDNN reached 198.
-    The operator is private to torch: without it, or with gradients, other types and devices, this is `F.linear`.
+    The operator is private to torch: without it, or with gradients, autocast or other types, this is `F.linear`.
     """
     plain = x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu" and x.ndim == 2
     graded = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    if not plain or graded or len(x) < _MANY_ROWS or not weight.numel():
+    rounded = torch.is_autocast_enabled("cpu")  # which knows torch's own operators alone
+    if not plain or graded or rounded or len(x) < _MANY_ROWS or not weight.numel():
         return F.linear(x, weight, bias)
     try:
         onednn = torch.ops.mkldnn._linear_pointwise

@@ -1,8 +1,8 @@
-"""Conditional FFN kernels, interchangeable: the same call, the same result. Chosen here and nowhere else.
+"""Conditional FFN kernels, interchangeable: the same call, the same result.
 
 The native kernel is not in KERNELS: it takes packed weights and does its own routing (`native.PackedFFN`).
-MoEFFN uses it for inference on CPU where `native_wanted()` and its own checks agree, and KERNELS for the
-rest: training, CUDA, activations that only torch has.
+MoEFFN uses it for inference on CPU where `native_wanted()` and its own checks agree (`MoEFFN._runs_native`), and what
+`pick` chooses of KERNELS for the rest: training, CUDA, activations that only torch has.
 """
 
 from __future__ import annotations
@@ -35,17 +35,21 @@ def use(name: str) -> None:
     """Run every conditional FFN on one kernel: "native", "torch" (the best of the others), "reference",
     "grouped", "masked", or "auto": native for inference on CPU, torch otherwise."""
     global _choice
+    _check_name(name)
+    _choice = name
+
+
+def _check_name(name: str) -> None:
     if name not in _CHOICES:
         raise MoefyError(f"There is no kernel {name!r}; choose one of {', '.join(_CHOICES)}.")
     if name == "native" and not native.available():
         raise MoefyError(f"The native kernel cannot be used: {native.why_not()}.")
-    _choice = name
 
 
 def check() -> None:
     """MoefyError if the kernel that MOEFY_KERNEL names does not exist or cannot be used, or MOEFY_ISA names none."""
     try:
-        use(_choice)
+        _check_name(_choice)
     except MoefyError as error:
         raise MoefyError(f"In MOEFY_KERNEL: {error}") from None
     if native.available():

@@ -71,6 +71,8 @@ class Router(nn.Module, abc.ABC):
 
     def multiply_adds(self) -> int:
         """Multiply-adds a token: what the router costs. Those of its matrices, as in `planned_multiply_adds`."""
+        if not self.ships:
+            return self.planned_multiply_adds(self.spec)
         return sum(p.numel() for p in self.parameters() if p.ndim > 1)
 
     @classmethod
