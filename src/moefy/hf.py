@@ -14,7 +14,7 @@ import ctypes
 import mmap
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from functools import cache
 from pathlib import Path
 from types import NoneType
@@ -35,7 +35,7 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from moefy.moe import MoEFFN, moe_layers
 from moefy.quiet import quiet_transformers
 from moefy.routers import ROUTERS, Router
-from moefy.sites import bamboo, base_model_type, find_sites
+from moefy.sites import bamboo, base_model_type, find_sites, text_config
 from moefy.types import LayerSpec, MoefyError
 from moefy.version import __version__
 
@@ -96,7 +96,9 @@ def config_class(base: Any) -> Any:
     made = type(f"Moefy{base.__name__}", (base,), {"model_type": MODEL_TYPE, "__module__": __name__})
     for auto in vars(modeling_auto).values():
         if isinstance(auto, type) and issubclass(auto, _BaseAutoModelClass) and auto._model_mapping is not None:
-            model = auto._model_mapping.get(base, None)
+            model = None
+            with suppress(ValueError):  # it names a class that transformers does not have
+                model = auto._model_mapping.get(base, None)
             if isinstance(model, type):
                 auto.register(made, model_class(model, made), exist_ok=True)
     with quiet_transformers():
@@ -143,7 +145,7 @@ def model_class(base: Any, config: Any) -> Any:
 @torch.no_grad()
 def _initialise(model: PreTrainedModel) -> None:
     """Random FFNs for a new model (`from_config`), as transformers makes linear layers; what is loaded stays."""
-    std = getattr(model.config.get_text_config(), "initializer_range", None) or 0.02
+    std = getattr(text_config(model.config), "initializer_range", None) or 0.02
     for module in model.modules():
         if isinstance(module, (MoEFFN, Router)):
             for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
@@ -227,9 +229,11 @@ def mount_empty(model: PreTrainedModel) -> None:
         spec = layers.get(site.entry_name) or _by_suffix(layers, site.entry_name)
         if spec is not None:
             moe = MoEFFN(spec, dtype=site.owner_dtype)
+            # Without weights to try, an FFN that no row names may be taken for one of another activation.
+            known = replace(site, family=replace(site.family, fixed_activation=spec.activation))
             for part in (moe, *moe.children()):
                 if hasattr(part, "act"):  # its learned parameters have the type of the dense one's
-                    part.act = site.read().act()
+                    part.act = known.read().act()
             site.mount(moe.requires_grad_(False))
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from torch import nn
 
@@ -28,8 +30,12 @@ __all__ = [
     "find_sites",
     "join_experts",
     "size_attributes",
+    "text_config",
     "token_rows",
 ]
+
+# Those that the table names.
+_TYPES = {name for family in FAMILIES for name in family.model_types}
 
 
 def find_sites(model: nn.Module) -> list[Site]:
@@ -40,24 +46,38 @@ def find_sites(model: nn.Module) -> list[Site]:
     finds nothing, and warns of what looks like an FFN and is none.
     """
     text, parts = text_config(model.config), config_by_module(model)
-    whole = any(base_model_type(model.config) in family.model_types for family in FAMILIES)
+    # Towers are in a row with the model around them.
+    whole = base_model_type(model.config)
+    towers = {name for family in FAMILIES if whole in family.model_types for name in family.model_types}
+    sites = _in_table(model, parts, lambda config: isinstance(config, type(text)) or base_model_type(config) in towers)
+    failed: list[str] = []
+    if not sites:
+        sites, failed = tried(model, parts, lambda config: isinstance(config, type(text)))
+    if not sites and text is model.config:  # no part is the text's: all FFNs are in a backbone or an encoder
+        sites = _in_table(model, parts, lambda config: True)
+        others, failed = tried(model, parts, lambda config: base_model_type(config) not in _TYPES)
+        order = {name: i for i, name in enumerate(parts)}
+        sites = sorted([*sites, *others], key=lambda s: order[s.layer_name if isinstance(s, ExpertSite) else s.name])
+    if not sites:
+        raise MoefyError(explain_unknown(model, parts, failed))
+    if failed:
+        warnings.warn(
+            f"What has the matrices of an FFN and computes something else stays as it is: {failed[0]}"
+            f"{f' and {len(failed) - 1} more' if failed[1:] else ''}.",
+            MoefyWarning,
+            stacklevel=2,
+        )
+    return sites
+
+
+def _in_table(model: nn.Module, parts: Mapping[str, Any], wanted: Callable[[Any], bool]) -> list[Site]:
+    """The FFNs that rows of FAMILIES describe, in the parts of a model whose configs are wanted."""
     sites: list[Site] = []
     for name, module in model.named_modules():
-        if isinstance(module, Expert) or not (whole or isinstance(parts[name], type(text))):
+        if isinstance(module, Expert) or not wanted(parts[name]):
             continue
         for family in FAMILIES:
             if base_model_type(parts[name]) in family.model_types:
                 sites += [Site(model, name, family, parts[name])] if fits(name, module, family) else []
                 sites += [ExpertSite(model, n, family, parts[name]) for n in expert_names(name, module, family)]
-    if not sites:
-        sites, failed = tried(model, parts, type(text))
-        if not sites:
-            raise MoefyError(explain_unknown(model, parts, failed))
-        if failed:
-            warnings.warn(
-                f"What has the matrices of an FFN and computes something else stays as it is: {failed[0]}"
-                f"{f' and {len(failed) - 1} more' if failed[1:] else ''}.",
-                MoefyWarning,
-                stacklevel=2,
-            )
     return sites

@@ -28,12 +28,14 @@ from moefy.types import MoefyError
 
 # Spreads of what the activation is given: where it bends, as usual, and beyond any clamp (gpt-oss has one at 7).
 _SPREADS = (0.5, 2.0, 32.0)
+# That code calls as functions, or as classes of torch's own.
+_FUNCTIONS = ("gelu", "gelu_pytorch_tanh", "relu", "silu")
 # Of an output's norm. In float32 another order of sums is 1e-6 and gelu for its tanh 2e-4.
 _CLOSE = {torch.float64: 1e-8, torch.float32: 2e-5, torch.float16: 1e-2, torch.bfloat16: 3e-2}
 
 
-def tried(model: nn.Module, parts: Mapping[str, Any], part: type) -> tuple[list[Site], list[str]]:
-    """The FFNs in the layers of a model that belong to a config of the type `part`, and the modules that failed.
+def tried(model: nn.Module, parts: Mapping[str, Any], wanted: Callable[[Any], bool]) -> tuple[list[Site], list[str]]:
+    """The FFNs in the layers of a model that belong to a config that is `wanted`, and the modules that failed.
 
     `parts` are the configs of the parts that modules belong to, by the modules' names. The modules that failed are
     laid out like FFNs and compute something else.
@@ -44,8 +46,10 @@ def tried(model: nn.Module, parts: Mapping[str, Any], part: type) -> tuple[list[
         return [], []  # only a checkpoint's own code has it, and what is saved could not be loaded
     for name, module in model.named_modules():
         config = parts[name]
-        if not isinstance(config, part) or base_model_type(config) in LEFT_OUT or not re.search(r"\.\d+\.", name):
+        if not wanted(config) or base_model_type(config) in LEFT_OUT or not re.search(r"\.\d+(\.|$)", name):
             continue  # beside layers are heads and projectors
+        if "norm" in name.rpartition(".")[2]:
+            continue  # made from another input than the tokens (Voxtral's, from the time)
         if isinstance(module, Expert):
             continue
         rows_like = list(_rows_like(name, module, config))
@@ -137,6 +141,8 @@ def _activations(row: Family, module: nn.Module, config: Any) -> Iterator[Family
         for name in ACT2FN:
             if type(part) is type(ACT2FN[name]):
                 yield replace(row, fixed_activation=name)
+    for name in _FUNCTIONS:
+        yield replace(row, fixed_activation=name)
 
 
 @torch.no_grad()
