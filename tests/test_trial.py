@@ -6,12 +6,13 @@ import transformers as tf
 from torch import nn
 from transformers import AutoConfig
 from transformers.activations import ACT2FN
+from transformers.models.voxtral_realtime import modeling_voxtral_realtime as voxtral
 
 import moefy
 import tiny
 from moefy.moe import moe_layers
 from moefy.sites import FAMILIES, find_sites
-from tiny_base import NEURONS, WIDTH, decoder
+from tiny_base import NEURONS, TEXT, VOCAB, WIDTH, decoder
 from tiny_mixtures import MIXTURES
 from tiny_more import TRIED
 
@@ -172,6 +173,16 @@ def test_what_fails_beside_others_is_told():
     model.layers[1]["ffn"] = Scaled()
     with pytest.warns(moefy.errors.MoefyWarning, match=r"computes something else stays as it is: layers.1.ffn\.$"):
         assert found(model) == BOTH[:1]
+
+
+def test_what_a_norm_is_made_from_is_none():
+    cls = voxtral.VoxtralRealtimeTextModel  # with the row's matrices in its norms, which the time goes through
+    model = cls(cls.config_class(**TEXT, num_key_value_heads=2, head_dim=8)).eval()
+    feed = {"input_ids": torch.randint(3, VOCAB, (8, 12)), "t_cond": torch.randn(1, WIDTH)}
+    assert found(model) == ["layers.0.mlp", "layers.1.mlp"]
+    # transformers names this class to its Auto classes and does not have it.
+    moefy.convert(model, moefy.Recipe(experts=6, shared=2, active=2, top_activated=4), [feed])
+    assert len(moe_layers(model)) == 2
 
 
 def test_layers_that_share_an_ffn_are_refused():

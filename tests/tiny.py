@@ -171,6 +171,8 @@ def inputs(family: str, batch: int = 2, length: int = 12, seed: int = 0) -> dict
     if family in MIXTURES:
         batch = max(batch, 40)  # for each expert to see some
     kind = MORE[family].feed if family in MORE else _FEEDS.get(family, "text")
+    if callable(kind):
+        return kind(batch, generator)
     if kind in ("image", "masked image", "audio", "spectrogram", "features"):
         return _signals(kind, batch, generator)
     ids = torch.randint(3, VOCAB, (batch, length), generator=generator)
@@ -200,7 +202,8 @@ def _signals(kind: str, batch: int, generator: torch.Generator) -> dict[str, tor
 
 def output(model: nn.Module, feed: dict[str, torch.Tensor]) -> torch.Tensor:
     """Logits of the real tokens, or what the model gives first if it gives no logits."""
-    with torch.no_grad():
+    with torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(0)  # ViLT shuffles its patches
         out = model(**feed)
     logits = out.get("logits", out[0])
     mask = feed.get("attention_mask")

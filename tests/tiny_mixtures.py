@@ -6,8 +6,7 @@ from typing import Any
 
 import transformers as tf
 
-from tiny_base import NEURONS, VOCAB, decoder
-from tiny_more import More
+from tiny_base import NEURONS, VOCAB, More, decoder
 
 EXPERTS = 4
 # Attributes that the families call differently; a config ignores, or only keeps, those that are not its own.

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import transformers as tf
 from torch import nn
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from tiny_base import NEURONS, VOCAB, WIDTH, bert_like, decoder
-
-
-class More(NamedTuple):
-    make: Callable[[], nn.Module]
-    feed: str = "text"
-    sites: int = 2
+from tiny_base import NEURONS, VOCAB, WIDTH, More, bert_like, decoder
+from tiny_spread import SPREAD
 
 
 def _decoder(name: str, config: str = "Config", **changes: Any) -> More:
@@ -53,6 +47,11 @@ def _seq2seq(name: str, head: str = "ForConditionalGeneration", **changes: Any) 
         "decoder_start_token_id": 2,
     }
     return More(lambda: getattr(tf, name + head)(getattr(tf, f"{name}Config")(**{**common, **changes})), "seq2seq", 4)
+
+
+def _xlm(**changes: Any) -> More:
+    common = {"vocab_size": VOCAB, "emb_dim": 24, "n_layers": 2, "n_heads": 4, "max_position_embeddings": 64}
+    return More(lambda: tf.XLMWithLMHeadModel(tf.XLMConfig(**common, pad_index=0, pad_token_id=0, **changes)))
 
 
 _LAYERS = {
@@ -343,7 +342,11 @@ TRIED = {
     "granite_swa": _decoder("GraniteSWA"),
     "dinov3_vit": _image("DINOv3ViT", "Model"),
     "dinov3_vit-swiglu": _image("DINOv3ViT", "Model", use_gated_mlp=True, hidden_act="silu"),
+    "mgp-str": _image("Mgpstr", "Model", image_size=[16, 16], patch_size=[4, 4], mlp_ratio=1.5),
+    # Whose activation is a function, and no config names it.
+    "xlm": _xlm(),
+    "xlm-relu": _xlm(gelu_activation=False),
 }
 if "exaone" in CONFIG_MAPPING:  # from transformers 5.19 on; its model is Llama's, with a config of its own
     TRIED["exaone"] = More(lambda: decoder(CONFIG_MAPPING["exaone"], tf.LlamaForCausalLM))
-MORE: dict[str, More] = {**DECODERS, **ENCODERS, **SEQ2SEQ, **IMAGES_AND_SOUND, **SEEING, **TRIED}
+MORE: dict[str, More] = {**DECODERS, **ENCODERS, **SEQ2SEQ, **IMAGES_AND_SOUND, **SEEING, **SPREAD, **TRIED}

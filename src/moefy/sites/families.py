@@ -18,7 +18,8 @@ class Family:
     """How one family of architectures lays out its FFN.
 
     `model_types` are those of the innermost config around the FFN: the text part of a model that also sees images
-    has its own. `activation` names the config attribute that holds the ACT2FN name; `fixed_activation` is that name
+    has its own. A model of towers is in their row by its own type too; else its text part alone is converted.
+    `activation` names the config attribute that holds the ACT2FN name; `fixed_activation` is that name
     where the code and not the config says it. `sizes` names the attribute that holds the count of neurons (an
     encoder-decoder may have two, the encoder's and the decoder's; none if the config has no such count); `fused`
     means that `up` holds the gate's rows and then the up rows in one matrix; `activate_up` is Bamboo's
@@ -58,7 +59,7 @@ _LLAMA_LIKE = (
     *("llama", "mistral", "ministral", "ministral3", "qwen2", "qwen3", "olmo", "olmo2", "olmo3", "smollm3", "granite"),
     *("helium", "stablelm", "cohere", "cohere2", "ernie4_5", "seed_oss", "exaone4", "hunyuan_v1_dense", "diffllama"),
     *("cwm", "minicpm3", "hyperclovax", "gemma", "qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text", "qwen3_5_text"),
-    *("eurobert", "nomic_bert"),
+    *("eurobert", "nomic_bert", "aimv2", "aimv2_text_model", "aimv2_vision_model"),
 )
 # Mixtures of experts whose layers hold their experts in one module. Some have layers with one FFN, or an FFN beside the
 # experts that every token runs, in the layout of Llama.
@@ -82,11 +83,17 @@ _BERT_LIKE = (
     *("bert", "roberta", "xlm-roberta", "camembert", "electra", "deberta", "deberta-v2", "ernie", "mpnet", "rembert"),
     *("data2vec-text", "xlm-roberta-xl", "xmod", "longformer", "big_bird", "nystromformer", "layoutlm", "layoutlmv3"),
     *("megatron-bert", "roformer", "luke", "tapas", "markuplm", "splinter", "canine", "fnet", "bert-generation"),
-    *("dpr", "yolos", "convbert", "roc_bert", "mra", "yoso", "visual_bert"),
+    *("dpr", "yolos", "convbert", "roc_bert", "mra", "yoso", "visual_bert", "bros", "lilt", "git", "vilt", "dpt"),
+    *("timesformer", "sew-d", "lxmert", "align_text_model", "altclip", "altclip_text_model", "blip_text_model"),
+    *("bridgetower", "bridgetower_text_model", "chinese_clip", "chinese_clip_text_model", "clap", "clap_text_model"),
+    *("flava", "flava_text_model", "flava_image_model", "flava_multimodal_model"),
 )
 _BART_LIKE = (
     *("whisper", "bart", "mbart", "m2m_100", "marian", "pegasus", "pegasus_x", "bigbird_pegasus", "blenderbot"),
-    *("blenderbot-small", "led", "plbart", "mvp", "fsmt"),
+    *("blenderbot-small", "led", "plbart", "mvp", "fsmt", "speech_to_text", "trocr", "pp_formulanet_text"),
+    *("time_series_transformer", "informer", "autoformer", "table-transformer", "dab-detr"),
+    *("qwen2_audio_encoder", "voxtral_encoder", "audioflamingo3_encoder", "qwen3_asr_encoder"),
+    "moss_transcribe_diarize_audio",
 )
 _VIT_LIKE = ("vit", "deit", "beit", "vit_mae", "vit_msn", "ijepa", "audio-spectrogram-transformer")
 _T5_LIKE = ("t5", "mt5", "umt5", "longt5")
@@ -97,9 +104,13 @@ _WAV2VEC2_LIKE = (
 # Both towers of a model that compares texts with images.
 _CLIP_LIKE = (
     *("clip", "clip_text_model", "clip_vision_model", "metaclip_2", "metaclip_2_text_model"),
-    "metaclip_2_vision_model",
+    *("metaclip_2_vision_model", "altclip", "altclip_vision_model", "chinese_clip", "chinese_clip_vision_model"),
+    *("clipseg", "clipseg_text_model", "clipseg_vision_model", "owlvit", "owlvit_text_model", "owlvit_vision_model"),
+    *("owlv2", "owlv2_text_model", "owlv2_vision_model", "xclip", "xclip_text_model", "xclip_vision_model"),
 )
-_SIGLIP_LIKE = ("siglip", "siglip_text_model", "siglip_vision_model")
+_SIGLIP_LIKE = (
+    *("siglip", "siglip_text_model", "siglip_vision_model", "siglip2", "siglip2_text_model", "siglip2_vision_model"),
+)
 
 FAMILIES: tuple[Family, ...] = (
     Family(_LLAMA_LIKE, **_GATED),
@@ -110,13 +121,22 @@ FAMILIES: tuple[Family, ...] = (
     Family(("lfm2_moe",), gate="w1", up="w3", down="w2", fixed_activation="silu", sizes=()),
     Family(("nemotron_h",), up="up_proj", down="down_proj", activation="mlp_hidden_act", sizes=()),
     Family(("bamboo",), **_GATED, activate_up=True),
-    Family(("gemma2", "gemma3_text", "gemma4_text", "vaultgemma"), **_GATED, activation="hidden_activation"),
+    Family(
+        ("gemma2", "gemma3_text", "gemma4_text", "vaultgemma", "t5gemma2", "t5gemma2_text", "t5gemma2_decoder"),
+        **_GATED,
+        activation="hidden_activation",
+    ),
     # Gemma 4's larger models have experts beside that FFN.
     Family(("gemma4_text",), up="gate_up_proj", down="down_proj", fused=True, activation="hidden_activation"),
     # Its config counts the gate's and the up rows together.
     Family(("recurrent_gemma",), **_GATED, activation="hidden_activation", sizes=()),
     Family(("lfm2",), gate="w1", up="w3", down="w2", fixed_activation="silu"),
-    Family(("phi3", "glm", "glm4"), up="gate_up_proj", down="down_proj", fused=True),
+    Family(
+        ("phi3", "glm", "glm4", "dia", "dia_encoder", "dia_decoder"), up="gate_up_proj", down="down_proj", fused=True
+    ),
+    # Its config counts the gate's and the up rows together.
+    Family(("moshi",), **_TWO, fused=True, sizes=()),
+    Family(("cpmant",), gate="w_in.w_0", up="w_in.w_1", down="w_out", fixed_activation="gelu", sizes=("dim_ff",)),
     Family(("nemotron", "arcee", "apertus", "jais2"), up="up_proj", down="down_proj"),
     Family(
         ("falcon",),
@@ -149,8 +169,13 @@ FAMILIES: tuple[Family, ...] = (
     Family(("gpt_neo",), up="c_fc", down="c_proj", activation="activation_function"),
     Family(("starcoder2",), up="c_fc", down="c_proj"),
     Family(("gptj", "codegen"), up="fc_in", down="fc_out", activation="activation_function", sizes=("n_inner",)),
-    Family(("phi", "nanochat"), **_TWO),
-    Family(("opt", "xglm"), **_TWO_IN_THE_LAYER, activation="activation_function", sizes=("ffn_dim",)),
+    Family(("phi", "nanochat", "canary", "canary_decoder", "cohere_asr"), **_TWO),
+    Family(
+        ("opt", "xglm", "musicgen_decoder", "musicgen_melody_decoder"),
+        **_TWO_IN_THE_LAYER,
+        activation="activation_function",
+        sizes=("ffn_dim",),
+    ),
     Family(("biogpt",), **_TWO_IN_THE_LAYER),
     Family(
         _BART_LIKE,
@@ -176,7 +201,59 @@ FAMILIES: tuple[Family, ...] = (
         bypass=("activation_function", "linear_2"),
         sizes=("d_inner",),
     ),
+    # The FFN on the layout, narrower by a ratio that the config has.
+    Family(
+        ("lilt",),
+        up="layout_intermediate.dense",
+        down="layout_output.dense",
+        mount="layout_intermediate",
+        bypass=("layout_output.dense",),
+    ),
+    Family(
+        ("lxmert",), up="lang_inter.dense", down="lang_output.dense", mount="lang_inter", bypass=("lang_output.dense",)
+    ),
+    Family(
+        ("lxmert",), up="visn_inter.dense", down="visn_output.dense", mount="visn_inter", bypass=("visn_output.dense",)
+    ),
+    Family(
+        ("reformer",),
+        up="dense.dense",
+        down="output.dense",
+        mount="dense",
+        bypass=("output.dense",),
+        sizes=("feed_forward_size",),
+    ),
+    Family(("ctrl",), up="0", down="2", mount="0", bypass=("1", "2"), fixed_activation="relu", sizes=("dff",)),
+    Family(
+        ("patchtst",),
+        up="0",
+        down="3",
+        mount="0",
+        bypass=("1", "3"),
+        activation="activation_function",
+        sizes=("ffn_dim",),
+    ),
+    Family(("xclip",), up="0", down="3", mount="0", bypass=("1", "3"), activation="prompt_hidden_act", sizes=()),
+    Family(
+        ("bridgetower", "bridgetower_vision_model"),
+        up="c_fc",
+        down="c_proj",
+        mount="c_fc",
+        bypass=("gelu", "c_proj"),
+        fixed_activation="quick_gelu",
+        sizes=(),
+    ),
     Family(("esm",), **_SPLIT_IN_TWO, fixed_activation="gelu"),
+    Family(("cvt",), **_SPLIT_IN_TWO, fixed_activation="gelu", sizes=()),
+    Family(("convnext",), up="pwconv1", down="pwconv2", mount="pwconv1", bypass=("act", "pwconv2"), sizes=()),
+    Family(
+        ("dinov3_convnext",),
+        up="pointwise_conv1",
+        down="pointwise_conv2",
+        mount="pointwise_conv1",
+        bypass=("activation_fn", "pointwise_conv2"),
+        sizes=(),
+    ),
     # Its `intermediate` begins with the norm.
     Family(
         ("roberta-prelayernorm",),
@@ -188,14 +265,27 @@ FAMILIES: tuple[Family, ...] = (
     Family(("modernbert", "modernbert-decoder"), up="Wi", down="Wo", fused=True, activation="hidden_activation"),
     Family(("distilbert",), up="lin1", down="lin2", activation="activation", sizes=("hidden_dim",)),
     Family(_VIT_LIKE, **_TWO, sizes=("intermediate_size", "decoder_intermediate_size")),
-    Family(("data2vec-vision",), **_SPLIT_IN_TWO, sizes=("intermediate_size", "decoder_intermediate_size")),
+    Family(("data2vec-vision", "videomae"), **_SPLIT_IN_TWO, sizes=("intermediate_size", "decoder_intermediate_size")),
     Family(("dinov2", "dinov2_with_registers", "swin"), **_TWO, sizes=()),
     Family(("dinov2", "dinov2_with_registers"), **_GATED, fixed_activation="silu", sizes=()),
-    Family(("swin", "swinv2"), **_SPLIT_IN_TWO, sizes=()),
+    Family(
+        ("swin", "swinv2", "swin2sr", "donut-swin", "maskformer-swin", "clap", "clap_audio_model", "mobilevit"),
+        **_SPLIT_IN_TWO,
+        sizes=(),
+    ),
+    Family(("pvt",), up="dense1", down="dense2", sizes=()),
+    Family(("tipsv2", "tipsv2_text_model", "tipsv2_vision_model"), **_TWO, sizes=()),
+    # The width of its FFNs is that of the pooling head's attention too.
+    Family(("videoprism", "videoprism_text_model", "videoprism_vision_model"), **_TWO, sizes=()),
+    # A mixer works on the tokens, which it has in the place of the width.
+    Family(("groupvit", "groupvit_text_model", "groupvit_vision_model"), **_TWO, stays_dense="mlp_inter", sizes=()),
+    Family(("qwen3_vl_vision",), up="linear_fc1", down="linear_fc2"),
+    Family(("sam2_hiera_det_model",), up="proj_in", down="proj_out", sizes=()),
     Family(_CLIP_LIKE, **_TWO),
     # The pooling head of SigLIP sees one token an image, too few to calibrate on; its width is the other FFNs'.
     Family(_SIGLIP_LIKE, **_TWO, stays_dense="head", sizes=()),
     Family(_WAV2VEC2_LIKE, up="intermediate_dense", down="output_dense"),
+    Family(("parakeet_ctc", "parakeet_encoder", "canary", "cohere_asr"), up="linear1", down="linear2"),
 )
 
 # Why architectures have no row that look as if they could have one.
