@@ -22,7 +22,8 @@ class Family:
     `activation` names the config attribute that holds the ACT2FN name; `fixed_activation` is that name
     where the code and not the config says it. `sizes` names the attribute that holds the count of neurons (an
     encoder-decoder may have two, the encoder's and the decoder's; none if the config has no such count); `fused`
-    means that `up` holds the gate's rows and then the up rows in one matrix; `activate_up` is Bamboo's
+    means that `up` holds the gate's rows and then the up rows in one matrix, `up_first` that it holds them the other
+    way round; `activate_up` is Bamboo's
     relu(gate) * relu(up). Modules below a child that `stays_dense` names are left alone.
     Where a module has parameters (E, ...) and no children by these paths, they are E experts (`experts.py`).
     """
@@ -34,6 +35,7 @@ class Family:
     activation: str = "hidden_act"
     fixed_activation: str | None = None
     fused: bool = False
+    up_first: bool = False
     activate_up: bool = False
     mount: str = ""
     bypass: tuple[str, ...] = ()
@@ -136,6 +138,9 @@ FAMILIES: tuple[Family, ...] = (
     ),
     # Its config counts the gate's and the up rows together.
     Family(("moshi",), **_TWO, fused=True, sizes=()),
+    Family(("moonshine",), **_TWO, activation="encoder_hidden_act"),
+    Family(("moonshine_streaming", "moonshine_streaming_encoder"), **_TWO),
+    Family(("moonshine", "moonshine_streaming"), **_TWO, fused=True, up_first=True),
     Family(("cpmant",), gate="w_in.w_0", up="w_in.w_1", down="w_out", fixed_activation="gelu", sizes=("dim_ff",)),
     Family(("nemotron", "arcee", "apertus", "jais2"), up="up_proj", down="down_proj"),
     Family(

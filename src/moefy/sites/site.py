@@ -60,6 +60,8 @@ class Site:
                 up.chunk(2),
                 up_bias.chunk(2) if up_bias is not None else (None, None),
             )
+            if family.up_first:
+                gate, up, gate_bias, up_bias = up, gate, up_bias, gate_bias
         elif family.gate:
             gate, gate_bias = rows(owner.get_submodule(family.gate))
         down_rows, down_bias = rows(down)
@@ -91,8 +93,9 @@ class Site:
         family, owner = self.family, self.owner
         if family.fused:
             assert ffn.gate is not None
-            bias = None if ffn.up_bias is None else torch.cat([ffn.gate_bias, ffn.up_bias])  # type: ignore[list-item]
-            assign(owner.get_submodule(family.up), torch.cat([ffn.gate, ffn.up]), bias)
+            order = slice(None, None, -1 if family.up_first else 1)
+            bias = None if ffn.up_bias is None else torch.cat([ffn.gate_bias, ffn.up_bias][order])  # type: ignore[list-item]
+            assign(owner.get_submodule(family.up), torch.cat([ffn.gate, ffn.up][order]), bias)
         else:
             assign(owner.get_submodule(family.up), ffn.up, ffn.up_bias)
             if family.gate:

@@ -127,7 +127,7 @@ def _rows_like(name: str, module: nn.Module, config: Any) -> Iterator[Family]:
         plain = replace(row, model_types=(base_model_type(config),), sizes=size_attributes(config), stays_dense=None)
         if linears:
             up, down = (rows(child(module, path))[0] for path in (row.up, row.down))  # type: ignore[arg-type]
-            plain = replace(plain, fused=not row.gate and up.shape[0] == 2 * down.shape[1])
+            plain = replace(plain, fused=not row.gate and up.shape[0] == 2 * down.shape[1], up_first=False)
         if not linears or fits(name, module, plain):
             yield from _activations(plain, module, config)
             return
