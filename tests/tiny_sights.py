@@ -145,7 +145,18 @@ TOWERS = {
         audio_config=_CLAP,
         projection_dim=16,
     ),
-    "vilt": by_class("ViltForQuestionAnswering", "image-text", **TEXT, image_size=16, patch_size=4, num_labels=3),
+    # With embeddings of patches: it shuffles those that it makes.
+    "vilt": by_class(
+        "ViltForQuestionAnswering",
+        with_more(
+            shaped({"input_ids": (12,)}, image_embeds=(17, WIDTH)),
+            lambda batch: {"pixel_mask": torch.ones(batch, 17, dtype=torch.long)},
+        ),
+        **TEXT,
+        image_size=16,
+        patch_size=4,
+        num_labels=3,
+    ),
 }
 _HIERA = {
     "image_size": [64, 64],
