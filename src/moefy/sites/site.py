@@ -94,7 +94,8 @@ class Site:
         if family.fused:
             assert ffn.gate is not None
             order = slice(None, None, -1 if family.up_first else 1)
-            bias = None if ffn.up_bias is None else torch.cat([ffn.gate_bias, ffn.up_bias][order])  # type: ignore[list-item]
+            biases: Any = [ffn.gate_bias, ffn.up_bias][order]
+            bias = None if ffn.up_bias is None else torch.cat(biases)
             assign(owner.get_submodule(family.up), torch.cat([ffn.gate, ffn.up][order]), bias)
         else:
             assign(owner.get_submodule(family.up), ffn.up, ffn.up_bias)
