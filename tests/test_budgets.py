@@ -114,7 +114,7 @@ def test_the_metric_predicts_the_loss_of_a_small_error(family):
             moved = tiny.output(model, batch).double().log_softmax(-1)
             lost += float((dense.exp() * (dense - moved)).sum()) / draws
         handle.remove()
-        keep = real_tokens(name, batch)
+        keep = real_tokens(model, name, batch)
         tokens += int(keep.sum()) if keep is not None else batch["input_ids"].numel()
     # Errors of unit variance in every direction: half the trace. The labels are drawn, 60 times.
     assert lost / tokens == pytest.approx(size**2 * float(metric.trace()) / 2, rel=0.35)
@@ -295,7 +295,7 @@ def test_the_experts_of_a_layer_share_a_metric_and_are_weighted_by_their_own():
     from moefy.conversion.sensitivity import _loss
 
     with torch.enable_grad():
-        _loss(model.requires_grad_(False)(**feed), feed, torch.Generator().manual_seed(0)).backward()
+        _loss(model, model.requires_grad_(False)(**feed), feed, torch.Generator().manual_seed(0)).backward()
     for hook in hooks:
         hook.remove()
     mask = int(feed["attention_mask"].sum())

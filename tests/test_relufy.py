@@ -111,11 +111,12 @@ def test_ctrl_c_keeps_what_was_done(tmp_path, data, monkeypatch):
 
     def interrupted(self, *args, **kwargs):
         if len(seen) == 4:
-            signal.raise_signal(signal.SIGINT)  # in the middle of a step, which is done to its end
+            signal.raise_signal(signal.SIGHUP)  # in the middle of a step, which is done to its end
         return step(self, *args, **kwargs)
 
     with monkeypatch.context() as patch:
         patch.setattr(torch.optim.AdamW, "step", interrupted)
+        signal.signal(signal.SIGHUP, signal.default_int_handler)  # as in a command
         with pytest.raises(KeyboardInterrupt):
             relufy(source, tmp_path / "pieces", "sst2", data, progress=lambda done, _: seen.append(done), **options)
     assert seen == [4, 5, 6, 7]

@@ -248,7 +248,7 @@ def test_the_command_goes_on_when_it_is_repeated(made, dense, monkeypatch, capsy
     assert run(monkeypatch, *args) == 0, capsys.readouterr().err
     assert len(made) == len(set(made)) > done
     shown = capsys.readouterr()
-    assert "Going on from what an earlier run has left" in shown.err
+    assert "What an earlier run has left in" in shown.err
     assert f"{len(made)}, {done} of them before" in shown.out
     assert [file.name for file in tmp_path.iterdir()] == ["out"]
 

@@ -206,13 +206,27 @@ def spread(items: Sequence[T], count: int) -> list[T]:
     return [items[i * len(items) // count] for i in range(count)]
 
 
-def real_tokens(site: str, batch: Mapping[str, Any]) -> Tensor | None:
+def output_mask(model: Any, batch: Mapping[str, Any]) -> Tensor | None:
+    """The mask (N, L) of real tokens among the rows that a model gives out, None if every one counts.
+
+    Of an encoder-decoder they are its decoder's, whose inputs are made of the labels if they are not given.
+    """
+    if getattr(model.config, "is_encoder_decoder", False):
+        labels, mask = batch.get("labels"), batch.get("decoder_attention_mask")
+        if "decoder_input_ids" in batch or mask is not None:
+            return mask
+        if isinstance(labels, Tensor) and labels.ndim == 2:
+            return labels.ne(-100)
+    return batch.get("attention_mask")
+
+
+def real_tokens(model: Any, site: str, batch: Mapping[str, Any]) -> Tensor | None:
     """The mask of real tokens among a site's inputs, None if every one counts.
 
     Sites of an encoder-decoder's decoder see the decoder's tokens, all others those of attention_mask.
     """
-    if ".decoder." in f".{site}" and "decoder_input_ids" in batch:
-        return batch.get("decoder_attention_mask")
+    if ".decoder." in f".{site}" and getattr(model.config, "is_encoder_decoder", False):
+        return output_mask(model, batch)
     mask, ids = batch.get("attention_mask"), batch.get("input_ids")
     dims = ids.ndim if isinstance(ids, Tensor) else 2  # 3 for a multiple-choice head, (N, answers, L)
     return mask if isinstance(mask, Tensor) and mask.ndim == dims else None
@@ -229,7 +243,7 @@ def token_mask(keep: Tensor | None, count: int) -> Tensor | None:
 def row_mask(model: nn.Module, site: str, batch: Mapping[str, Any], count: int) -> Tensor | None:
     """The mask (count,) of real tokens among the rows that an FFN is given at this moment, None if every one counts."""
     rows = token_rows(model, site)
-    keep = token_mask(real_tokens(site, batch), count if rows is None else rows[1])
+    keep = token_mask(real_tokens(model, site, batch), count if rows is None else rows[1])
     return keep if keep is None or rows is None else keep[rows[0]]
 
 

@@ -62,8 +62,10 @@ def check_output(
             raise MoefyError(f"{path} {what} the source {source}, which would be lost; choose another output.")
         if out.is_mount():
             raise MoefyError(f"{path} is a mount point, which nothing can be renamed to; name a folder in it.")
-        if out.exists() and not overwrite:
-            raise MoefyError(f"{path} exists already; choose another output or say --overwrite.")
+        if out.is_dir() and Path.cwd().is_relative_to(out):  # it would be renamed away under the shell's feet
+            raise MoefyError(f"{path} is the current directory, or holds it; name another one, such as a folder in it.")
+        if out.exists() and not overwrite and not (out.is_dir() and not any(out.iterdir())):
+            raise MoefyError(f"{path} exists already; choose another output or say --overwrite (overwrite=True).")
         if out.exists() and not (is_gguf(out) if gguf else _is_ours(out)):
             what = "GGUF file" if gguf else "model directory"
             raise MoefyError(f"{path} is not a {what}, so it will not be overwritten.")
@@ -169,13 +171,14 @@ def load(path: str | os.PathLike[str], **options: Any) -> PreTrainedModel:
     folder = _place(path)
     _recover(folder)
     if not folder.is_dir():
-        raise MoefyError(f"There is no model directory {path}.")
+        what = f"{path} is a file and" if folder.exists() else f"There is nothing at {path},"
+        raise MoefyError(f"{what} no directory of a converted model; convert writes one.")
     config = check_directory(folder)
     converted = config.get("model_type") == hf.MODEL_TYPE
     if not converted and not _is_slim(folder):
         raise MoefyError(
             f"{path} is not a model that moefy converted (its model type is {config.get('model_type')}); "
-            f"load it with transformers."
+            f"convert it, or load it with transformers."
         )
     try:
         with quiet_transformers():

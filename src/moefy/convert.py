@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -199,7 +200,9 @@ def _convert_layers(plan: Plan, store: Store, report: Report, progress: Progress
     # Experts are weighted before their sum is added to the stream.
     alone = {name: site for name, site in plan.sites.items() if not isinstance(site, ExpertSite)}
     residuals = find_residuals(plan.model, alone, plan.batches[0]) if plan.recipe.repair else {}
-    for arrival in OnePass(plan.model, plan.sites, plan.batches, real_tokens, plan.hold_bytes, residuals):
+    for arrival in OnePass(
+        plan.model, plan.sites, plan.batches, partial(real_tokens, plan.model), plan.hold_bytes, residuals
+    ):
         if last and store.folder:
             _unpack(*last, store)  # all batches are through it
         moe, layer = _converted(plan, store, arrival, plan.recipe.seed + len(report.layers))
@@ -247,7 +250,7 @@ def check_dense(model: nn.Module) -> None:
     """MoefyError if moefy has converted the model already, or if it is compiled, wrapped, unloaded or has adapters."""
     if any(getattr(m, "_compiled_call_impl", None) or hasattr(m, "_orig_mod") for m in model.modules()):
         raise MoefyError("This model is compiled; convert it first and compile what comes of it.")
-    if not hasattr(model, "config"):
+    if not isinstance(model, PreTrainedModel):
         raise MoefyError(f"This {type(model).__name__} is no model of transformers; give the model that it wraps.")
     if getattr(model.config, "_attn_implementation", None) == "flex_attention":
         raise MoefyError('This model attends by flex_attention, which compiles itself; load it with "sdpa" instead.')

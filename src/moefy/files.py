@@ -1,9 +1,14 @@
-"""Files that are whole or not there, also after a power cut."""
+"""Files that are whole or not there, also after a power cut, and that one process at a time writes."""
 
 from __future__ import annotations
 
+import fcntl
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from moefy.errors import MoefyError
 
 
 def put_in_place(partial: Path, place: Path) -> None:
@@ -20,3 +25,31 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+@contextmanager
+def claimed_folder(folder: Path, taken: str) -> Iterator[None]:
+    """The folder, made if need be, for this process alone; left empty it is gone after a with block.
+
+    MoefyError if another process has it; `taken` begins the sentence. Where it cannot be made nothing is claimed.
+    """
+    with suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = os.open(folder, os.O_RDONLY)
+    except OSError:
+        yield
+        return
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        raise MoefyError(f"{taken}; wait for it, or choose another output.") from None
+    except OSError:  # a file system without locks
+        pass
+    try:
+        yield
+    finally:
+        os.close(lock)
+        with suppress(OSError):
+            folder.rmdir()

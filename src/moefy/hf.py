@@ -40,6 +40,8 @@ from moefy.types import LayerSpec, MoefyError
 from moefy.version import __version__
 
 MODEL_TYPE = "moefy"
+# A class may be known to several Auto classes; these are the ones that people know.
+_COMMON = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForMaskedLM", "AutoModel")
 # Where the Auto classes find what reads images and sound, if a checkpoint's own files do not name it.
 _PROCESSORS = (PROCESSOR_MAPPING, IMAGE_PROCESSOR_MAPPING, FEATURE_EXTRACTOR_MAPPING)
 
@@ -130,7 +132,15 @@ def model_class(base: Any, config: Any) -> Any:
             moe.trainable(bool(moe.experts_up.requires_grad))
         return loaded
 
+    def save_pretrained(self: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
+        if any(moe.is_int8 for moe in moe_layers(self).values()):  # before a file is written
+            raise MoefyError(
+                "Experts in int8 cannot be saved; save the model as it was, and pack it once it is loaded."
+            )
+        super(made, self).save_pretrained(*args, **kwargs)
+
     members = {
+        "save_pretrained": save_pretrained,
         "__init__": __init__,
         "initialize_weights": initialize_weights,
         "from_pretrained": classmethod(from_pretrained),
@@ -262,6 +272,20 @@ def _known(model_class: Any) -> Any:
         if not name.endswith("PreTrainedModel") and known in (getattr(transformers, name, 0), getattr(bamboo, name, 0)):
             return known
     return model_class
+
+
+def auto_class(name: str) -> str:
+    """The Auto class that loads a class of transformers by its name with its own head; AutoModel if none does."""
+    found: list[str] = []
+    for auto in vars(modeling_auto).values():
+        if isinstance(auto, type) and issubclass(auto, _BaseAutoModelClass) and auto._model_mapping is not None:
+            known = {model.__name__ for model in auto._model_mapping._extra_content.values() if isinstance(model, type)}
+            for classes in auto._model_mapping._model_mapping.values():
+                known |= {*classes} if isinstance(classes, tuple) else {classes}
+            found += [auto.__name__] if name in known else []
+    # Those that people know first; what is for pretraining knows others' classes too.
+    order = [*_COMMON, *sorted({*found} - {"AutoModelForPreTraining"}), "AutoModelForPreTraining"]
+    return next((auto for auto in order if auto in found), "AutoModel")
 
 
 def base_class(model: PreTrainedModel) -> Any:

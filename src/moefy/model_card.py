@@ -9,18 +9,11 @@ from typing import Any
 
 import transformers
 
+from moefy.hf import auto_class
 from moefy.recipe import Recipe
 from moefy.slim import is_slim, summary
 
 _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
-_AUTO = {
-    "ForCausalLM": "AutoModelForCausalLM",
-    "LMHeadModel": "AutoModelForCausalLM",
-    "ForConditionalGeneration": "AutoModelForSeq2SeqLM",
-    "ForSequenceClassification": "AutoModelForSequenceClassification",
-    "ForMaskedLM": "AutoModelForMaskedLM",
-    "ForImageClassification": "AutoModelForImageClassification",
-}
 
 
 def model_card(model: Any, source: str | None, figures: dict[str, float]) -> str:
@@ -29,7 +22,7 @@ def model_card(model: Any, source: str | None, figures: dict[str, float]) -> str
     recipe = Recipe.of(record["recipe"])
     base = _base_name(source)
     architecture = config.architectures[0].removeprefix("Moefy")
-    auto = next((a for end, a in _AUTO.items() if architecture.endswith(end)), "AutoModel")
+    auto = auto_class(architecture)
     slim = is_slim(record)
     what = "kept" if slim else "active (router included)"
     rows = [

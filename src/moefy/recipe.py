@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from moefy.construct import CONSTRUCTIONS
 from moefy.construct.sharing import SHARING
+from moefy.errors import RecipeError
 from moefy.routers import ROUTERS
 from moefy.slim import slim_spec
 from moefy.types import FFNWeights, LayerSpec, MoefyError
@@ -106,6 +107,8 @@ class Recipe(BaseModel):
             raise ValueError("repair is a part of the refit; set refit: true as well")
         if isinstance(self.shared_budget, list) and not self.refit:
             raise ValueError("several shared budgets are compared by their refit; set refit: true as well")
+        if self.budget is not None and (self.shared, self.active) != tuple(_LATER["budget"].values()):
+            raise ValueError("a budget decides how many experts are shared and active; leave shared and active out")
         if self.selection == "top_k" and self.most_active != Recipe.model_fields["most_active"].default:
             raise ValueError("most_active bounds a selection by threshold; name the recipe reconstructed, or set that")
         if self.slim and self.construction != "shared_only":
@@ -182,20 +185,17 @@ class Recipe(BaseModel):
         `budget` is this FFN's own, where the recipe allocates by sensitivity; `share` of it is for shared experts
         (the first of the recipe's, if not given).
         """
-        parts, unit = self.experts, "experts"
-        if self.expert_size:
-            parts, unit = self.expert_size, "neurons an expert"
+        parts, unit = (self.expert_size, "neurons an expert") if self.expert_size else (self.experts, "experts")
         if ffn.neurons % parts:
-            option = "--expert-size" if self.expert_size else "--experts"
-            way_out = _way_out(ffn.neurons, parts, option)
-            raise MoefyError(f"{parts} {unit} do not divide the {ffn.neurons} neurons of {site}{way_out}.")
+            way_out = _way_out(ffn.neurons, parts, "--expert-size" if self.expert_size else "--experts")
+            raise RecipeError(f"{parts} {unit} do not divide the {ffn.neurons} neurons of {site}{way_out}.")
         size = self.expert_size or ffn.neurons // parts
         try:
             count, budget = ffn.neurons // size, budget or self.budget
             share = self.shared_budgets[0] if share is None else share
             shared, active = self._counts_within_budget(count, ffn, budget, share) if budget else self.counts(count)
         except ValueError as error:
-            raise MoefyError(f"The recipe does not fit {site}: {error}.") from None
+            raise RecipeError(f"The recipe does not fit {site}: {error}.") from None
         if self.construction == "shared_only":
             shared, active = shared + active, 0
         experts = ffn.neurons // size - shared
@@ -231,7 +231,7 @@ class Recipe(BaseModel):
         return self.model_copy(update={"expert_size": min(near, key=lambda n: abs(n - size))}) if near else self
 
     def control(self) -> Recipe:
-        """The control at the same active fraction: as many neurons, always the same ones, no router."""
+        """At the same active fraction as many neurons, always the same ones, no router."""
         return self.model_copy(update={"construction": "shared_only", "name": f"{self.name}-shared-only"})
 
     def to_yaml(self) -> str:
@@ -261,14 +261,15 @@ class Recipe(BaseModel):
             recipe = cls._named_or_file(recipe)
         fields = recipe.model_dump() if isinstance(recipe, Recipe) else dict(recipe)
         base = RECIPES.get(str(fields.get("name")))
-        if base is not None:  # a mapping with no more than what differs
-            fields = {**base.model_dump(), **fields}
-        if "experts" in changes:  # the later word counts: a size in the recipe would override it
-            changes = {"expert_size": None, **changes}
+        if base is not None and not isinstance(recipe, Recipe):  # a mapping with no more than what differs
+            fields, changes = base.model_dump(), {**fields, **changes}
+        for field, overridden in _LATER.items():
+            if changes.get(field) is not None:
+                changes = {**overridden, **changes}
         try:
             return cls.model_validate({**fields, **changes})
         except ValidationError as error:
-            raise MoefyError(f"The recipe is not valid: {_sentence(error)}.") from None
+            raise RecipeError(f"The recipe is not valid: {_sentence(error)}.") from None
 
     @classmethod
     def _named_or_file(cls, recipe: str | Path) -> Recipe:
@@ -283,6 +284,8 @@ class Recipe(BaseModel):
             raise MoefyError(f"The recipe {path} is not a text file.") from None
 
 
+# The later word counts: what was in the recipe before and says the same, or would override it, gives way.
+_LATER: dict[str, dict[str, Any]] = {"experts": {"expert_size": None}, "budget": {"shared": 3, "active": 3}}
 #: The recipe for who asks for nothing else.
 DEFAULT = "reconstructed"
 #: Neurons of an expert where nothing is routed: fine enough for any share.

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from moefy.errors import RecipeError
 from moefy.hf import bare_model, config_value
 from moefy.moe import MoEFFN, moe_layers
 from moefy.sites import base_model_type, config_by_module, config_path, find_sites, size_attributes
@@ -28,7 +29,7 @@ def slim_spec(spec: LayerSpec, site: str) -> LayerSpec:
     MoefyError if no neuron would be left.
     """
     if spec.shared == 0:
-        raise MoefyError(f"The recipe keeps no neuron of {site}; give it a larger budget.")
+        raise RecipeError(f"The recipe keeps no neuron of {site}; give it a larger budget.")
     kept = spec.shared
     if kept < spec.neurons:  # fewer than a block stay as they are
         kept = kept // BLOCK * BLOCK or kept
@@ -50,13 +51,13 @@ def config_sizes(model: Any, specs: Mapping[str, LayerSpec]) -> dict[str, int]:
         sizes = size_attributes(config)
         refused = f"A slim {model_type} cannot be saved as an ordinary model"
         if part is None or not sizes:
-            raise MoefyError(f"{refused}: its config does not give the width of {name}; use the recipe shared-only.")
+            raise RecipeError(f"{refused}: its config does not give the width of {name}; use the recipe shared-only.")
         attribute = f"{part}.{sizes[-1 if '.decoder.' in f'.{name}' else 0]}".lstrip(".")
         now = config_value(model.config, attribute)
         same = found.setdefault(attribute, spec.shared) == spec.shared
         # None stands for four times the model's width (GPT-2).
         if now not in (None, spec.neurons) or not same:
-            raise MoefyError(
+            raise RecipeError(
                 f"{refused}: config.{attribute} does not give the width of {name} "
                 f"({spec.neurons}, {spec.shared} kept); use the recipe shared-only."
             )
@@ -79,7 +80,7 @@ def ordinary(model: PreTrainedModel) -> PreTrainedModel:
     for site in find_sites(plain):
         kept = _kept(layers[site.entry_name])
         if site.read().neurons != kept.neurons:
-            raise MoefyError(
+            raise RecipeError(
                 f"A slim {site.config.model_type} cannot be saved as an ordinary model: {site.name} has another width "
                 f"than its config says; use the recipe shared-only."
             )

@@ -86,7 +86,8 @@ def evaluate(
     text: Annotated[str, typer.Option(help="Text to measure on; see convert --calibration.")] = "pydoc",
     task: TaskName = None,
     data: Annotated[
-        list[str] | None, typer.Option(help="The task's data: .tsv, .csv, .jsonl, .json, .txt (.gz) or hf:DATASET.")
+        list[str] | None,
+        typer.Option(help="The task's data: .tsv, .csv, .jsonl, .json, .txt (.gz) or hf:DATASET; may be repeated."),
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="With --task: examples at most, over all the data.")] = None,
     against: Annotated[str | None, typer.Option(help="A dense model to measure beside it.")] = None,
@@ -115,9 +116,12 @@ def evaluate(
         print(json.dumps(figures, indent=2))
         return
     rows = [[name.replace("_", " "), f"{value:.4g}"] for name, value in figures.items() if isinstance(value, float)]
-    console.table(model, ["", ""], rows)
+    console.table(f"{model} int8" if int8 else model, ["", ""], rows)
     if "protocol" in figures:
         console.out.print(f"Perplexity: {figures['protocol']}.")
+    elif against is None:
+        kind = type(ours).__name__
+        console.out.print(f"A {kind} has no perplexity: for its quality give --against a dense model, or a --task.")
 
 
 app.command()(whole(tune.tune))

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -104,6 +102,8 @@ def convert(
         "seed": seed,
     }
     wanted = chosen(recipe, **{k: v for k, v in changes.items() if v is not None})
+    if recipe is None and wanted.name == "cmoe":
+        console.err.print("These options mean the recipe cmoe; --recipe reconstructed keeps more of the quality.")
     if windows is None:
         windows = 48 if wanted.refit else 16
     _check_together(task, calibration, target_loss, active)
@@ -118,7 +118,7 @@ def convert(
         with console.status(f"Saving {output}"):
             checkpoint.save(model, output, tokenizer, overwrite=overwrite, source=source)
     _show_conversion(model, output, wanted, report, trials)
-    _say_surprises(wanted, report, None if trials else asked if isinstance(asked, float) else wanted.budget)
+    _say_surprises(model, wanted, report, None if trials else asked if isinstance(asked, float) else wanted.budget)
 
 
 def _check_together(task: str | None, calibration: str, target_loss: float | None, active: str | None) -> None:
@@ -164,6 +164,7 @@ def _kept(model: Any, out: Path, target_loss: float | None) -> Iterator[Path | N
     What is there already is gone on from. MoefyError if another process is converting to the same output.
     """
     from moefy.cli import console
+    from moefy.files import claimed_folder
 
     state = out.parent / f".{out.name}.converting"
     room = (ROOM if target_loss is None else ROOM_OF_A_SEARCH) * sum(p.nbytes for p in model.parameters())
@@ -174,9 +175,10 @@ def _kept(model: Any, out: Path, target_loss: float | None) -> Iterator[Path | N
         console.err.print(sentence, soft_wrap=True)
         yield None
         return
-    with _claimed(state, out):
+    with claimed_folder(state, f"Another process is converting to {out}"):
         if left:
-            console.err.print(f"Going on from what an earlier run has left in {state}.", soft_wrap=True)
+            sentence = f"What an earlier run has left in {state} is used as far as it is of this conversion."
+            console.err.print(sentence, soft_wrap=True)
         try:
             yield state
         except (KeyboardInterrupt, MoefyError) as error:
@@ -186,31 +188,6 @@ def _kept(model: Any, out: Path, target_loss: float | None) -> Iterator[Path | N
                 console.err.print(sentence, soft_wrap=True)
             raise
         shutil.rmtree(state, ignore_errors=True)
-
-
-@contextmanager
-def _claimed(state: Path, out: Path) -> Iterator[None]:
-    """The folder, made if need be, for this process alone; left empty it is gone after a with block."""
-    with suppress(OSError):  # where it cannot be made nothing will be kept, which is said then
-        state.mkdir(parents=True, exist_ok=True)
-    try:
-        lock = os.open(state, os.O_RDONLY)
-    except OSError:
-        yield
-        return
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(lock)
-        raise MoefyError(f"Another process is converting to {out}; wait for it, or choose another output.") from None
-    except OSError:  # a file system without locks
-        pass
-    try:
-        yield
-    finally:
-        os.close(lock)
-        with suppress(OSError):
-            state.rmdir()
 
 
 def _converted(
@@ -265,14 +242,21 @@ def _show_conversion(model: Any, output: Path, wanted: Any, report: Any, trials:
         console.out.print(f"{output} is an ordinary model of its architecture. {note}")
 
 
-def _say_surprises(wanted: Any, report: Any, share: float | None) -> None:
+def _say_surprises(model: Any, wanted: Any, report: Any, share: float | None) -> None:
     """What nobody asked for, on standard error: experts of another size, more work than wanted or than dense."""
     from moefy.cli import console
+    from moefy.moe import moe_layers
 
     if report.recipe.expert_size != wanted.expert_size:
         console.err.print(
             f"Experts of {wanted.expert_size} neurons do not divide this model's FFNs: they are of "
             f"{report.recipe.expert_size}. Choose another size with --expert-size."
+        )
+    tokens, width = report.calibration.tokens, min(moe.spec.width for moe in moe_layers(model).values())
+    if tokens < width:
+        console.err.print(
+            f"The calibration has {tokens:,} tokens, fewer than the model is wide ({width:,}): what was made of it is "
+            f"as good as chance. Give more text, or more and longer --windows."
         )
     if share is not None and report.active_fraction > share + TOO_MUCH:
         console.err.print(

@@ -95,3 +95,5 @@ def _show(output: Path, tuned: Any) -> None:
         ["seconds", f"{tuned.seconds:.1f}"],
     ]
     console.table(f"{output}", ["", ""], rows)
+    if tuned.loss_after > tuned.loss_before:
+        console.err.print("The loss has risen: train on more --samples, or at a lower --rate; the source is as it was.")

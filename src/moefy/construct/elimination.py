@@ -35,9 +35,7 @@ class Elimination:
 
 def eliminate(stats: NeuronStats) -> Elimination:
     """Remove every neuron of an FFN, a block at a time. F³ multiply-adds in float64, 4·8·F² bytes."""
-    inverse = stats.gram.clone()
-    inverse.diagonal().add_(DAMPING * inverse.diagonal().mean() + 1e-30)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(inverse, out=inverse))
+    inverse = _inverse(stats.gram)
     left, w = torch.arange(stats.ffn.neurons), _in_metric(stats.ffn.down.to(torch.float64, copy=True), stats.metric)
     block, spent = max(1, stats.ffn.neurons // BLOCKS), 0.0
     order: list[Tensor] = []
@@ -61,6 +59,18 @@ def eliminate(stats: NeuronStats) -> Elimination:
             keep = torch.cat([keep, torch.tensor([len(inverse) - 1])])
             inverse = inverse[keep][:, keep]
     return Elimination(torch.cat(order), torch.tensor(cost, dtype=torch.float64))
+
+
+def _inverse(gram: Tensor) -> Tensor:
+    """The inverse of a Gram matrix, damped by as much as it takes: tokens that are all alike give it one direction."""
+    mean = gram.diagonal().mean()
+    for damping in (DAMPING, 100 * DAMPING, 1.0):
+        damped = gram.clone()
+        damped.diagonal().add_(damping * mean + 1e-30)
+        root, failed = torch.linalg.cholesky_ex(damped, out=(damped, torch.empty(0, dtype=torch.int32)))
+        if not failed:
+            return torch.cholesky_inverse(root)
+    raise MoefyError("The tokens of the calibration give no usable statistics; check the calibration data.")
 
 
 def _in_metric(down: Tensor, metric: Tensor | None) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -95,7 +96,7 @@ def measure(
         curves: dict[str, Curve] = {}
         tokens: dict[str, int] = {}
         most = 1
-        for arrival in OnePass(model, sites, spread(batches, CURVE_BATCHES), real_tokens, hold_bytes):
+        for arrival in OnePass(model, sites, spread(batches, CURVE_BATCHES), partial(real_tokens, model), hold_bytes):
             name = arrival.name
             if (known := store.get(f"curve.{name}")) is None:
                 curve, count = _curve(sites[name].read().to(torch.float32), arrival, chunk, metrics.get(name))

@@ -41,7 +41,7 @@ class RoutingTally:
 
     def __init__(self, moe: MoEFFN):
         self.moe = moe
-        self.tokens = self.massive = 0
+        self.tokens = self.with_mass = 0
         self.hits = self.overlaps = 0
         self.mass = self.best_mass = 0.0
         self.counts = torch.zeros(moe.spec.experts, dtype=torch.long)
@@ -57,7 +57,7 @@ class RoutingTally:
         mass = activation_mass(routed, experts, x.float())
         truth = _highest(mass, many)
         shares = captured(mass, picked)
-        self.tokens, self.massive = self.tokens + len(x), self.massive + len(shares)
+        self.tokens, self.with_mass = self.tokens + len(x), self.with_mass + len(shares)
         self.hits += int((picked & oracle).sum())
         self.overlaps += int((picked & truth).sum())
         self.mass += float(shares.sum())
@@ -65,12 +65,12 @@ class RoutingTally:
         self.counts += picked.sum(0).cpu()
 
     def result(self) -> Routing:
-        choices, massive = max(1, int(self.counts.sum())), max(1, self.massive)
+        choices, with_mass = max(1, int(self.counts.sum())), max(1, self.with_mass)
         return Routing(
             recall=self.hits / choices,
             overlap=self.overlaps / choices,
-            mass=self.mass / massive,
-            best_mass=self.best_mass / massive,
+            mass=self.mass / with_mass,
+            best_mass=self.best_mass / with_mass,
             load=self.counts / choices,
             tokens=self.tokens,
             experts=float(self.counts.sum()) / max(1, self.tokens),

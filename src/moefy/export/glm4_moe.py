@@ -66,6 +66,8 @@ def check(model: PreTrainedModel) -> None:
 def _layers(model: PreTrainedModel) -> list[MoEFFN]:
     """The converted FFNs, one a layer."""
     found = moe_layers(model)
+    if not found:
+        raise _refused("it has no experts", "they run a slim or a dense one as it is")
     names = [_LAYER.format(i) for i in range(model.config.num_hidden_layers)]
     if list(found) != names:
         raise _refused("not every layer is converted")

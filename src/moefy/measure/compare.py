@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from moefy.conversion.budgets import Sensitivity, measure
 from moefy.conversion.resume import digest
 from moefy.convert import convert
+from moefy.errors import RecipeError
 from moefy.hf import versions
 from moefy.measure import bench
 from moefy.measure.evaluate import is_causal_lm, perplexity
@@ -237,7 +238,7 @@ def _measure(run: Run, measured: Measured, base: dict[str, Any], rounds: int) ->
         report = convert(model, recipe, data.calibration(run.seed), sensitivity=known)
         model = ordinary(model) if recipe.slim else model
         found, realised = _quality(model, data, report.active_fraction)
-    except MoefyError as error:
+    except RecipeError as error:
         return {"skipped": str(error)}
     return {
         "realised": realised,

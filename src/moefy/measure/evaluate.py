@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moefy import kernels
-from moefy.calibrate import row_mask
+from moefy.calibrate import output_mask, row_mask
 from moefy.conversion.quality import Routing, RoutingTally, routes
 from moefy.moe import MoEFFN, moe_layers
 from moefy.types import MoefyError
@@ -190,7 +190,7 @@ def agreement(
             outputs.append(_output(each, batch))
             step()
         (ours, _), (theirs, are_logits) = outputs
-        near.add(ours, theirs, batch.get("attention_mask"), are_logits)
+        near.add(ours, theirs, output_mask(model, batch), are_logits)
     return near.result()
 
 

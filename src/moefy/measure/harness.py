@@ -1,4 +1,4 @@
-"""EleutherAI's lm-evaluation-harness on a moefy model, or any dense one: an extra, `pip install 'moefy[tasks]'`.
+"""EleutherAI's lm-evaluation-harness on a moefy model, or any dense one: an extra, `pip install '.[tasks]'`.
 
 The harness's own Hugging Face adapter is given the loaded model, so every kind of task that it has works. With
 task files and data on disk (`include`) it needs no network.
@@ -37,7 +37,7 @@ def run(
         from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
     except ImportError:
-        raise MoefyError("lm-evaluation-harness is not installed: pip install 'moefy[tasks]'.") from None
+        raise MoefyError("lm-evaluation-harness is not installed: pip install lm-eval datasets.") from None
     if tokenizer is None:
         raise MoefyError("This model has no tokenizer, so a task's text cannot be fed to it.")
     if include is not None and not Path(include).is_dir():

@@ -184,6 +184,8 @@ def _named(
 def split_held_out(batches: Sequence[Mapping[str, Any]]) -> tuple[list[Mapping[str, Any]], Tensor]:
     """Calibration batches without every sixth, and the token windows (N, window) of those; MoefyError if too few."""
     if len(batches) < 6:
-        raise MoefyError(f"A target loss holds windows out, and {len(batches)} are too few; give more text.")
+        raise MoefyError(
+            f"A target loss holds every sixth window out, and {len(batches)} are too few; give 6 --windows or more."
+        )
     held = torch.cat([batch["input_ids"] for batch in batches[5::6]])
     return [batch for i, batch in enumerate(batches) if i % 6 != 5], held

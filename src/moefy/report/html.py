@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from html import escape
@@ -63,7 +64,7 @@ def write_whole(path: Path, text: str) -> Path:
 
 def write_together(texts: Mapping[Path, str]) -> None:
     """Write files beside their places first, then rename them. MoefyError if that fails; nothing is left then."""
-    partials = {path: path.with_name(f".{path.name}.partial") for path in texts}
+    partials = {path: path.with_name(f".{path.name}.partial-{os.getpid()}") for path in texts}
     try:
         for path, partial in partials.items():
             partial.write_text(texts[path], encoding="utf-8")

@@ -10,12 +10,17 @@ from transformers import AutoTokenizer
 
 from moefy.types import MoefyError
 
+# Files without any of which transformers makes up a tokenizer of a handful of words, to which all else is unknown.
+_ANY = ("*token*", "*vocab*", "*merges*", "*.model", "*.spm", "*.codes", "*.tiktoken")
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 _SENTENCEPIECE = ("tokenizer.model", "spiece.model")
 
 
 def load_tokenizer(name: str, **options: Any) -> Any:
     """The tokenizer of a model, or None if it has none; MoefyError if its directory holds one that is damaged."""
+    folder = Path(name)
+    if folder.is_dir() and not any(next(folder.glob(pattern), None) for pattern in _ANY):
+        return None
     try:
         # False is to be said: else transformers asks at the terminal whether it may run a tokenizer's own code.
         return AutoTokenizer.from_pretrained(name, **{"trust_remote_code": False, **options})

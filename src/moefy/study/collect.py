@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from moefy import kernels
-from moefy.calibrate import real_tokens, row_mask, token_mask
+from moefy.calibrate import output_mask, real_tokens, row_mask, token_mask
 from moefy.conversion.quality import routes
 from moefy.moe import MoEFFN, moe_layers
 from moefy.sites import find_sites, join_experts, token_rows
@@ -126,7 +126,7 @@ def _places(model: Any, name: str, batch: Mapping[str, Any], stream: Stream) -> 
     found = token_rows(model, name)
     assert found is not None
     rows, count = found
-    keep = token_mask(real_tokens(name, batch), count)
+    keep = token_mask(real_tokens(model, name, batch), count)
     keep = torch.ones(count, dtype=torch.bool) if keep is None else keep
     before = sum(len(ids) for ids in stream.ids[:-1])
     return (keep.cumsum(0) - 1 + before)[rows[keep[rows]]]
@@ -134,7 +134,7 @@ def _places(model: Any, name: str, batch: Mapping[str, Any], stream: Stream) -> 
 
 def _run(model: Any, batch: Mapping[str, Any]) -> None:
     """Run a batch; MoefyError if what comes out for its real tokens is not finite."""
-    out, mask = model(**batch), batch.get("attention_mask")
+    out, mask = model(**batch), output_mask(model, batch)
     highest = (out["logits"] if "logits" in out else out[0]).amax(-1)
     if mask is not None and mask.shape == highest.shape:
         highest = highest[mask.bool()]

@@ -91,7 +91,7 @@ def check_peft() -> None:
     try:
         import peft  # noqa: F401
     except ImportError:
-        raise MoefyError("Adapters on attention need the peft package: pip install 'moefy[tune]'.") from None
+        raise MoefyError("Adapters on attention need the peft package: pip install peft.") from None
 
 
 def _linear_adapters(model: Any, rank: int) -> Any:

@@ -29,9 +29,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from moefy.conversion.resume import fingerprint
-from moefy.files import put_in_place
+from moefy.files import claimed_folder, put_in_place
 from moefy.tasks.base import by_answers, collate, longest_of
 from moefy.types import MoefyError
+from moefy_cli import STOPS
 
 Progress = Callable[[int, int], None]
 # Batches among whose examples those of like length are put together: 5 % of SST-2's tokens are then padding.
@@ -158,28 +159,28 @@ def train(
     groups = [{"params": [p], "scale": (scales or {}).get(name, 1.0)} for name, p in trained.items()]
     optimizer = torch.optim.AdamW(groups, lr=0.0, weight_decay=schedule.weight_decay, fused=True)
     run = _Run(state, dict(trained), optimizer, {**vars(schedule), **identity}, dict(kept or {}))
-    run.probe()
-    begun = run.restore()
-    start = saved = time.monotonic()
     losses: list[float] = []
-    model.train()
-    try:
-        while run.step < schedule.steps:
-            losses.append(_step(loss, run, schedule, after))
-            if progress:
-                progress(run.step, schedule.steps)
-            if time.monotonic() - saved > save_every:
+    with run.claimed():
+        begun = run.restore()
+        start = saved = time.monotonic()
+        model.train()
+        try:
+            while run.step < schedule.steps:
+                losses.append(_step(loss, run, schedule, after))
+                if progress:
+                    progress(run.step, schedule.steps)
+                if time.monotonic() - saved > save_every:
+                    run.save()
+                    saved = time.monotonic()
+                if seconds is not None and time.monotonic() - start >= seconds:
+                    break
+        except KeyboardInterrupt:
+            if run.step > begun:
                 run.save()
-                saved = time.monotonic()
-            if seconds is not None and time.monotonic() - start >= seconds:
-                break
-    except KeyboardInterrupt:
+            raise
         if run.step > begun:
             run.save()
-        raise
-    if run.step > begun:
-        run.save()
-    model.eval()
+        model.eval()
     last = losses[-100:]
     return Trained(run.step, schedule.steps, sum(last) / len(last) if last else None)
 
@@ -206,12 +207,12 @@ def _step(loss_at: Callable[[int], Tensor], run: _Run, schedule: Schedule, after
 
 @contextmanager
 def _uninterrupted() -> Iterator[None]:
-    """Ctrl-C and SIGTERM come after the block."""
+    """What stops a command (Ctrl-C, SIGTERM, a closed terminal) comes after the block."""
     if threading.current_thread() is not threading.main_thread():
         yield  # signals do not come here
         return
     caught: list[int] = []
-    before = {n: signal.signal(n, lambda number, _: caught.append(number)) for n in (signal.SIGINT, signal.SIGTERM)}
+    before = {n: signal.signal(n, lambda number, _: caught.append(number)) for n in STOPS}
     try:
         yield
     finally:
@@ -298,11 +299,18 @@ class _Run:
             with suppress(OSError):
                 partial.unlink()
 
-    def probe(self) -> None:
-        """MoefyError, before hours of training and not after them, if the state cannot be written."""
-        if self.state is not None:
+    @contextmanager
+    def claimed(self) -> Iterator[None]:
+        """The state for this process alone; MoefyError, before hours of training and not after them, if another one has
+        it or if it cannot be written."""
+        if self.state is None:
+            yield
+            return
+        lock = self.state.with_name(f".{self.state.name}.lock")
+        with claimed_folder(lock, f"Another process keeps its training in {self.state}"):
             with self._beside(self.state) as partial:
                 partial.touch()
+            yield
 
     def restore(self) -> int:
         """Load the state, if there is one, and return the step that it had come to."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moefy.calibrate import without_cache
+from moefy.calibrate import output_mask, without_cache
 from moefy.measure.evaluate import is_causal_lm
 from moefy.types import MoefyError
 
@@ -52,11 +52,7 @@ def teacher_loss(model: Any, batch: Batch, teacher: Any) -> Tensor:
             f"The teacher's predictions have the shape {tuple(wanted.shape)} and the model's {tuple(ours.shape)}; use "
             f"the dense model that it came from as the teacher."
         )
-    mask = batch.get("attention_mask")
-    if getattr(model.config, "is_encoder_decoder", False):
-        mask = batch.get("decoder_attention_mask")
-        if mask is None and "decoder_input_ids" not in batch and isinstance(batch.get("labels"), Tensor):
-            mask = batch["labels"] != -100  # the decoder's inputs are made of them
+    mask = output_mask(model, batch)
     if isinstance(mask, Tensor) and mask.shape == ours.shape[:-1]:
         ours, wanted = ours[mask.bool()], wanted[mask.bool()]
     ours, wanted = (x.flatten(0, -2).float().log_softmax(-1) for x in (ours, wanted))

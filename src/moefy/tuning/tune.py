@@ -145,7 +145,10 @@ def tune(
 def _check(model: Any, batches: Sequence[Mapping[str, Any]], options: TuneOptions) -> None:
     """MoefyError, before anything is changed, for what cannot be tuned."""
     if not getattr(model.config, "moefy", None) or not moe_layers(model):
-        raise MoefyError("This model is not a mixture of experts that moefy made; convert it first.")
+        raise MoefyError(
+            "This model has no experts that moefy made; convert it first (what is slim is ordinary: fine-tune it with "
+            "transformers or peft)."
+        )
     check_no_adapters(model)
     if len(batches) < 2:
         raise MoefyError("Fine-tuning takes at least two batches: one of them is held out; give more or smaller ones.")
