@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 from dataclasses import dataclass, field
 
 import pytest
@@ -13,8 +14,10 @@ from torch.nn import functional as F
 
 from moefy.kernels import native
 
-if not native.available() and os.environ.get("CI") and os.environ.get("MOEFY_NATIVE") != "0":
-    pytest.fail(f"CI must have the native kernel: {native.why_not()}", pytrace=False)
+# Without a compiler moefy runs on torch, and with one a kernel that was not built is a fault.
+can_build = os.environ.get("CI") or shutil.which(os.environ.get("CXX", "c++"))
+if not native.available() and "turned off" not in str(native.why_not()) and can_build:
+    pytest.fail(f"The native kernel is missing: {native.why_not()}", pytrace=False)
 needs_native = pytest.mark.skipif(not native.available(), reason=f"no native kernel: {native.why_not()}")
 
 ISAS = native.instruction_sets() or ["generic"]

@@ -12,6 +12,10 @@
 #include <cstddef>
 #include <cstdint>
 
+// Inlined without optimisation too: a copy of its own, compiled for AVX-512, could be the one that the linker keeps for
+// every unit.
+#define MOEFY_INLINE inline __attribute__((always_inline))
+
 namespace moefy {
 
 enum class Activation : int { identity, relu, relu2, gelu, gelu_tanh, silu, quick_gelu, sigmoid, tanh };
@@ -25,18 +29,18 @@ constexpr int kScoreRows = 128;  // the same for the scores of bf16 inputs in AM
 constexpr int kRowPanels = 4;  // up panels that are read at once for a single row
 constexpr size_t kAlign = 64;  // bytes; one cache line, one AVX-512 register
 
-constexpr int most_rows(bool tiled) { return tiled ? kTiledRows : kRows; }
+MOEFY_INLINE constexpr int most_rows(bool tiled) { return tiled ? kTiledRows : kRows; }
 // In the down phase rows share nothing but weights, and setting up a task is 12 % of what experts of 8 take with 48
 // rows: with more, 256 tokens of those take 2 % less, larger experts 1 %.
 constexpr int kDownRows = 144;
-constexpr int most_down_rows(bool tiled) { return tiled ? kTiledRows : kDownRows; }
+MOEFY_INLINE constexpr int most_down_rows(bool tiled) { return tiled ? kTiledRows : kDownRows; }
 
-constexpr size_t value_bytes(Weights type) { return type == Weights::f32 ? 4 : type == Weights::i8 ? 1 : 2; }
-constexpr int block_depth(Weights type) { return type == Weights::bf16 ? 2 : 1; }
-constexpr size_t block_bytes(Weights type) { return kLanes * block_depth(type) * value_bytes(type); }
+MOEFY_INLINE constexpr size_t value_bytes(Weights type) { return type == Weights::f32 ? 4 : type == Weights::i8 ? 1 : 2; }
+MOEFY_INLINE constexpr int block_depth(Weights type) { return type == Weights::bf16 ? 2 : 1; }
+MOEFY_INLINE constexpr size_t block_bytes(Weights type) { return kLanes * block_depth(type) * value_bytes(type); }
 
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+MOEFY_INLINE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+MOEFY_INLINE constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 // How AMX walks over n inputs: `parts` tiles of `depth` inputs each (even, at most 32), zero padded but never beyond
 // the next multiple of 16, where rows of hidden values end. A tile of weights has depth / 2 rows of 16 columns x 2
@@ -44,13 +48,13 @@ constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 // is odd) and an output column in down.
 struct TileCut {
   int depth = 0, parts = 1;
-  explicit constexpr TileCut(int n) {
+  MOEFY_INLINE explicit constexpr TileCut(int n) {
     for (parts = int(ceil_div(n, 32)) > 0 ? int(ceil_div(n, 32)) : 1;; ++parts) {
       depth = int(round_up(ceil_div(n, parts), 2));
       if (depth * parts <= round_up(n, kLanes)) break;
     }
   }
-  constexpr int inputs() const { return depth * parts; }
+  MOEFY_INLINE constexpr int inputs() const { return depth * parts; }
 };
 
 // Experts of one size: the routed ones, the shared neurons (one expert), or the rows of a router (one expert).
@@ -70,29 +74,29 @@ struct Bank {
   float *up_bias = nullptr, *gate_bias = nullptr;
   float *up_scale = nullptr, *gate_scale = nullptr, *down_scale = nullptr;  // int8 only; see Call::y_scale
 
-  bool is_bf16() const { return up_type == Weights::bf16 && down_type == Weights::bf16; }
-  int up_panels() const { return int(ceil_div(neurons, kNeurons)) * (gated ? 2 : 1); }
-  int up_steps() const { return int(ceil_div(width, 2 * block_depth(up_type))); }
-  int down_panels() const { return int(ceil_div(width, kLanes)); }
-  int down_experts() const { return joined ? 1 : experts; }
-  int down_neurons() const { return joined ? experts * neurons : neurons; }
-  int down_steps() const {
+  MOEFY_INLINE bool is_bf16() const { return up_type == Weights::bf16 && down_type == Weights::bf16; }
+  MOEFY_INLINE int up_panels() const { return int(ceil_div(neurons, kNeurons)) * (gated ? 2 : 1); }
+  MOEFY_INLINE int up_steps() const { return int(ceil_div(width, 2 * block_depth(up_type))); }
+  MOEFY_INLINE int down_panels() const { return int(ceil_div(width, kLanes)); }
+  MOEFY_INLINE int down_experts() const { return joined ? 1 : experts; }
+  MOEFY_INLINE int down_neurons() const { return joined ? experts * neurons : neurons; }
+  MOEFY_INLINE int down_steps() const {
     return int(ceil_div(tiled ? TileCut(down_neurons()).inputs() : neurons, block_depth(down_type)));
   }
-  int hidden_stride() const { return int(round_up(neurons, kLanes)); }
+  MOEFY_INLINE int hidden_stride() const { return int(round_up(neurons, kLanes)); }
   // Hidden values of a row: of one expert, or of all when they are joined.
   // Those are an odd number of cache lines, since tiles read the same columns of 16 rows at once.
-  int hidden_row() const { return joined ? int(ceil_div(down_neurons(), 32) | 1) * 32 : hidden_stride(); }
+  MOEFY_INLINE int hidden_row() const { return joined ? int(ceil_div(down_neurons(), 32) | 1) * 32 : hidden_stride(); }
   // A unit is 16 neurons: what the epilogue writes at once and the smallest piece of work of a task.
-  int units() const { return int(ceil_div(neurons, kLanes)); }
-  int unit_panels() const { return gated ? 4 : 2; }
-  size_t up_panel_bytes() const {
+  MOEFY_INLINE int units() const { return int(ceil_div(neurons, kLanes)); }
+  MOEFY_INLINE int unit_panels() const { return gated ? 4 : 2; }
+  MOEFY_INLINE size_t up_panel_bytes() const {
     if (tiled) return size_t(round_up(TileCut(width).inputs() * kNeurons * 2, kAlign));
     return size_t(up_steps()) * block_bytes(up_type);
   }
-  size_t down_panel_bytes() const { return size_t(down_steps()) * block_bytes(down_type); }
-  size_t up_bytes() const { return size_t(experts) * up_panels() * up_panel_bytes(); }
-  size_t down_bytes() const { return size_t(down_experts()) * down_panels() * down_panel_bytes(); }
+  MOEFY_INLINE size_t down_panel_bytes() const { return size_t(down_steps()) * block_bytes(down_type); }
+  MOEFY_INLINE size_t up_bytes() const { return size_t(experts) * up_panels() * up_panel_bytes(); }
+  MOEFY_INLINE size_t down_bytes() const { return size_t(down_experts()) * down_panels() * down_panel_bytes(); }
 };
 
 // hidden = act(x . up) for some rows (tokens) and some units of one expert.
@@ -144,23 +148,23 @@ struct JoinedTask {
 };
 
 // AMX multiplies bf16 only. An fp32 value is the exact sum of three bf16 ones, and three products take its place.
-constexpr int tile_splits(bool dot) { return dot ? 1 : 3; }
+MOEFY_INLINE constexpr int tile_splits(bool dot) { return dot ? 1 : 3; }
 // Bytes of a hidden value; with three splits a row is three rows of bf16.
-constexpr int hidden_bytes(bool tiled, bool dot) { return tiled ? 2 * tile_splits(dot) : dot ? 2 : 4; }
+MOEFY_INLINE constexpr int hidden_bytes(bool tiled, bool dot) { return tiled ? 2 * tile_splits(dot) : dot ? 2 : 4; }
 // Bytes of the rows of x of one task, as tiles want them.
-constexpr int64_t tile_scratch(int width, bool dot) {
+MOEFY_INLINE constexpr int64_t tile_scratch(int width, bool dot) {
   return round_up(int64_t(kTiledRows) * TileCut(width).inputs() * 2 * tile_splits(dot), kAlign);
 }
 
 // Units of a router in one task of AMX (amx_split.h), six bytes a weight, and the scratch of such a task.
-constexpr int64_t split_bytes(int width, int panels) {
+MOEFY_INLINE constexpr int64_t split_bytes(int width, int panels) {
   return int64_t(TileCut(width).inputs()) * kNeurons * 6 * round_up(panels, 2);
 }
-inline int split_units(const Bank& router) {
+MOEFY_INLINE int split_units(const Bank& router) {
   const int64_t most = (640 << 10) / split_bytes(router.width, router.unit_panels());
   return int(most < 1 ? 1 : most < router.units() ? most : router.units());
 }
-inline int64_t split_scratch(const Bank& router) {
+MOEFY_INLINE int64_t split_scratch(const Bank& router) {
   const int panels = split_units(router) * router.unit_panels();
   return tile_scratch(router.width, true) + int64_t(kTiledRows) * panels * kNeurons * 4 + split_bytes(router.width, panels);
 }
@@ -168,7 +172,7 @@ inline int64_t split_scratch(const Bank& router) {
 constexpr int kJoinedNeurons = 16;  // experts of so many neurons or fewer are joined
 constexpr int kJoinedRows = 32;
 // Bytes of a single row as fp32, and a mask for each part.
-constexpr int64_t row_scratch(int inputs) {
+MOEFY_INLINE constexpr int64_t row_scratch(int inputs) {
   const TileCut cut(inputs);
   return round_up(round_up(cut.inputs(), 2 * kLanes) * 4 + cut.parts * 2, kAlign);
 }
