@@ -54,6 +54,9 @@ def imported_parts(path: Path) -> set[str]:
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "moefy":
             names = node.module.split(".")[1:2] or [alias.name for alias in node.names]
             found |= set(names)
+        if isinstance(node, ast.Import):
+            found |= {part for alias in node.names for part in alias.name.split(".")[1:2] if alias.name[:6] == "moefy."}
+        assert not (isinstance(node, ast.ImportFrom) and node.level), f"{path.name}: imports are absolute"
     return found
 
 
@@ -73,5 +76,14 @@ def test_every_module_is_in_the_order():
 
 
 def test_files_stay_short():
-    long = {path.name: n for path in ROOT.rglob("*.py") if (n := len(path.read_text().splitlines())) > 400}
+    sources = [path for ending in ("*.py", "*.h", "*.cpp") for path in ROOT.rglob(ending)]
+    assert not {path.name: n for path in sources if (n := len(path.read_text().splitlines())) > 400}
+
+
+def test_functions_stay_short():
+    long = {}
+    for path in ROOT.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef) and (n := node.end_lineno - node.lineno + 1) > 60:  # with the options
+                long[f"{path.name}: {node.name}"] = n
     assert not long

@@ -21,17 +21,17 @@ from moefy import hf, slim
 from moefy.convert import check_no_adapters
 from moefy.files import put_in_place, sync
 from moefy.model_card import model_card
+from moefy.quiet import quiet_transformers
 from moefy.recipe import Recipe
 from moefy.sites import bamboo, find_sites
 from moefy.sources import hub
 from moefy.sources.folder import check_directory
+from moefy.sources.gguf_file import is_gguf
 from moefy.sources.models import (
     LOAD_ERRORS,
     check_complete,
     check_weights,
-    is_gguf,
     local_path,
-    quiet_transformers,
     reason,
     weights_of,
 )

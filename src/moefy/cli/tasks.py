@@ -1,4 +1,4 @@
-"""The commands about tasks and about what experts do: relufy, inspect, and eval --task."""
+"""The commands about tasks and about what experts do: relufy, inspect, harness, and eval --task."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from moefy.checkpoint import mend_generation, written
-from moefy.sources.models import quiet_transformers
+from moefy.quiet import quiet_transformers
 
 _CARD = """---
 library_name: transformers
