@@ -138,6 +138,13 @@ def test_a_stop_is_heard_where_python_would_lose_it(stop):
     assert (done.stdout, done.stderr, done.returncode) == ("lost\nheard\n", "", 0)
 
 
+def test_a_directory_that_is_gone_is_one_sentence(tmp_path):
+    source = "import os, moefy_cli\nos.rmdir(os.getcwd())\nmoefy_cli.main()"
+    (tmp_path / "gone").mkdir()
+    done = subprocess.run([sys.executable, "-c", source], cwd=tmp_path / "gone", capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, "moefy: The current directory is gone; change to one that is there.\n")
+
+
 def test_a_slow_kernel_is_one_line(dense):
     environment = {**os.environ, "MOEFY_NATIVE": "Off"}  # as good as 0, no or false
     made = dense.parent / "routed"

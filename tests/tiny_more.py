@@ -8,7 +8,7 @@ import transformers as tf
 from torch import nn
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from tiny_base import NEURONS, VOCAB, WIDTH, More, bert_like, decoder
+from tiny_base import BOTH_HALVES, NEURONS, VOCAB, WIDTH, More, bert_like, decoder
 from tiny_spread import SPREAD
 
 
@@ -31,14 +31,8 @@ def _encoder(name: str, head: str = "ForMaskedLM", **changes: Any) -> More:
 
 def _seq2seq(name: str, head: str = "ForConditionalGeneration", **changes: Any) -> More:
     common = {
+        **BOTH_HALVES,
         "vocab_size": VOCAB,
-        "d_model": WIDTH,
-        "encoder_layers": 2,
-        "decoder_layers": 2,
-        "encoder_attention_heads": 4,
-        "decoder_attention_heads": 4,
-        "encoder_ffn_dim": NEURONS,
-        "decoder_ffn_dim": NEURONS,
         "max_position_embeddings": 64,
         "pad_token_id": 0,
         "bos_token_id": 1,

@@ -49,8 +49,8 @@ def check_output(
 ) -> Path:
     """The model directory, or with `gguf` the file, to write, links followed. Nothing is left there by the check.
 
-    Raises MoefyError if something is there that may not be replaced, if it is or holds `source` (a path; other
-    names are not looked at), or if it cannot be written.
+    Raises MoefyError if something that may not be replaced is there (an empty folder may), if it is or holds the
+    current directory or `source` (a path; other names are not looked at), or if it cannot be written.
     """
     out = _place(path)
     try:

@@ -1,4 +1,4 @@
-"""The one error of moefy and its one warning, apart from the rest: the command line has them without torch."""
+"""The errors of moefy and its one warning, apart from the rest: the command line has them without torch."""
 
 
 class MoefyError(Exception):
@@ -6,7 +6,7 @@ class MoefyError(Exception):
 
 
 class RecipeError(MoefyError):
-    """A recipe that does not fit a model."""
+    """A recipe that is not valid, or does not fit a model."""
 
 
 class MoefyWarning(UserWarning):

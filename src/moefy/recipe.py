@@ -18,15 +18,18 @@ from moefy.routers import ROUTERS
 from moefy.slim import slim_spec
 from moefy.types import FFNWeights, LayerSpec, MoefyError
 
+_COUNTS = {"shared": 3, "active": 3}  # CMoE's S3A3, of 8 experts
+# The later word counts: what was in the recipe before and says the same, or would override it, gives way.
+_LATER: dict[str, dict[str, Any]] = {"experts": {"expert_size": None}, "budget": _COUNTS}
+
 
 class _Loader(yaml.SafeLoader):
     """As `yaml.safe_load`, but that of a field that is given twice the last word does not win."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         fields = [key.value for key, _ in node.value]
-        twice = next((field for field in fields if fields.count(field) > 1), None)
-        if twice is not None:
-            raise MoefyError(f"The recipe gives {twice} twice; keep one of the two.")
+        if twice := [field for field in fields if fields.count(field) > 1]:
+            raise MoefyError(f"The recipe gives {twice[0]} twice; keep one of the two.")
         return super().construct_mapping(node, deep)
 
 
@@ -55,8 +58,8 @@ class Recipe(BaseModel):
     output_bias: bool = Field(True, description="a refit may add an output bias where the FFN has none")
     experts: int = Field(8, ge=1)
     expert_size: int | None = Field(None, ge=1, description="neurons of an expert; overrides experts")
-    shared: int | float = Field(3, ge=0)
-    active: int | float = Field(3, ge=0)
+    shared: int | float = Field(_COUNTS["shared"], ge=0)
+    active: int | float = Field(_COUNTS["active"], ge=0)
     budget: float | None = Field(None, gt=0, le=1, description="share of the multiply-adds, the router's included")
     shared_budget: float | list[float] = Field(0.5, description="share of the budget for shared experts, or several")
     allocation: Literal["uniform", "sensitivity"] = "uniform"
@@ -107,7 +110,7 @@ class Recipe(BaseModel):
             raise ValueError("repair is a part of the refit; set refit: true as well")
         if isinstance(self.shared_budget, list) and not self.refit:
             raise ValueError("several shared budgets are compared by their refit; set refit: true as well")
-        if self.budget is not None and (self.shared, self.active) != tuple(_LATER["budget"].values()):
+        if self.budget is not None and (self.shared, self.active) != tuple(_COUNTS.values()):
             raise ValueError("a budget decides how many experts are shared and active; leave shared and active out")
         if self.selection == "top_k" and self.most_active != Recipe.model_fields["most_active"].default:
             raise ValueError("most_active bounds a selection by threshold; name the recipe reconstructed, or set that")
@@ -284,8 +287,6 @@ class Recipe(BaseModel):
             raise MoefyError(f"The recipe {path} is not a text file.") from None
 
 
-# The later word counts: what was in the recipe before and says the same, or would override it, gives way.
-_LATER: dict[str, dict[str, Any]] = {"experts": {"expert_size": None}, "budget": {"shared": 3, "active": 3}}
 #: The recipe for who asks for nothing else.
 DEFAULT = "reconstructed"
 #: Neurons of an expert where nothing is routed: fine enough for any share.
@@ -358,8 +359,7 @@ RECIPES: dict[str, Recipe] = {
     "moefication": Recipe(
         name="moefication", construction="weights", router="mlp", expert_size=32, shared=0, active=0.2
     ),
-    # The best we know without training (docs/log.md): small experts, least squares for what is shared and kept,
-    # a threshold a layer, and to each layer what it needs.
+    # The best without training (docs/log.md): small experts, least squares, a threshold and a budget for each layer.
     "reconstructed": Recipe(
         name="reconstructed",
         construction="weights",

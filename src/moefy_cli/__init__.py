@@ -20,6 +20,11 @@ def main() -> None:
     """The entry point of the `moefy` command."""
     global starting
     on_stop(_leave)
+    try:
+        os.getcwd()
+    except FileNotFoundError:  # in which MKL ends the process with a message of its own
+        print("moefy: The current directory is gone; change to one that is there.", file=sys.stderr)
+        sys.exit(2)
     starting = True
     from moefy.cli.app import main as run
 

@@ -96,7 +96,7 @@ def output_metrics(
     try:
         for done, batch in enumerate(batches, 1):
             with torch.enable_grad(), spilled(hold_bytes, model.parameters()):
-                with quick_products(model):
+                with _quick_products(model):
                     out = model(**without_cache(model, batch))
                 _loss(model, out, batch, generator).backward()
             return_freed_memory()  # glibc keeps it in pieces: 0.5 GB after a batch of 512 tokens through 200 layers
@@ -111,7 +111,7 @@ def output_metrics(
 
 
 @contextmanager
-def quick_products(model: Any) -> Iterator[None]:
+def _quick_products(model: Any) -> Iterator[None]:
     """For a forward pass: products, and so those of its backward pass, in bfloat16, where the model is in float16 and
     the machine multiplies that one fast.
 

@@ -36,7 +36,6 @@ Progress = Callable[[int, int], None]
 
 #: "NAME:ROUTER" is the recipe NAME with another router, "NAME:control" the same without routing.
 DEFAULT_RECIPES = ("cmoe", "moefication", "shared-only", "slim", f"{DEFAULT}:control", DEFAULT, f"{DEFAULT}:oracle")
-DEFAULT_ACTIVE = (0.75, 0.5, 0.25)
 _HOLD_BYTES = 1 << 30
 
 
