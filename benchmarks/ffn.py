@@ -76,7 +76,7 @@ SHAPES = [
     Shape("ReLU D1024 F4096, 512 x 8, 25%", 1024, 512, 8, 128, 0, False),
     Shape("GLU D576 F1536, 144 x 8 + 384, 50%", 576, 144, 8, 48, 384, True),
 ]
-ROTATE = 200e6  # bytes of fp32 weights; L3 caches hold 16-100 MB
+ROTATE = 200e6  # bytes of fp32 weights; L3 caches hold 16-100 MB, and 300 shared with other machines no more
 NATIVE = {  # contender: weights, dtype of x
     "fp32": ("fp32", torch.float32),
     "bf16 weights": ("bf16", torch.float32),
@@ -84,6 +84,11 @@ NATIVE = {  # contender: weights, dtype of x
     "fp16 weights": ("fp16", torch.float32),
     "int8": ("int8", torch.float32),
 }
+
+
+def packed(name: str, weights: dict[str, Tensor], **options: str) -> native.PackedFFN:
+    precision, dtype = NATIVE[name]  # before it is packed, a model's weights have the type of x
+    return native.PackedFFN(**{part: w.to(dtype) for part, w in weights.items()}, precision=precision, **options)
 
 
 class Layer:
@@ -109,19 +114,18 @@ class Layer:
             bias = torch.full((F_,), NormalDist().inv_cdf(1 - args.zeros))
             experts["experts_up_bias"], every["shared_up_bias"] = bias[S:].view(shape.E, shape.M), bias
             shared |= {"shared_up_bias": bias[:S]} if S else {}
-        for precision in {NATIVE[name][0] for name in contenders}:
-            options = {"activation": activation, "precision": precision, "isa": isa}
-            self.packed[precision] = native.PackedFFN(**experts, **shared, **options)
-            self.native_dense[precision] = native.PackedFFN(**none, **every, **options)
+        for name in contenders:
+            options = {"activation": activation, "isa": isa}
+            self.packed[name] = packed(name, experts | shared, **options)
+            self.native_dense[name] = packed(name, none | every, **options)
         self.calls = {
-            name: Bound(self.packed[NATIVE[name][0]], self.router, NATIVE[name][1], top_k=shape.K)
-            for name in contenders
+            name: Bound(self.packed[name], self.router, NATIVE[name][1], top_k=shape.K) for name in contenders
         }
         self.paths = {} if args.no_dense else dense_paths(self.linear, bias, tokens)
 
-    def routed(self, precision: str, x: Tensor, phases: list[Tensor]) -> Tensor:
+    def routed(self, name: str, x: Tensor, phases: list[Tensor]) -> Tensor:
         phases.append(torch.zeros(len(native.PHASES), dtype=torch.int64))
-        return self.packed[precision].forward(x, router=self.router, top_k=self.shape.K, phases=phases[-1])
+        return self.packed[name].forward(x, router=self.router, top_k=self.shape.K, phases=phases[-1])
 
 
 def dense_paths(
@@ -197,16 +201,13 @@ def run(shape: Shape, tokens: int, isa: str, names: list[str], args: argparse.Na
         xs = inputs[torch.bfloat16 if "bf16" in path else torch.float32]
         contenders[path] = [lambda l=l, x=x, path=path: l.paths[path](x) for l, x in zip(layers, xs, strict=True)]
     for name in names:
-        precision, dtype = NATIVE[name]
-        xs = inputs[dtype]
+        xs = inputs[NATIVE[name][1]]
         pairs = list(zip(layers, xs, strict=True))
         contenders["native " + name] = [lambda l=l, x=x, n=name: l.calls[n](x) for l, x in pairs]
         contenders["routed " + name] = [
-            lambda l=l, x=x, p=precision, calls=phases[name]: l.routed(p, x, calls) for l, x in pairs
+            lambda l=l, x=x, n=name, calls=phases[name]: l.routed(n, x, calls) for l, x in pairs
         ]
-        contenders["dense " + name] = [
-            lambda l=l, x=x, p=precision: l.native_dense[p].forward(x, top_k=0) for l, x in pairs
-        ]
+        contenders["dense " + name] = [lambda l=l, x=x, n=name: l.native_dense[n].forward(x, top_k=0) for l, x in pairs]
     found = measure(contenders, args.rounds, args.seconds, args.quantile)
     dense = {path: found[path] for path in layers[0].paths}
     return found, dense, {name: routing_share(calls) for name, calls in phases.items()}

@@ -73,8 +73,9 @@ class Problem:
         if self.bias:
             self.weights["down_bias"] = random(D)
         self.router = torch.randn(E, D, generator=g)
+        type_of_model = torch.bfloat16 if self.precision == "bf16" else torch.float32
         self.packed = native.PackedFFN(
-            **self.weights,
+            **{name: w.to(type_of_model) for name, w in self.weights.items()},
             activation=self.activation,
             activate_up=self.activate_up,
             precision=self.precision,

@@ -105,3 +105,19 @@ def test_fp32_weights_that_16_bits_hold_take_half_the_memory(isa: str, M: int, g
             if (isa, held_by) != ("amx", "bf16") or M == 8:
                 assert torch.equal(y[:, same], want[:, same])
             torch.testing.assert_close(y[:, same], want[:, same])
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_experts_of_8_in_bf16_take_fp32_inputs_and_bf16_ones(isa: str) -> None:
+    """With AMX the layout depends on the inputs to come, which have the type of the model's weights."""
+    problem = Problem(E=40, M=8, D=70, S=0, gated=False, activation="relu", precision="bf16", isa=isa)
+    of_fp32 = {name: tensor.bfloat16().float() for name, tensor in problem.weights.items()}
+    fp32_model = native.PackedFFN(**of_fp32, activation="relu", precision="bf16", isa=isa)
+    bf16_model = problem.packed
+    assert all(torch.equal(bf16_model.unpack()[name], tensor) for name, tensor in fp32_model.unpack().items())
+    for T in (1, 70):
+        chosen, weight = problem.choose(T, 10)
+        for packed in (fp32_model, bf16_model):
+            problem.packed = packed
+            problem.check(problem.x(T), weight, chosen=chosen)
+            problem.check(problem.x(T, torch.bfloat16), weight, chosen=chosen)
