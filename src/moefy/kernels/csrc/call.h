@@ -44,6 +44,8 @@ class Run {
   void choose(Tokens tile, int job, int thread);
   int choose_one(int64_t token, const float* scores, int32_t* scratch, int32_t* chosen, float* weight);
   void plan(Tokens tile);
+  int64_t most_pieces() const;
+  void add(const Piece& piece);
   void add_pieces(const Bank& bank, bool shared, int expert, int row, int rows);
   void add_single(int expert, int row);
   bool multiply_all(Tokens tile, int pairs) const;

@@ -1,4 +1,6 @@
 // Before the phases: copies of x where they are needed, scores, selection, and sorting the pairs (token, expert).
+#include <cassert>
+
 #include "small_floats.h"
 #include "call.h"
 
@@ -174,15 +176,33 @@ bool Run::multiply_all(Tokens tile, int pairs) const {
   return pairs * (columns + 6) >= int64_t(experts_) * tile.count * columns;
 }
 
+static int experts_at_once(const Bank& bank) { return std::min(4 * most_units(true) / bank.up_panels(), kTiledRows); }
+
+// So that adding one allocates nothing: threads run then, and what is thrown among them ends the process.
+int64_t Run::most_pieces() const {
+  const auto by_expert = [](const Bank& bank, int64_t experts, int64_t rows) {
+    return bank.units() * (experts + rows / most_rows(bank.tiled));
+  };
+  const int64_t pairs = int64_t(tile_) * capacity_, shared = c_.shared ? by_expert(*c_.shared, 1, tile_) : 0;
+  int64_t routed = c_.routed ? by_expert(*c_.routed, std::min<int64_t>(experts_, pairs), pairs) : 0;
+  if (joined_)
+    routed = std::max(routed, ceil_div(experts_, experts_at_once(*c_.routed)) * ceil_div(tile_, kTiledRows));
+  return shared + routed;
+}
+
+void Run::add(const Piece& piece) {
+  assert(ws_.pieces.size() < ws_.pieces.capacity());
+  ws_.pieces.push_back(piece);
+}
+
 void Run::add_all(Tokens tile) {
-  const int most = std::min(4 * most_units(true) / c_.routed->up_panels(), kTiledRows);
-  const int groups = int(ceil_div(experts_, most)), blocks = int(ceil_div(tile.count, kTiledRows));
+  const int groups = int(ceil_div(experts_, experts_at_once(*c_.routed))), blocks = int(ceil_div(tile.count, kTiledRows));
   for (int g = 0; g < groups; ++g)
     for (int b = 0; b < blocks; ++b) {
       const int expert = experts_ * g / groups, row = tile.count * b / blocks;
       Piece piece{false, expert, row, tile.count * (b + 1) / blocks - row, 0, c_.routed->units()};
       piece.experts = experts_ * (g + 1) / groups - expert, piece.all = true;
-      ws_.pieces.push_back(piece);
+      add(piece);
     }
 }
 
@@ -194,8 +214,8 @@ void Run::add_pieces(const Bank& bank, bool shared, int expert, int row, int row
   for (int r = 0; r < row_groups; ++r)
     for (int g = 0; g < unit_groups; ++g) {
       const int first = int(int64_t(rows) * r / row_groups), end = int(int64_t(rows) * (r + 1) / row_groups);
-      ws_.pieces.push_back({shared, expert, row + first, end - first, int(int64_t(units) * g / unit_groups),
-                            int(int64_t(units) * (g + 1) / unit_groups)});
+      add({shared, expert, row + first, end - first, int(int64_t(units) * g / unit_groups),
+           int(int64_t(units) * (g + 1) / unit_groups)});
     }
 }
 
@@ -203,7 +223,7 @@ void Run::add_single(int expert, int row) {
   if (!ws_.pieces.empty() && !ws_.pieces.back().shared && ws_.pieces.back().experts < together_)
     ++ws_.pieces.back().experts;
   else
-    ws_.pieces.push_back({false, expert, row, 1, 0, c_.routed->units()});
+    add({false, expert, row, 1, 0, c_.routed->units()});
 }
 
 // Zeros where a token has no expert. A chunk of tokens is whole blocks of kJoinedRows.

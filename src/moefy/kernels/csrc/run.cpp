@@ -100,6 +100,7 @@ void Run::reserve(int threads) {
     ws_.hidden.reserve(joined_ ? round_up(tile_, kJoinedRows) * joined_row()
                                : pairs * c_.routed->hidden_stride() * hidden_bytes_);
   }
+  ws_.pieces.reserve(most_pieces());
   if (c_.shared) ws_.shared_hidden.reserve(int64_t(tile_) * c_.shared->hidden_stride() * hidden_bytes_);
 
   // Slices of y; of tokens too when columns are few. AMX was measured with the widest that fit, two for every thread.
