@@ -96,6 +96,11 @@ def test_bench_times_both_models_in_every_case(dense, converted):
     assert figures["machine"]["threads"] >= 1
 
 
+def test_a_model_beside_a_converted_one_is_not_called_dense(converted):
+    done = moefy("bench", converted, "--against", converted, "--rounds", 1, "--json")
+    assert set(json.loads(done.stdout)["cases"]["decode"]) == {"against", "model"}
+
+
 def test_bench_runs_on_the_text_it_is_given_repeated_as_far_as_needed(dense):
     from moefy.measure import bench
     from moefy.sources.models import load_source
@@ -179,7 +184,7 @@ MISTAKES = {
     "short text": (["convert", "good", "out", "--calibration", "short.txt"], "shorter than a window"),
     "missing text": (["convert", "good", "out", "--calibration", "nowhere.txt"], "no text file 'nowhere.txt'"),
     "share above one": (["convert", "good", "out", "--active", "1.5"], "neither a share"),
-    "share that is no number": (["convert", "good", "out", "--active", "50%"], "takes a share such as 0.5"),
+    "share that is no number": (["convert", "good", "out", "--active", "half%"], "takes a share such as 0.5"),
     "shared that is no number": (["convert", "good", "out", "--shared", "x"], "--shared takes a share such as 0.5"),
     "memory that is no size": (["convert", "good", "out", "--memory", "nan"], "--memory takes GiB"),
     "no windows": (["convert", "good", "out", "--task", "t2t", "--windows", "0"], "--windows"),

@@ -59,8 +59,9 @@ def test_a_log_gets_lines_with_an_estimate(monkeypatch, capsys):
     with console.progress("Sorting", 9) as update:
         update(3)
         update(6, 12, "more than was thought")
+        update(7, 12, label="Merging")
     lines = capsys.readouterr().err.splitlines()
-    assert [line.split(",")[0] for line in lines] == ["Sorting: 3 of 9", "Sorting: 6 of 12"]
+    assert [line.split(",")[0] for line in lines] == ["Sorting: 3 of 9", "Sorting: 6 of 12", "Merging: 7 of 12"]
     assert all(line.endswith(" left") for line in lines)
 
 
@@ -112,3 +113,13 @@ def test_progress_shows_names_as_they_are():
     done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "a[/config][red] :smile:" in done.stderr
+
+
+def test_nothing_of_a_table_is_cut_off(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    name = "model.layers.0." * 20
+    console.table("layers", ["layer", "share"], [[name, "25 %"]])
+    assert name in capsys.readouterr().out
+    monkeypatch.setattr(console, "out", Console(force_terminal=True, width=60, color_system=None))
+    console.table("layers", ["layer", "share"], [[name, "25 %"]])
+    shown = "".join(line.split("│")[1].strip() for line in capsys.readouterr().out.splitlines() if line[:1] == "│")
+    assert shown == name

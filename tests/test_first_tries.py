@@ -1,6 +1,7 @@
 """What people try first and in odd ways: outputs in odd places, little text, no tokenizer, float16, wrong kinds of
 models. Each is right or refused in a sentence, and nothing is lost."""
 
+import shutil
 import threading
 
 import pytest
@@ -13,6 +14,7 @@ from command import moefy as command
 from moefy import kernels
 from moefy.calibrate import output_mask, real_tokens
 from moefy.checkpoint import check_output
+from moefy.cli.common import number
 from moefy.construct.elimination import eliminate
 from moefy.conversion.sensitivity import output_metrics
 from moefy.export.glm4_moe import check
@@ -231,3 +233,19 @@ def test_one_training_at_a_time_keeps_a_state(tmp_path):
     assert refused
     assert all(said.startswith("Another process keeps its training in") for said in refused)
     assert [path.name for path in tmp_path.iterdir()] == ["state"]
+
+
+def test_an_answer_is_printed_without_the_prompt(dense, tmp_path):
+    folder = shutil.copytree(dense, tmp_path / "model")
+    (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %} of")
+    whole = command("generate", folder, "the value", "--tokens", 5).stdout
+    answer = command("generate", folder, "the value", "--tokens", 5, "--chat").stdout
+    assert "the value" in whole
+    assert answer.strip()
+    assert "the value" not in answer
+
+
+@pytest.mark.parametrize(("text", "share"), [("50%", 0.5), ("12.5 %", 0.125), ("100%", 1.0), ("2", 2), ("0.5", 0.5)])
+def test_shares_may_be_written_as_percentages(text, share):
+    found = number("--active", text)
+    assert (found, type(found)) == (share, type(share))

@@ -93,9 +93,14 @@ def text_batches(
 
 
 def number(option: str, text: str | None) -> int | float | None:
-    """What an option that takes a count or a share was given: an int where it is written as one, else a float."""
+    """What an option that takes a count or a share was given: an int where it is written as one, else a float.
+
+    50% is 0.5.
+    """
     if text is None:
         return None
+    if text.endswith("%"):
+        return float(number(option, text[:-1]) or 0) / 100
     for kind in (int, float):
         try:
             return kind(text)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -24,6 +25,7 @@ from rich.text import Text
 # What is printed holds paths and names, in which "[/b]" and ":x:" are no markup.
 out = Console(markup=False, emoji=False)
 err = Console(stderr=True, markup=False, emoji=False)
+_WIDEST = 1000  # columns of a table in a file
 # Seconds between lines of progress in a log, and those after which it is said what is being done.
 EVERY = 30.0
 SOON = 1.0
@@ -35,8 +37,9 @@ def progress(
 ) -> Iterator[Callable[..., None]]:
     """Progress with an estimate on standard error, a bar or lines for a log; yields `update(done, total)`.
 
-    What is done is shown as a count, or as a percentage where it is work that is not `counted`. Work that is likely
-    to be `brief` leaves nothing behind, and one line in a log.
+    `label=` says what is done from then on, where it is no longer `what`. What is done is shown as a count, or as a
+    percentage where it is work that is not `counted`. Work that is likely to be `brief` leaves nothing behind, and
+    one line in a log.
     """
     if not err.is_terminal:
         with _said_soon(what) if brief else nullcontext(), _progress_lines(what, total, counted, brief) as update_lines:
@@ -53,8 +56,8 @@ def progress(
     with Progress(*columns, console=err, transient=brief) as bar:
         task = bar.add_task(what, total=total)
 
-        def update(done: int, of: int | None = None, *_: object) -> None:
-            bar.update(task, completed=done, total=of)
+        def update(done: int, of: int | None = None, *_: object, label: str = what) -> None:
+            bar.update(task, completed=done, total=of, description=label)
 
         yield update
 
@@ -63,16 +66,16 @@ def progress(
 def _progress_lines(what: str, total: int | None, counted: bool, brief: bool) -> Iterator[Callable[..., None]]:
     """A line every EVERY seconds, for logs, and one at the end of what is not brief."""
     start = said = time.monotonic()
-    last, shown_last = (0, total), False
+    last, shown_last = (what, 0, total), False
 
-    def line(done: int, of: int | None, seconds: float) -> str:
+    def line(label: str, done: int, of: int | None, seconds: float) -> str:
         left = f", about {_clock(seconds / done * (of - done))} left" if of and 0 < done < of else ""
         shown = f"{done}{f' of {of}' if of else ''}" if counted or not of else f"{done / of:.0%}"
-        return f"{what}: {shown}, {_clock(seconds)}{left}"
+        return f"{label}: {shown}, {_clock(seconds)}{left}"
 
-    def update(done: int, of: int | None = None, *_: object) -> None:
+    def update(done: int, of: int | None = None, *_: object, label: str = what) -> None:
         nonlocal said, last, shown_last
-        last, now = (done, of or last[1]), time.monotonic()
+        last, now = (label, done, of or last[2]), time.monotonic()
         shown_last = now - said >= EVERY
         if shown_last:
             said = now
@@ -115,7 +118,14 @@ def _said_soon(what: str) -> Iterator[None]:
 def table(title: str, header: list[str], rows: list[list[str]]) -> None:
     shown = Table(title=title, title_justify="left", show_header=any(header))
     for i, name in enumerate(header):
-        shown.add_column(name, justify="left" if i == 0 else "right")
+        shown.add_column(name, justify="left" if i == 0 else "right", overflow="fold")
     for row in rows:
         shown.add_row(*row)
+    if out.is_terminal:
+        out.print(shown)
+        return
+    # Nobody can widen a file or a pipe to read what was cut off there.
+    before, wanted = out.width, Measurement.get(out, out.options.update(width=_WIDEST), shown).maximum
+    out.width = max(before, wanted)
     out.print(shown)
+    out.width = before

@@ -205,7 +205,11 @@ def _converted(
     from moefy.convert import convert as convert_model
     from moefy.measure import target
 
-    with console.progress("Converting layers", counted=False) as update:
+    with console.progress("Converting layers", counted=False) as shown:
+
+        def update(done: int, of: int, name: str) -> None:
+            shown(done, of, label="Measuring layers" if name.startswith("measuring ") else "Converting layers")
+
         if target_loss is None:
             return model, convert_model(model, wanted, batches, hold_bytes=hold, progress=update, state=state), []
         kept, held_out = target.split_held_out(batches)

@@ -23,7 +23,7 @@ def generate(
     dtype: Dtype = "auto",
     trust_remote_code: RemoteCode = False,
 ) -> None:
-    """Continue a prompt, token by token as they come (greedy)."""
+    """Continue a prompt, token by token as they come (greedy); with --chat, print the answer alone."""
     from transformers import TextStreamer
 
     from moefy.calibrate import check_ids
@@ -47,7 +47,7 @@ def generate(
         raise MoefyError("The prompt is empty; give some text to continue.")
     check_ids(loaded, inputs["input_ids"])
     tokens = _room(loaded, inputs["input_ids"].shape[1], tokens)
-    streamer = None if loaded.config.is_encoder_decoder else TextStreamer(tokenizer, skip_special_tokens=True)
+    streamer = None if loaded.config.is_encoder_decoder else TextStreamer(tokenizer, chat, skip_special_tokens=True)
     ids = greedy(
         loaded,
         input_ids=inputs["input_ids"],
@@ -71,7 +71,7 @@ def _in_template(model: str, tokenizer: Any, messages: list[dict[str, str]]) -> 
 
 def bench(
     model: Annotated[str, typer.Argument(help="A converted directory, or any dense model that convert takes.")],
-    against: Annotated[str | None, typer.Option(help="A dense model to time beside it.")] = None,
+    against: Annotated[str | None, typer.Option(help="A model to time beside it: the dense one, say.")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Interleaved runs; medians are printed.")] = 5,
     text: Annotated[str, typer.Option(help="Text to run on; see convert --calibration.")] = "pydoc",
     int8: Annotated[bool, typer.Option(help="Also time the model with int8 expert weights.")] = False,
@@ -84,6 +84,7 @@ def bench(
     from moefy.cli import console
     from moefy.measure.bench import cases, compare
     from moefy.measure.evaluate import check_comparable
+    from moefy.moe import moe_layers
     from moefy.sources.texts import read_text
 
     body = read_text(text)  # a wrong name is refused before anything is loaded
@@ -91,10 +92,11 @@ def bench(
     rounded = load_any(model, dtype, trust_remote_code, int8)[0] if int8 else None  # first: it may be refused
     models: dict[str, Any] = {}
     if against is not None:
-        models["dense"] = load_any(against, dtype, trust_remote_code)[0]
+        other = load_any(against, dtype, trust_remote_code)[0]
+        models["against" if moe_layers(other) else "dense"] = other
     models["model"], tokenizer = load_any(model, dtype, trust_remote_code)
     if against is not None:
-        check_comparable(models["model"], models["dense"])
+        check_comparable(models["model"], other)
     if rounded is not None:
         models["model int8"] = rounded
     tokens = token_windows(tokenizer, whole, 128, 8).flatten() if tokenizer is not None else None
