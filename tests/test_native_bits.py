@@ -54,6 +54,24 @@ def test_bits_do_not_depend_on_threads_or_batch(isa: str, precision: str, E: int
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("precision", WEIGHTS)
+@pytest.mark.parametrize(("E", "K"), [(64, 2), (200, 3), (40, 1)])
+def test_narrow_layers_cut_tokens_among_threads_with_the_same_bits(isa: str, precision: str, E: int, K: int) -> None:
+    """Where columns are few each thread has slices of tokens, in which an expert may have a single one."""
+    problem = Problem(E=E, M=24, D=31, S=33, gated=False, precision=precision, isa=isa)
+    x, before = problem.x(257), torch.get_num_threads()
+    chosen, weight = problem.choose(257, K)
+    found = [problem.check(x, weight, chosen=chosen)]
+    try:
+        for threads in (1, 2, 3, 5, 8):
+            torch.set_num_threads(threads)
+            found.append(problem.packed.forward(x, chosen=chosen))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(y, found[0]) for y in found)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("precision", WEIGHTS)
 @pytest.mark.parametrize(("D", "M", "gated"), [(1100, 20, True), (1100, 56, False), (2100, 8, False), (40, 600, True)])
 def test_long_sums_and_many_panels(isa: str, precision: str, D: int, M: int, gated: bool) -> None:
     """Few rows take panels in turns or far apart, and many rows chunks of the sums."""

@@ -247,7 +247,7 @@ void down_tiled(const DownTask& task) {
                   cut.depth * 2, stride, 64, 32 * cut.depth, panel_bytes, 64};
   const char* weights = bank.down + (int64_t(task.expert) * bank.down_panels() + task.panel0) * panel_bytes;
   const int panels = task.panel1 - task.panel0;
-  if (task.rows == 1) {
+  if (task.rows == 1 && (task.dot || task.alone)) {  // with fp32 x a tile's sums are others
     Row row(bank.neurons, task.scratch);
     load_hidden(task.hidden[0], bank.hidden_stride(), task.dot, row);
     return down_one_row(row, weights, panel_bytes, panels, task.y[0]);

@@ -133,6 +133,7 @@ struct DownTask {
   float* const* y;  // one pointer per row, to panel0
   char* scratch;    // row_scratch() bytes of down_neurons(), tiled only
   bool dot;
+  bool alone;  // the expert has a single row, and not only in this slice of tokens: slices depend on the threads
 };
 
 // The same for joined experts and successive tokens: rows of hidden_row() values, rounded up to kJoinedRows rows.

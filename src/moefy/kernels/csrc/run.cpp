@@ -184,6 +184,8 @@ void Run::add_down(const Bank& bank, int expert, int first, int rows, bool share
   const int32_t* token = ws_.pair_token.as<int32_t>();
   const char* hidden[kDownRows];
   float* out[kDownRows];
+  const int32_t* offsets = ws_.offsets.as<int32_t>() + expert;
+  const bool alone = shared ? rows == 1 : offsets[1] - offsets[0] == 1;
   const int groups = int(ceil_div(rows, most_down_rows(tiled_)));
   for (int g = 0; g < groups; ++g) {
     const int begin = first + int(int64_t(rows) * g / groups), end = first + int(int64_t(rows) * (g + 1) / groups);
@@ -191,7 +193,7 @@ void Run::add_down(const Bank& bank, int expert, int first, int rows, bool share
       hidden[i - begin] = base + size_t(i) * row_bytes;
       out[i - begin] = y + int64_t((shared ? i : token[i]) - token0) * stride;
     }
-    k_.down({&bank, expert, next, panel0, panel1, end - begin, hidden, out, scratch, dot_});
+    k_.down({&bank, expert, next, panel0, panel1, end - begin, hidden, out, scratch, dot_, alone});
   }
 }
 
