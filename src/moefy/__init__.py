@@ -29,6 +29,7 @@ if TYPE_CHECKING or _is_whole:
     from moefy.convert import Report, convert
     from moefy.moe import MoEFFN, pack
     from moefy.recipe import RECIPES, Recipe
+    from moefy.sources.models import load_source
     from moefy.tasks import evaluate_task, task_calibration
     from moefy.tuning.relufy import relufy
     from moefy.tuning.tune import Tuned, tune
@@ -51,6 +52,7 @@ __all__ = [
     "convert",
     "evaluate_task",
     "load",
+    "load_source",
     "pack",
     "relufy",
     "save",

@@ -89,7 +89,8 @@ def text_calibration(
     """Batches of model inputs from text: `input_ids` and `attention_mask`, each (batch_size, window).
 
     With `decoder_start` (an encoder-decoder's start token) each window is cut in two: the first half
-    is the encoder's input, the second the decoder's, shifted right by the start token.
+    is the encoder's input, the second the decoder's, shifted right by the start token. Fewer than `windows` where the
+    text ends; MoefyError where there is none, see `token_windows`.
     """
     if decoder_start is not None and window < 2:
         raise MoefyError("A window of 1 token cannot be cut in two, as an encoder-decoder needs; make it larger.")

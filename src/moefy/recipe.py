@@ -256,7 +256,7 @@ class Recipe(BaseModel):
 
     @classmethod
     def of(cls, recipe: Recipe | str | Path | dict[str, Any], **changes: Any) -> Recipe:
-        """A recipe from a name in RECIPES, a YAML file, a mapping or a recipe, with `changes` applied.
+        """A recipe from a name in RECIPES, a YAML file, a mapping or a recipe, with `changes` applied; else MoefyError.
 
         What a file or a mapping leaves out is as in the recipe that its `name` is of, or as in `cmoe`.
         """

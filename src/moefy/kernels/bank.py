@@ -154,6 +154,7 @@ class Bank:
         )
 
     def unpack(self, prefix: str) -> dict[str, Tensor]:
+        """The matrices (E, M, D) and biases (E, M) it was made of, named `prefix` + gate, up, down, ..._bias."""
         found = {}
         for name, which in (("gate", _GATE), ("up", _UP), ("down", _DOWN)):
             if which != _GATE or self.gated:

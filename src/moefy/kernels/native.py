@@ -74,7 +74,15 @@ def _one(tensor: Tensor | None) -> Tensor | None:
 
 
 class PackedFFN:
-    """A conditional FFN in packed memory: routed experts, shared neurons, output bias."""
+    """A conditional FFN in packed memory: routed experts, shared neurons, output bias.
+
+    Rows of all matrices are neurons: `experts_up`, `_down` and `_gate` are (E, M, D), the shared ones (S, D); biases
+    (E, M) and (S,), `down_bias` (D,). E, M or S may be 0. Without gates the FFN is down(act(up(x))), with them
+    down(act(gate(x)) * up(x)), of act(up(x)) with `activate_up`. `precision` is what weights are kept in: "fp32"
+    (sums of fp32; less memory where 16 bits hold the values), "bf16", "fp16" or "int8"; `isa` one of
+    `instruction_sets()`, the fastest if None. The given tensors are copied. ValueError for shapes that do not fit,
+    RuntimeError without a kernel, MoefyError for weights that fp16 cannot hold.
+    """
 
     def __init__(
         self,

@@ -41,7 +41,8 @@ def load_source(source: str | os.PathLike[str], *, dtype: str = "auto", remote_c
     """A dense model and its tokenizer (None if it has none), ready to convert.
 
     `source` is a directory with config.json and safetensors, a .gguf file, or a hub name. `dtype` is
-    "auto" (as stored; GGUF gives float32), "float32", "bfloat16" or "float16".
+    "auto" (as stored; GGUF gives float32), "float32", "bfloat16" or "float16". MoefyError where there is no such
+    model, its files are damaged or lack weights, or its code would have to run and `remote_code` does not allow it.
     """
     name = os.fspath(source)
     path = local_path(name)

@@ -64,7 +64,12 @@ def evaluate_task(
     limit: int | None = None,
     progress: Progress | None = None,
 ) -> dict[str, float]:
-    """A model's figures on a task, each between 0 and 1, the main one first."""
+    """A model's figures on a task, each between 0 and 1, the main one first.
+
+    `task` is a name or a Task, `data` a file, a hub data set (`hf:NAME`) or several, of which the first `limit`
+    examples count. MoefyError without a tokenizer, for a task or data that are not known or cannot be read, and for ids
+    beyond the model's vocabulary.
+    """
     _needs_tokenizer(tokenizer)
     examples = task_examples(task, data, limit)
     with ids_checked(model):
