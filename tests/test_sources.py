@@ -217,6 +217,7 @@ def test_a_gguf_must_be_complete_too(tmp_path):
         "lacks the weight model.layers.1.mlp.up_proj.weight": {"leave_out": ("blk.1.ffn_up.weight",)},
         "model.layers.2.mlp.gate_proj.weight and 6 more": {"layers": 3},
         "holds 2 layers, and its metadata says 1": {"layers": 1},
+        "describes 100,000 layers, and it holds 21 tensors": {"layers": 100_000},
     }
     for message, changes in cases.items():
         with pytest.raises(moefy.MoefyError, match=message):

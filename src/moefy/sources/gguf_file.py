@@ -53,7 +53,19 @@ def read_gguf(path: Path) -> Reader:
         raise MoefyError(f"The GGUF file {path} is cut short or corrupt; copy or download it again.") from None
     if end == 0 or end > path.stat().st_size:
         raise MoefyError(f"The GGUF file {path} is cut short; copy or download it again.")
+    architecture, tensors = _field(reader, "general.architecture"), len(reader.tensors)
+    count = _field(reader, f"{architecture}.block_count")
+    if isinstance(count, int) and count > max(1000, tensors):  # transformers would make them all, for minutes
+        raise MoefyError(
+            f"The metadata of the GGUF file {path} describes {count:,} layers, and it holds {tensors:,} tensors; "
+            f"copy or download it again."
+        )
     return reader
+
+
+def _field(reader: Reader, name: str) -> Any:
+    found = reader.fields.get(name)
+    return found.contents() if found else None
 
 
 def layers_of(reader: Reader) -> int:
