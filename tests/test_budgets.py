@@ -302,7 +302,9 @@ def test_the_experts_of_a_layer_share_a_metric_and_are_weighted_by_their_own():
     for layer, matrix in found.matrices.items():
         names = [name for name in sites if name.startswith(layer)]
         rows = torch.cat([torch.cat(gradients[name]) for name in names])
-        torch.testing.assert_close(matrix, rows.t() @ rows / (2 * mask), rtol=1e-4, atol=1e-9)  # two experts a token
+        expected = rows.t() @ rows / (2 * mask)  # two experts a token
+        # Entries are sums of products that cancel: they are as exact as the largest ones.
+        torch.testing.assert_close(matrix, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
         traces = torch.tensor([float(found[name].trace()) for name in names])
         mine = torch.tensor([float(torch.cat(gradients[name]).square().sum()) for name in names])
         counts = torch.tensor([sum(int(g.abs().sum(1).gt(0).sum()) for g in gradients[name]) for name in names])

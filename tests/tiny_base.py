@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -73,7 +74,7 @@ def by_class(model: str, feed: str | Feed = "text", sites: int = 2, **config: An
 
     def make() -> Any:
         cls = getattr(tf, model)
-        return cls(cls.config_class(**config))
+        return cls(cls.config_class(**copy.deepcopy(config)))  # transformers 5.18 takes some of it away
 
     return More(make, feed, sites)
 

@@ -54,20 +54,28 @@ def _pack_int8(name: str, model: Any) -> None:
         raise MoefyError(f"{error} Leave out --int8.") from None
 
 
+def load_converted(name: str, dtype: str, remote_code: bool) -> tuple[Any, Any]:
+    """A converted model and its tokenizer; MoefyError for any other."""
+    from moefy import checkpoint
+    from moefy.sources.models import local_path, torch_dtype
+    from moefy.sources.tokenizer import load_tokenizer
+
+    with loading(name):
+        loaded = checkpoint.load(name, dtype=torch_dtype(dtype))
+        return loaded, load_tokenizer(str(local_path(name)), trust_remote_code=remote_code)
+
+
 def _load(name: str, dtype: str, remote_code: bool) -> tuple[Any, Any]:
     from moefy import checkpoint
     from moefy.hf import MODEL_TYPE
     from moefy.sources.folder import read_config
-    from moefy.sources.models import load_source, local_path, torch_dtype
-    from moefy.sources.tokenizer import load_tokenizer
+    from moefy.sources.models import load_source, local_path
 
     checkpoint.recover(name)
     folder = local_path(name)
+    if (folder / "config.json").is_file() and read_config(folder).get("model_type") == MODEL_TYPE:
+        return load_converted(name, dtype, remote_code)
     with loading(name):
-        if (folder / "config.json").is_file() and read_config(folder).get("model_type") == MODEL_TYPE:
-            return checkpoint.load(name, dtype=torch_dtype(dtype)), load_tokenizer(
-                str(folder), trust_remote_code=remote_code
-            )
         return load_source(name, dtype=dtype, remote_code=remote_code)
 
 

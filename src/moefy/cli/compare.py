@@ -53,7 +53,7 @@ def compare(
     from moefy.measure import compare as comparison
     from moefy.report import compare_page, plots
 
-    plots.require()
+    plots.check()
     names = _listed(recipes) if recipes is not None else list(comparison.DEFAULT_RECIPES)
     runs = comparison.plan(names, _fractions(active), seeds)
     bodies = _bodies(calibration, text)

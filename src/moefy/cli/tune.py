@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from moefy.cli.common import TEXT, Dtype, RemoteCode, load_any, loading, text_batches
+from moefy.cli.common import TEXT, Dtype, RemoteCode, load_any, load_converted, text_batches
 
 
 def tune(
@@ -55,7 +55,7 @@ def tune(
     for source in (model, teacher or model):
         out = checkpoint.check_output(output, overwrite, source)
     body = texts.read_text(text)
-    loaded, tokenizer = _converted(model, dtype, trust_remote_code)
+    loaded, tokenizer = load_converted(model, dtype, trust_remote_code)
     dense = load_any(teacher, dtype, trust_remote_code)[0] if teacher is not None else None
     if dense is not None:
         check_comparable(loaded, dense)
@@ -70,17 +70,6 @@ def tune(
         checkpoint.save(loaded, output, tokenizer, overwrite=overwrite, source=model)
     state.unlink(missing_ok=True)
     _show(output, tuned)
-
-
-def _converted(name: str, dtype: str, remote_code: bool) -> tuple[Any, Any]:
-    """A converted model and its tokenizer; MoefyError for any other."""
-    from moefy import checkpoint
-    from moefy.sources.models import local_path, torch_dtype
-    from moefy.sources.tokenizer import load_tokenizer
-
-    with loading(name):
-        loaded = checkpoint.load(name, dtype=torch_dtype(dtype))
-        return loaded, load_tokenizer(str(local_path(name)), trust_remote_code=remote_code)
 
 
 def _show(output: Path, tuned: Any) -> None:

@@ -15,7 +15,7 @@ _MARKERS = "os^DvPX"
 
 
 def check() -> None:
-    """MoefyError if there is nothing to draw with."""
+    """MoefyError if there is nothing to draw with: now, rather than after hours of work."""
     try:
         import matplotlib  # noqa: F401 - whether it is there
     except ImportError:
@@ -152,11 +152,6 @@ def _layer_scale(figure: Any, axes: Any, count: int) -> None:
     shades = matplotlib.colors.ListedColormap([_shade(i, count) for i in range(count)])
     ticks = range(1, count + 1, -(-count // 12))
     figure.colorbar(ScalarMappable(Normalize(0.5, count + 0.5), shades), ax=axes, label="layer", ticks=list(ticks))
-
-
-def require() -> None:
-    """Raise MoefyError now if there is nothing to draw with, rather than after hours of work."""
-    _figure(1.0)
 
 
 def ratios(groups: Sequence[dict[str, Any]], text: str, dense_speed: float | None) -> bytes:
