@@ -184,6 +184,11 @@ MISTAKES = {
     "short text": (["convert", "good", "out", "--calibration", "short.txt"], "shorter than a window"),
     "missing text": (["convert", "good", "out", "--calibration", "nowhere.txt"], "no text file 'nowhere.txt'"),
     "share above one": (["convert", "good", "out", "--active", "1.5"], "neither a share"),
+    "share of the demo": (["demo", "--active", "half"], "--active takes a share such as 0.5"),
+    "share of a comparison": (
+        ["compare", "good", "out", "--active", "75%,half"],
+        "numbers with commas, such as 0.75,0.5",
+    ),
     "share that is no number": (["convert", "good", "out", "--active", "half%"], "takes a share such as 0.5"),
     "shared that is no number": (["convert", "good", "out", "--shared", "x"], "--shared takes a share such as 0.5"),
     "memory that is no size": (["convert", "good", "out", "--memory", "nan"], "--memory takes GiB"),

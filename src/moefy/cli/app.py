@@ -18,7 +18,7 @@ import typer
 import moefy
 import moefy_cli
 from moefy.cli import compare, convert, export, run, tasks, tune
-from moefy.cli.common import Dtype, Int8, RemoteCode, TaskName, load_any, text_batches
+from moefy.cli.common import Dtype, Int8, RemoteCode, TaskName, load_any, number, text_batches
 from moefy.errors import MoefyError, MoefyWarning
 from moefy.version import __version__
 
@@ -140,7 +140,7 @@ def demo(
     output: Annotated[Path | None, typer.Option(help="Keep the converted model here.")] = None,
     recipe: Annotated[str | None, typer.Option(help="A recipe's name or a YAML file.")] = None,
     active: Annotated[
-        float | None, typer.Option(help="Share of the FFNs' multiply-adds; by default the recipe's own, 0.75.")
+        str | None, typer.Option(help="Share of the FFNs' multiply-adds; by default the recipe's own, 0.75.")
     ] = None,
     windows: Annotated[int, typer.Option(min=1, help="Windows of 1,024 tokens to measure on.")] = 6,
     overwrite: Annotated[bool, typer.Option(help="Replace the output if it is a model directory.")] = False,
@@ -149,7 +149,8 @@ def demo(
     from moefy.cli.demo import run
     from moefy.wanted import chosen
 
-    run(output, chosen(recipe, **({} if active is None else {"active": active})), windows, overwrite)
+    share = number("--active", active)
+    run(output, chosen(recipe, **({} if share is None else {"active": float(share)})), windows, overwrite)
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moefy.cli.common import TEXT, Dtype, RemoteCode, load_any, text_batches
+from moefy.cli.common import TEXT, Dtype, RemoteCode, load_any, number, text_batches
 from moefy.errors import MoefyError
 
 if TYPE_CHECKING:
@@ -83,8 +83,8 @@ def _listed(text: str) -> list[str]:
 
 def _fractions(text: str) -> list[float]:
     try:
-        return [float(part) for part in _listed(text)]
-    except ValueError:
+        return [float(number("--active", part) or 0) for part in _listed(text)]
+    except MoefyError:
         raise MoefyError(f"--active takes numbers with commas, such as 0.75,0.5, and not {text!r}.") from None
 
 

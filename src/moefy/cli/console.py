@@ -37,9 +37,9 @@ def progress(
 ) -> Iterator[Callable[..., None]]:
     """Progress with an estimate on standard error, a bar or lines for a log; yields `update(done, total)`.
 
-    `label=` says what is done from then on, where it is no longer `what`. What is done is shown as a count, or as a
-    percentage where it is work that is not `counted`. Work that is likely to be `brief` leaves nothing behind, and
-    one line in a log.
+    An update's `label=` says what is being done where that is not `what`. What is done is shown as a count, or as a
+    percentage where it is work that is not `counted`. Work that is likely to be `brief` leaves nothing behind, and one
+    line in a log.
     """
     if not err.is_terminal:
         with _said_soon(what) if brief else nullcontext(), _progress_lines(what, total, counted, brief) as update_lines:

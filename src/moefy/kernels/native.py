@@ -114,7 +114,7 @@ class PackedFFN:
             ups = experts_gate, experts_up, shared_gate, shared_up
             self._stored = smallest_exact(ups), smallest_exact(downs)
         # Half of a tile is empty where an expert has no more than 8 columns, and fp32 x fills it three times:
-        # 256 tokens of 512 such experts take 12.1 ms through AMX and 7.5 ms through AVX-512. x is what weights were.
+        # 256 tokens of 512 such experts take 12.1 ms through AMX and 7.5 ms through AVX-512. x has the type of weights.
         half_empty = experts_gate is None and experts_up.shape[1] <= 8 and experts_up.dtype != torch.bfloat16
         tiled = EXTENSION.tiled(self.isa) and not half_empty
         self._columns = size_of_columns(downs) if precision == "int8" else None
