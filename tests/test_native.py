@@ -289,6 +289,7 @@ def test_half_precision_goes_through_fp32() -> None:
         ({}, "experts come from"),
         ({"chosen": torch.full((2, 1), 5)}, "does not exist"),
         ({"chosen": torch.tensor([[1, -1, 2], [1, 2, 1]])}, "twice"),
+        ({"chosen": torch.tensor([[1, -1, 2], [0, 2**32 + 1, 2]])}, "does not exist"),
         ({"chosen": torch.zeros(3, 1)}, "chosen must be"),
         ({"scores": torch.zeros(2, 4), "top_k": 1}, "scores"),
         ({"router": "wrong", "top_k": 1}, "router must be"),

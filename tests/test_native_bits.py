@@ -71,6 +71,24 @@ def test_narrow_layers_cut_tokens_among_threads_with_the_same_bits(isa: str, pre
 
 
 @pytest.mark.parametrize("isa", ISAS)
+def test_two_tokens_that_are_left_for_two_threads_are_not_rows_alone(isa: str) -> None:
+    """Tiles are of 1,024 tokens and the last has two, one for each thread's slice."""
+    torch.manual_seed(0)
+    tokens, before = 1023 * 1024 + 2, torch.get_num_threads()
+    weights = {"experts_up": (1, 16, 32), "experts_down": (1, 16, 32), "shared_up": (24, 32), "shared_down": (24, 32)}
+    made = {name: torch.randn(shape) for name, shape in weights.items()}
+    packed = native.PackedFFN(**made, activation="gelu", precision="bf16", isa=isa)
+    x, found = torch.randn(tokens, 32), []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            found.append(packed.forward(x, chosen=torch.empty(tokens, 0, dtype=torch.long))[-4:])
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("precision", WEIGHTS)
 @pytest.mark.parametrize(("D", "M", "gated"), [(1100, 20, True), (1100, 56, False), (2100, 8, False), (40, 600, True)])
 def test_long_sums_and_many_panels(isa: str, precision: str, D: int, M: int, gated: bool) -> None:

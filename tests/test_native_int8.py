@@ -36,6 +36,10 @@ def test_int8_with_weights_that_are_no_numbers_or_nearly_none() -> None:
     assert y[:, 5].isnan().all()
     assert y[:, :5].isfinite().all()
     assert y[:, 6:].isfinite().all()
+    weights["experts_up"][1, 3, 5] = float("nan")  # of a broken checkpoint, which has to be seen
+    weights["experts_down"][0, 3, 5] = 0
+    y = native.PackedFFN(**weights, activation="silu", precision="int8").forward(problem.x(4), chosen=chosen)
+    assert torch.equal(y.isnan().all(1), (chosen == 1).any(1))
     tiny = torch.tensor([[[1, 1e-42, -1e-42], [0.5, 0.9e-42, 5e-43]]])
     unpacked = native.PackedFFN(experts_up=tiny, experts_down=tiny, activation="relu", precision="int8").unpack()
     assert (unpacked["experts_down"] - tiny).abs().max() < 0.01

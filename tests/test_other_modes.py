@@ -8,6 +8,8 @@ import pytest
 import torch
 import transformers as tf
 from torch import nn
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import moefy
 import tiny
@@ -33,6 +35,42 @@ def test_tracing_is_refused_packed_or_not():
     for moe, x in (build(), with_packed_layer()):
         with torch.no_grad(), pytest.raises(moefy.MoefyError, match=r"torch.jit.trace cannot record routing"):
             torch.jit.trace(moe, (x,))
+        with torch.no_grad(), pytest.raises(moefy.MoefyError, match=r"torch.export cannot record routing"):
+            torch.export.export(moe, (x,), strict=False)
+        with torch.no_grad(), pytest.raises(moefy.MoefyError, match="make_fx cannot record routing"):
+            make_fx(moe)(x)  # it would record a result that nothing has written
+
+
+@needs_native
+@torch.no_grad()
+def test_tensors_without_memory_of_their_own_are_not_read():
+    """Once segmentation faults."""
+    moe, x = build()
+    with kernels.using("reference"):
+        want, zeros = moe(x), moe(torch.zeros_like(x))
+    close(torch.func.functionalize(moe)(x), want)
+    moe(x)
+    close(moe(torch._efficientzerotensor(x.shape)), zeros)
+    moe(x)
+    assert moe.packed_bytes()
+    with pytest.raises(moefy.MoefyError, match="cannot write fake tensors"):
+        torch.func.functionalize(moe)(x)
+    with pytest.raises(ValueError, match="plain tensor on the CPU"):
+        moe._packed.ffn.forward(torch.empty(x.shape, device="meta"), chosen=torch.zeros(len(x), 1, dtype=torch.long))
+
+
+@needs_native
+def test_a_tangent_is_not_dropped():
+    moe, x = build()
+    moe.requires_grad_(False)
+    moe(x)
+    assert moe.packed_bytes()
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, torch.ones_like(x))
+        with kernels.using("reference"):
+            assert forward_ad.unpack_dual(moe(dual)).tangent.abs().max() > 0
+        with pytest.raises(NotImplementedError, match="forward AD"):  # torch's grouped_mm has none
+            moe(dual)
 
 
 @needs_native

@@ -13,7 +13,7 @@ from transformers.activations import ACT2FN
 from moefy import kernels
 from moefy.kernels import native
 from moefy.kernels.bound import Bound
-from moefy.packed import LOCK, Graphs, Packed, is_alone, keeps
+from moefy.packed import LOCK, Graphs, Packed, check_not_recorded, is_alone, keeps
 from moefy.routers import ROUTERS, Router
 from moefy.routers.base import without_autocast
 from moefy.selection import above, highest
@@ -160,8 +160,7 @@ class MoEFFN(nn.Module):
         return self._run(hidden_states)
 
     def _run(self, hidden_states: Tensor) -> Tensor:
-        if torch.jit.is_tracing():
-            raise MoefyError("torch.jit.trace cannot record routing; use torch.compile, or the recipe slim.")
+        check_not_recorded()
         bound = self._prepared()
         if bound is not None and bound.takes(hidden_states):
             return bound(hidden_states)

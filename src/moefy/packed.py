@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.nn.utils import stateless
 
 from moefy.kernels import native
@@ -26,6 +27,19 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(before=LOCK.acquire, after_in_parent=LOCK.release, after_in_child=LOCK.release)
 
 _VERSION = attrgetter("_version")
+
+
+def check_not_recorded() -> None:
+    """MoefyError where torch records a graph, which would hold the choices of one input, or nothing of the kernel."""
+    if torch.jit.is_tracing():
+        by = "torch.jit.trace"
+    elif torch.compiler.is_exporting():
+        by = "torch.export"
+    elif torch._C._len_torch_dispatch_stack() and get_proxy_mode() is not None:
+        by = "torch.fx's make_fx"
+    else:
+        return
+    raise MoefyError(f"{by} cannot record routing; use torch.compile, or the recipe slim.")
 
 
 class Snapshot:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
@@ -28,7 +29,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     The operator is private to torch: without it, or with gradients, autocast or other types, this is `F.linear`.
     """
     plain = x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu" and x.ndim == 2
-    graded = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    graded = forward_ad._current_level >= 0 or (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
     rounded = torch.is_autocast_enabled("cpu")  # which knows torch's own operators alone
     if not plain or graded or rounded or len(x) < _MANY_ROWS or not weight.numel():
         return F.linear(x, weight, bias)

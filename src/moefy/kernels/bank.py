@@ -44,7 +44,7 @@ def address(tensor: Tensor | None) -> int:
 
 def own_memory(tensor: Tensor) -> Tensor:
     """A tensor that was made to be written; MoefyError if a mode of torch has made a fake one, without memory."""
-    if type(tensor) is not Tensor:
+    if type(tensor) is not Tensor or (tensor.data_ptr() == 0 and tensor.numel()):
         raise MoefyError(
             "The native kernel cannot write fake tensors; leave their mode, or call moefy.kernels.use('torch') "
             "and unpack() of what is packed before."

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from moefy.kernels.bank import (
@@ -59,14 +60,16 @@ def supports(activation: str, dtype: torch.dtype = torch.float32, device: str | 
 
 
 def readable(x: Tensor) -> bool:
-    """Whether x is on the CPU and its memory holds its values: not those of fake or vmapped ones or negative views."""
-    if type(x) not in (Tensor, nn.Parameter) or not x.is_cpu or x.is_neg():
+    """Whether x is on the CPU and its memory holds its values: not those of fake or vmapped ones or negative views.
+
+    Nor if it may have a tangent (forward-mode differentiation), which the kernel would drop.
+    """
+    if type(x) not in (Tensor, nn.Parameter) or not x.is_cpu or x.is_neg() or forward_ad._current_level >= 0:
         return False
     try:
-        x.data_ptr()
+        return x.data_ptr() != 0 or x.numel() == 0  # zeros that take no memory, and functionalized tensors
     except RuntimeError:  # a wrapper of torch.func
         return False
-    return True
 
 
 def _one(tensor: Tensor | None) -> Tensor | None:
@@ -209,6 +212,8 @@ class PackedFFN:
         routed = self._routed if capacity else None
         if routed:
             self._check_routing(tokens, router, scores, chosen, gate_weights, expert_scale)
+        if chosen is not None and not chosen.is_floating_point():
+            chosen = chosen.clamp(-1, self.experts)  # what int32 cannot hold would be another expert
         chosen, scores = plain(chosen, torch.int32), plain(scores, torch.float32)
         gate_weights, expert_scale = plain(gate_weights, torch.float32), plain(expert_scale, torch.float32)
         self._check_added("counts", counts, self.experts)
@@ -246,6 +251,8 @@ class PackedFFN:
     def _input(self, x: Tensor) -> Tensor:
         if x.ndim != 2 or x.shape[1] != self.width:
             raise ValueError(f"x must be (T, {self.width}): {tuple(x.shape)}")
+        if not readable(x):
+            raise ValueError("x must be a plain tensor on the CPU, in no mode that differentiates forward")
         if x.requires_grad and torch.is_grad_enabled():
             raise RuntimeError("the native kernel has no gradients; use torch.no_grad() or the torch kernel")
         return x if self._takes(x.dtype) else x.float()
@@ -258,8 +265,8 @@ class PackedFFN:
     def _check_added(name: str, added: Tensor | None, size: int) -> None:
         if added is None:
             return
-        if added.dtype != torch.int64 or not added.is_contiguous() or added.shape != (size,):
-            raise ValueError(f"{name} must be ({size},) int64")
+        if added.dtype != torch.int64 or not added.is_contiguous() or added.shape != (size,) or not readable(added):
+            raise ValueError(f"{name} must be ({size},) int64, on the CPU")
 
     def _check_routing(
         self,

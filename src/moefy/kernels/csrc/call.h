@@ -55,7 +55,7 @@ class Run {
   void up_all(Tokens tile, const Piece& piece, int thread);
   void up_experts(Tokens tile, const Piece& piece, int thread);
   void down(Tokens tile, int slice, int thread);
-  void add_down(const Bank& bank, int expert, int first, int rows, bool shared, float* y, int64_t stride, int token0,
+  void add_down(const Bank& bank, int expert, int first, int rows, bool alone, float* y, int64_t stride, int token0,
                 int panel0, int panel1, int next, char* scratch);
   void add_joined(int thread, float* y, int64_t stride, int token0, int token1, int panel0, int panel1);
   void clear_joined(Tokens tile, int job);

@@ -144,9 +144,10 @@ void PackedBank::find_scales(Source gate, Source up, Source down, const float* c
         const size_t row = (size_t(e) * bank_.neurons + n) * bank_.width;
         for (int k = 0; k < bank_.width; ++k) {  // no fmax: GCC 12 for Arm stops with an internal error
           const float size = std::fabs(value(from, row + k)) / (over ? over[k] : 1.f);
-          if (size > most) most = size;
+          // A weight that is no number has to be seen: in down by its column, elsewhere by its neuron.
+          if (size > most || (size != size && !over)) most = size;
         }
-        to[size_t(e) * bank_.hidden_stride() + n] = most > 0 ? most / 127 : 1;
+        to[size_t(e) * bank_.hidden_stride() + n] = most == 0 ? 1 : most / 127;
       }
   };
   find(gate, nullptr, bank_.gate_scale, gate_scale_);

@@ -199,9 +199,9 @@ void Run::add_all(Tokens tile) {
   const int groups = int(ceil_div(experts_, experts_at_once(*c_.routed))), blocks = int(ceil_div(tile.count, kTiledRows));
   for (int g = 0; g < groups; ++g)
     for (int b = 0; b < blocks; ++b) {
-      const int expert = experts_ * g / groups, row = tile.count * b / blocks;
+      const int expert = int(int64_t(experts_) * g / groups), row = tile.count * b / blocks;
       Piece piece{false, expert, row, tile.count * (b + 1) / blocks - row, 0, c_.routed->units()};
-      piece.experts = experts_ * (g + 1) / groups - expert, piece.all = true;
+      piece.experts = int(int64_t(experts_) * (g + 1) / groups) - expert, piece.all = true;
       add(piece);
     }
 }

@@ -177,15 +177,14 @@ void Run::up(Tokens tile, const Piece& piece, int thread) {
   k_.up({&bank, piece.expert, piece.unit0, piece.unit1, piece.rows, x, thread_sums(thread), out, weight, dot_});
 }
 
-void Run::add_down(const Bank& bank, int expert, int first, int rows, bool shared, float* y, int64_t stride, int token0,
+void Run::add_down(const Bank& bank, int expert, int first, int rows, bool alone, float* y, int64_t stride, int token0,
                    int panel0, int panel1, int next, char* scratch) {
+  const bool shared = &bank == c_.shared;
   const size_t row_bytes = size_t(bank.hidden_stride()) * hidden_bytes_;
   const char* base = (shared ? ws_.shared_hidden : ws_.hidden).as<char>();
   const int32_t* token = ws_.pair_token.as<int32_t>();
   const char* hidden[kDownRows];
   float* out[kDownRows];
-  const int32_t* offsets = ws_.offsets.as<int32_t>() + expert;
-  const bool alone = shared ? rows == 1 : offsets[1] - offsets[0] == 1;
   const int groups = int(ceil_div(rows, most_down_rows(tiled_)));
   for (int g = 0; g < groups; ++g) {
     const int begin = first + int(int64_t(rows) * g / groups), end = first + int(int64_t(rows) * (g + 1) / groups);
@@ -224,20 +223,23 @@ void Run::down(Tokens tile, int slice, int thread) {
   }
 
   char* scratch = reinterpret_cast<char*>(thread_sums(thread));
-  if (c_.shared) add_down(*c_.shared, 0, token0, token1 - token0, true, y, stride, token0, panel0, panel1, 0, scratch);
+  // Whether a row is the only one is asked of the tile, since slices depend on the threads.
+  if (c_.shared)
+    add_down(*c_.shared, 0, token0, token1 - token0, tile.count == 1, y, stride, token0, panel0, panel1, 0, scratch);
   if (joined_ && token0 < token1) add_joined(thread, y, stride, token0, token1, panel0, panel1);
   const int32_t* offsets = ws_.offsets.as<int32_t>();
   const int32_t* token = ws_.pair_token.as<int32_t>();
   for (int e = 0, next = 0; e < experts_ && !joined_; ++e) {
     int first = offsets[e], end = offsets[e + 1];
     if (first == end) continue;
+    const bool alone = end - first == 1;
     for (next = std::max(next, e + 1); next < experts_ && offsets[next] == offsets[next + 1];) ++next;
     if (next == experts_) next = e;
     if (token_slices_ > 1) {  // tokens of an expert are in ascending order
       first = int(std::lower_bound(token + first, token + end, token0) - token);
       end = int(std::lower_bound(token + first, token + end, token1) - token);
     }
-    if (first < end) add_down(*c_.routed, e, first, end - first, false, y, stride, token0, panel0, panel1, next, scratch);
+    if (first < end) add_down(*c_.routed, e, first, end - first, alone, y, stride, token0, panel0, panel1, next, scratch);
   }
   if (c_.y_scale) scale_y(y, stride, token1 - token0, column0, column1);
   write_y(tile, y, stride, token0, token1, column0, column1);
