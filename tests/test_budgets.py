@@ -5,6 +5,7 @@ import errno
 
 import pytest
 import torch
+import transformers as tf
 
 import moefy
 import tiny
@@ -309,3 +310,38 @@ def test_the_experts_of_a_layer_share_a_metric_and_are_weighted_by_their_own():
         mine = torch.tensor([float(torch.cat(gradients[name]).square().sum()) for name in names])
         counts = torch.tensor([sum(int(g.abs().sum(1).gt(0).sum()) for g in gradients[name]) for name in names])
         torch.testing.assert_close(traces * counts, mine, rtol=0.02, atol=0)
+
+
+def metrics_of(model, batches, seeds=20):
+    sites = {site.entry_name: site for site in find_sites(model)}
+    found = [output_metrics(model, sites, batches, seed=seed) for seed in range(seeds)]
+    return {name: torch.stack([f[name] for f in found]).mean(0) for name in sites}
+
+
+@pytest.mark.parametrize("head", ["BertModel", "BertForQuestionAnswering", "BertForTokenClassification"])
+def test_padding_does_not_change_the_metric(head):
+    torch.manual_seed(0)
+    model = getattr(tf, head)(tiny.tiny("bert").config).eval()
+    ids = torch.randint(3, 60, (16, 8))
+    plain = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    padded = {name: torch.nn.functional.pad(rows, (0, 24)) for name, rows in plain.items()}
+    for name, metric in metrics_of(model, [plain]).items():
+        ratio = metrics_of(model, [padded])[name].trace() / metric.trace()
+        assert 0.8 < ratio < 1.25, name  # labels are drawn; 4 with padding counted
+
+
+@pytest.mark.parametrize("problem", [None, "regression", "multi_label_classification", "single_label_classification"])
+@pytest.mark.parametrize("labels", [1, 3])
+def test_heads_that_are_no_choice_among_labels_have_a_metric(problem, labels):
+    """A reranker's single logit: a softmax of one is constant, so that nothing would matter."""
+    torch.manual_seed(0)
+    config = copy.deepcopy(tiny.tiny("bert").config)
+    config.num_labels, config.problem_type = labels, problem
+    model, feed = tf.BertForSequenceClassification(config).eval(), tiny.inputs("bert")
+    assert all(metric.trace() > 0 for metric in metrics_of(model, [feed], seeds=4).values())
+
+
+def test_the_least_share_is_no_more_than_the_budget():
+    curves = {name: Curve(torch.linspace(1, 0, GRID, dtype=torch.float64) ** 2, 1000) for name in "ab"}
+    for budget in (0.0801, 0.051, 0.0825, 0.5):
+        assert sum(allocate(curves, budget).values()) / 2 <= budget + 1e-9

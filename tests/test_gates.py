@@ -9,7 +9,7 @@ import moefy
 import tiny
 from moefy import kernels
 from moefy.moe import MoEFFN, moe_layers
-from moefy.tuning.balance import direction
+from moefy.tuning.balance import _spreads, direction
 from native_problem import middle, needs_native
 from test_construct import make_stats
 from test_moe import build
@@ -161,3 +161,18 @@ def test_a_copy_has_its_own():
     other = copy.deepcopy(moe)
     other.router.scale.fill_(2)
     assert moe.router.scale.tolist() == [1] * 4
+
+
+def test_scores_are_measured_on_as_many_batches_as_it_takes():
+    model, feed = tiny.tiny("llama"), tiny.inputs("llama")
+    moefy.convert(model, moefy.Recipe(experts=6, shared=2, active=2), [feed])
+    layers, tried = moe_layers(model), []
+
+    def probes():
+        for number in range(4):
+            tried.append(number)
+            yield feed if number == 2 else {name: rows[:0] for name, rows in feed.items()}
+
+    found = _spreads(lambda **batch: len(batch["input_ids"]) and model(**batch), layers, probes())
+    assert found == _spreads(model, layers, [feed, feed])
+    assert tried == [0, 1, 2]

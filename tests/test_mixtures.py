@@ -284,3 +284,23 @@ def test_other_mixtures_are_named():
     model = decoder(tf.GptOssConfig, tf.GptOssForCausalLM, num_local_experts=4, head_dim=8)
     with pytest.raises(moefy.MoefyError, match="'gpt_oss': its experts have biases"):
         find_sites(model)
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "sensitivity"])
+def test_an_expert_without_tokens_in_the_first_batches_is_converted(allocation):
+    torch.manual_seed(0)
+    model = tiny.tiny("mixtral")
+    gates = [module for name, module in model.named_modules() if name.endswith("mlp.gate")]
+    ids, logits = torch.arange(3, VOCAB)[:, None], []
+    hook = gates[0].register_forward_hook(lambda _, __, out: logits.append(out[0] if isinstance(out, tuple) else out))
+    with torch.no_grad():
+        model(input_ids=ids)
+    hook.remove()
+    wants_first = logits[0].flatten(0, -2).topk(2).indices.eq(0).any(1)
+    some, every = ids[~wants_first], ids
+    batches = [{"input_ids": some.repeat(8, 1)} for _ in range(9)] + [
+        {"input_ids": every.repeat(8, 1)} for _ in range(4)
+    ]
+    recipe = moefy.Recipe.of("reconstructed", budget=0.75, allocation=allocation)
+    report = moefy.convert(model, recipe, batches)
+    assert all(layer.error < 1 for layer in report.layers)

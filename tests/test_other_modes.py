@@ -16,6 +16,7 @@ import tiny
 from moefy import kernels
 from moefy.moe import moe_layers
 from moefy.sources.models import load_source
+from moefy.tuning import adapters
 from native_problem import needs_native
 from test_bound import build
 from test_packed import close
@@ -251,3 +252,14 @@ def test_a_config_without_sizes_is_a_sentence(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(moefy.MoefyError, match=r"describes [\d,]{13} weights and its files hold"):
         load_source(tmp_path)
+
+
+def test_adapters_that_cannot_be_made_leave_the_model_to_be_trained(monkeypatch):
+    model = tiny.tiny("llama")
+    moefy.convert(model, moefy.Recipe(experts=6, shared=2, active=2), [tiny.inputs("llama")])
+    before = [p.requires_grad for p in model.parameters()]
+    monkeypatch.setattr(adapters, "_linear_adapters", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        adapters.Adapters(model, 4, attention=True)
+    assert [p.requires_grad for p in model.parameters()] == before
+    assert any(before)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers as tf
 
 import moefy
 import tiny
@@ -151,3 +152,19 @@ def test_routers_made_together_are_those_made_without_each_part():
         alone = ROUTERS["logistic"].build(spec, partition, stats.without(part), seed=0)
         torch.testing.assert_close(router.weight, alone.weight, rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(router.bias, alone.bias, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("router", ["oracle", "mass", "logistic"])
+def test_a_refit_leaves_as_many_experts_as_were_asked_for(router):
+    """The oracle's scores are of the weights that a refit changes."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 256}
+    model = tf.LlamaForCausalLM(tf.LlamaConfig(vocab_size=200, num_hidden_layers=2, **sizes)).eval()
+    batches = [{"input_ids": torch.randint(0, 200, (1, 256))} for _ in range(16)]
+    recipe = moefy.Recipe.of("reconstructed", router=router, budget=0.5, allocation="uniform")
+    moefy.convert(model, recipe, batches)
+    with torch.no_grad(), usage(model) as counted:
+        for batch in batches:
+            model(**batch)
+    for name, moe in moe_layers(model).items():
+        assert counted[name].experts_per_token == pytest.approx(moe.spec.top_k, abs=0.4)

@@ -81,6 +81,39 @@ def test_chance_is_rarely_significant_and_a_real_preference_is():
     assert preferences(by_sequence, label, ["n", "p"], over_sequences(sequences), 12)["significant"] < 0.1
 
 
+def test_an_expert_that_sees_some_sequences_is_shuffled_among_those():
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for _ in range(40):
+        sequences = torch.arange(60).repeat_interleave(20)[torch.rand(1200, generator=generator) < 0.5]
+        sequences = sequences[sequences % 2 == 1]  # the others have no token here
+        label = torch.randint(2, (60,), generator=generator)[sequences]
+        chosen = torch.randint(6, (60,), generator=generator)[sequences][:, None]
+        found.append(torch.tensor(preferences(chosen, label, ["n", "p"], over_sequences(sequences), 6)["p"]) < 0.05)
+    assert torch.stack(found).float().mean() < 0.1
+
+
+def test_tokens_with_others_between_them_are_no_neighbours():
+    chosen, sequences = (torch.arange(400) // 2 % 7)[:, None], torch.arange(400) // 100
+    near = measures.between_inputs(chosen, sequences, 7, places=torch.arange(400))["neighbours"]
+    assert near == measures.between_inputs(chosen, sequences, 7)["neighbours"] > 0.4
+    places = torch.arange(0, 4000, 10)
+    assert measures.between_inputs(chosen, sequences, 7, places=places)["neighbours"] == 0
+
+
+def test_a_decoder_is_studied_on_labels_too():
+    model, feed = tiny.tiny("t5-v1.0"), tiny.inputs("t5-v1.0")
+    feed["labels"] = feed.pop("decoder_input_ids")
+    feed.pop("decoder_attention_mask", None)
+    layers, streams = collect(model, [feed])
+    shifted = model.prepare_decoder_input_ids_from_labels(labels=feed["labels"])
+    assert torch.equal(torch.cat(streams["decoder"].ids), shifted.flatten())
+    assert {layer.stream for layer in layers.values()} == {"encoder", "decoder"}
+    del feed["labels"]
+    with pytest.raises(moefy.MoefyError, match="decoder_input_ids, or labels"):
+        collect(model, [feed])
+
+
 def sequences_of(generator, rho, experts=24, top_k=4, count=60, longest=40):
     """Choices (T, K) by scores that are autoregressive within a sequence, sequence numbers (T,), and quarters (T,)."""
     lengths = torch.randint(5, longest, (count, 1), generator=generator)

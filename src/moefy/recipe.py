@@ -134,7 +134,7 @@ class Recipe(BaseModel):
             )
         if self.construction == "shared_only" or within == experts:
             return within, 0
-        shared = int(share * within)
+        shared = int(share * within + 1e-9)
         # The router in experts: a neuron costs 3·D multiply-adds with a gate and 2·D without.
         size = ffn.neurons // experts
         spec = LayerSpec(

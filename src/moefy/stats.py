@@ -18,6 +18,8 @@ from moefy.types import FFNWeights, MoefyError, Partition, linear, products
 # One token in eight is held out where something is chosen by what it does on tokens it was not fitted to, in blocks:
 # a budget of 50 % whose thresholds were set on blocks of 256, 1,024 and 2,048 ran 53, 50 and 49 % of another document.
 HELD_OUT, HELD_BLOCK = 8, 1024
+# The median length of outputs is that of the first chunks with tokens, so many and with so many tokens together.
+MEDIAN_CHUNKS, MEDIAN_TOKENS = 8, 1024
 # Inputs, activations and outputs of a layer up to this size are computed once and held: 99,000 tokens of SmolLM2.
 KEPT_BYTES = 1 << 30
 
@@ -149,8 +151,13 @@ class NeuronStats:
         """
         if self._fits:
             deque(self.activations(), maxlen=0)  # all of them, or what is computed here would not be kept
-        norms = torch.cat([y.norm(dim=1) for _, _, y in itertools.islice(self.activations(), 8)])
-        median = norms.median().clamp_min(1e-12)
+        norms: list[Tensor] = []
+        for _, _, y in self.activations():
+            if len(y):  # batches may have nothing for an expert of a mixture
+                norms.append(y.norm(dim=1))
+            if len(norms) >= MEDIAN_CHUNKS and sum(map(len, norms)) >= MEDIAN_TOKENS:
+                break
+        median = torch.cat(norms).median().clamp_min(1e-12)
         return lambda y: (median / y.norm(dim=1).clamp_min(1e-12)).clamp_max(1.0).square()
 
     @cached_property

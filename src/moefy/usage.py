@@ -14,7 +14,7 @@ from moefy.types import Usage
 
 @contextmanager
 def usage(model: nn.Module) -> Iterator[dict[str, Usage]]:
-    """Count what every converted layer of a model runs for the length of a with block."""
+    """Count what every converted layer of a model runs for the length of a with block, padding included."""
     layers = moe_layers(model)
     before = {name: moe._usage for name, moe in layers.items()}
     counted = {name: Usage(torch.zeros(moe.spec.experts, dtype=torch.long)) for name, moe in layers.items()}

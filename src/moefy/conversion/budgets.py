@@ -142,10 +142,11 @@ def allocate(curves: Mapping[str, Curve], budget: float, least: Mapping[str, flo
     No layer gets less than LOWEST and than its `least` (0 if not given), or than the budget if that is lower.
     """
     grid = torch.linspace(0, 1, GRID, dtype=torch.float64)
+    floor = int(budget * (GRID - 1) + 1e-9) / (GRID - 1)  # the next share above would be more than the budget
     losses = torch.stack([curve.loss for curve in curves.values()])
     sizes = torch.tensor([curve.size for curve in curves.values()], dtype=torch.float64)
     weights = sizes / sizes.sum()
-    lowest = [min(budget, max(LOWEST, (least or {}).get(name, 0.0))) for name in curves]
+    lowest = [min(floor, max(LOWEST, (least or {}).get(name, 0.0))) for name in curves]
     losses = losses.masked_fill(grid < torch.tensor(lowest, dtype=torch.float64)[:, None], torch.inf)
 
     def shares(price: float) -> Tensor:

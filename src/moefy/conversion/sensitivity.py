@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits
 
 from moefy.calibrate import output_mask, row_mask, without_cache
 from moefy.conversion.one_pass import SMALLEST_SPILLED, not_spilled, spill_folder
@@ -27,7 +28,8 @@ from moefy.kernels.native import return_freed_memory
 from moefy.sites import ExpertSite, Site
 from moefy.types import MoefyError
 
-_LOGITS = ("logits", "start_logits", "end_logits")
+_SPANS = ("start_logits", "end_logits")  # (N, L): a label is a place in the text
+_LOGITS = ("logits", *_SPANS)
 
 
 @dataclass(frozen=True)
@@ -209,23 +211,50 @@ def spilled(hold_bytes: int, but: Iterable[Tensor]) -> Iterator[None]:
 
 def _loss(model: Any, out: Any, batch: Mapping[str, Any], generator: torch.Generator) -> Tensor:
     """-log p of labels drawn from the model's own distribution, summed over real tokens or examples."""
-    found = [out[name] for name in _LOGITS if name in out]
+    found, mask = [name for name in _LOGITS if name in out], output_mask(model, batch)
     if not found:
-        rows = out[0].float()
-        signs = torch.randint(0, 2, rows.shape, generator=generator).to(rows) * 2 - 1
-        return (rows * signs).sum()
-    loss = found[0].new_zeros((), dtype=torch.float32)
-    mask = output_mask(model, batch)
-    for logits in found:
-        logs = logits.float().log_softmax(-1)
-        if isinstance(mask, Tensor) and mask.shape == logs.shape[:-1]:
-            logs = logs[mask.bool()]
-        if logs.isnan().any():  # -inf is a model's way to rule a label out, and padding may hold anything
+        return _normal(_real(out[0].float(), mask), generator)
+    loss = torch.zeros((), device=out[found[0]].device)
+    for name in found:
+        logits = out[name].float()
+        if name in _SPANS and isinstance(mask, Tensor) and mask.shape == logits.shape:
+            logits = logits.masked_fill(~mask.bool(), -torch.inf)[mask.any(1)]
+        logits = _real(logits, mask)
+        if logits.isnan().any() or logits.amax(-1).isinf().any():  # -inf is a model's way to rule a label out
             raise MoefyError(
                 "The model gives NaN or infinite logits on the calibration; check the calibration data, and load the "
                 "model in bfloat16 or float32 if it is in float16, which may overflow."
             )
-        logs = logs.reshape(-1, logs.shape[-1])
-        labels = torch.multinomial(logs.detach().exp(), 1, generator=generator)
-        loss = loss - logs.gather(1, labels).sum()
+        loss = loss + _head(getattr(model.config, "problem_type", None), logits.shape[-1])(logits, generator)
     return loss
+
+
+def _real(rows: Tensor, mask: Tensor | None) -> Tensor:
+    """Rows (R, C) of an output (..., C) that are no padding, which may hold anything."""
+    if isinstance(mask, Tensor) and mask.shape == rows.shape[:-1]:
+        return rows[mask.bool()]
+    return rows.reshape(-1, rows.shape[-1])
+
+
+def _head(problem: str | None, labels: int) -> Callable[[Tensor, torch.Generator], Tensor]:
+    """The distribution that a model's logits are of, by its config's `problem_type`."""
+    if problem == "regression" or (problem is None and labels == 1):  # as transformers takes it
+        return _normal
+    return _bernoulli if problem == "multi_label_classification" or labels == 1 else _categorical
+
+
+def _categorical(logits: Tensor, generator: torch.Generator) -> Tensor:
+    logs = logits.log_softmax(-1)
+    labels = torch.multinomial(logs.detach().exp(), 1, generator=generator)
+    return -logs.gather(1, labels).sum()
+
+
+def _bernoulli(logits: Tensor, generator: torch.Generator) -> Tensor:
+    labels = torch.bernoulli(logits.detach().sigmoid(), generator=generator)
+    return binary_cross_entropy_with_logits(logits, labels, reduction="sum")
+
+
+def _normal(values: Tensor, generator: torch.Generator) -> Tensor:
+    """Of variance 1 around each value: gradients of random signs have the same second moments as those of draws."""
+    signs = torch.randint(0, 2, values.shape, generator=generator).to(values) * 2 - 1
+    return (values * signs).sum()

@@ -98,14 +98,14 @@ def _layer(
     if not layer.chosen:
         return result
     chosen = torch.cat(layer.chosen)
-    if layer.places:
-        places = torch.cat(layer.places)
+    places = torch.cat(layer.places) if layer.places else None
+    if places is not None:
         tokens = {name: rows[places] for name, rows in tokens.items()}
     result.update(
         experts=layer.experts,
         top_k=layer.top_k,
         load=measures.load(chosen, layer.experts),
-        between_inputs=measures.between_inputs(chosen, tokens["sequences"], layer.experts, seed),
+        between_inputs=measures.between_inputs(chosen, tokens["sequences"], layer.experts, seed, places),
         preferences=_preferences(chosen, layer.experts, tokens, tokenizer, label_names, seed),
     )
     return result

@@ -109,7 +109,7 @@ def collect(
     try:
         with torch.no_grad(), kernels.using("torch"):
             for number, batch in enumerate(batches):
-                _note(streams, batch, None if labels is None else labels[number])
+                _note(streams, _sides(model, batch), None if labels is None else labels[number])
                 _run(model, batch)
     finally:
         for handle in handles:
@@ -164,13 +164,21 @@ def _layers(model: Any) -> tuple[dict[str, Layer], _Watched]:
     return layers, watched
 
 
-def _note(streams: dict[str, Stream], batch: Mapping[str, Any], labels: Tensor | None) -> None:
-    if "decoder_input_ids" in batch:
-        sides = {"encoder": ("input_ids", "attention_mask"), "decoder": ("decoder_input_ids", "decoder_attention_mask")}
-    else:
-        sides = {"tokens": ("input_ids", "attention_mask")}
-    for side, (ids_name, mask_name) in sides.items():
-        ids, mask = batch[ids_name], batch.get(mask_name)
+def _sides(model: Any, batch: Mapping[str, Any]) -> dict[str, tuple[Tensor, Tensor | None]]:
+    """The ids (N, L) that each side of a model sees, and their mask; MoefyError if they are not to be had."""
+    if not getattr(model.config, "is_encoder_decoder", False):
+        return {"tokens": (batch["input_ids"], batch.get("attention_mask"))}
+    ids = batch.get("decoder_input_ids")
+    made, labels = getattr(model, "prepare_decoder_input_ids_from_labels", None), batch.get("labels")
+    if ids is None and made and labels is not None and labels.ndim == 2:
+        ids = made(labels=labels)
+    if ids is None:
+        raise MoefyError(f"A {type(model).__name__} is studied on batches with decoder_input_ids, or labels.")
+    return {"encoder": (batch["input_ids"], batch.get("attention_mask")), "decoder": (ids, output_mask(model, batch))}
+
+
+def _note(streams: dict[str, Stream], sides: Mapping[str, tuple[Tensor, Tensor | None]], labels: Tensor | None) -> None:
+    for side, (ids, mask) in sides.items():
         keep = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
         ids, keep = ids.reshape(-1, ids.shape[-1]), keep.reshape(-1, ids.shape[-1])  # a question's answers apart
         stream = streams.setdefault(side, Stream())

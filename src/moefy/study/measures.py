@@ -77,15 +77,21 @@ def load(chosen: Tensor, experts: int) -> dict[str, Any]:
     }
 
 
-def between_inputs(chosen: Tensor, sequences: Tensor, experts: int, seed: int = 0) -> dict[str, float]:
+def between_inputs(
+    chosen: Tensor, sequences: Tensor, experts: int, seed: int = 0, places: Tensor | None = None
+) -> dict[str, float]:
     """Share of experts in common (of K): neighbours in a sequence, any two tokens, and chance (K / E).
 
-    `sequence_similarity` is the mean cosine of two sequences' expert loads.
+    `sequence_similarity` is the mean cosine of two sequences' expert loads. `places` (T,) are the tokens' places in
+    their text where others lie between them.
     """
     generator = torch.Generator().manual_seed(seed)
     picked = as_mask(chosen, experts).float()
     top_k = float(picked.sum(1).mean())
-    near = (sequences[1:] == sequences[:-1]).nonzero().flatten()
+    together = sequences[1:] == sequences[:-1]
+    if places is not None:
+        together &= places[1:] == places[:-1] + 1
+    near = together.nonzero().flatten()
     near = near[torch.randperm(len(near), generator=generator)[:PAIRS]]
     a, b = (torch.randint(len(chosen), (PAIRS,), generator=generator) for _ in range(2))
     apart = sequences[a] != sequences[b]

@@ -140,10 +140,12 @@ def turned(sequences: Tensor) -> Shuffle:
 
 
 def over_sequences(sequences: Tensor) -> Shuffle:
-    """Whole sequences swap their class."""
+    """Whole sequences swap their class, those that `sequences` (T,) names."""
+    # An expert of a mixture sees some only, and the others have no class to swap.
+    sequences = sequences.unique(return_inverse=True)[1]
+    count = int(sequences.max()) + 1
 
     def shuffle(classes: Tensor, generator: torch.Generator) -> Tensor:
-        count = int(sequences.max()) + 1
         label = torch.full((count,), -1, dtype=classes.dtype)
         label[sequences] = classes
         return label[torch.randperm(count, generator=generator)][sequences]

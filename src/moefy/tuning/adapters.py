@@ -57,9 +57,16 @@ class Adapters:
             check_peft()
         for moe in self._layers.values():
             moe.unpack()
-        model.requires_grad_(False)
-        if rank and attention:
-            self._tuner = _linear_adapters(model, rank)
+        try:
+            model.requires_grad_(False)
+            if rank and attention:
+                self._tuner = _linear_adapters(model, rank)
+            self._adapt_experts(rank)
+        except BaseException:  # Ctrl-C too: a model that nothing trains would be left
+            self.discard()
+            raise
+
+    def _adapt_experts(self, rank: int) -> None:
         for moe in self._layers.values():
             for name in MATRICES:
                 weight = getattr(moe, name)

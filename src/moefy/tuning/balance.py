@@ -8,7 +8,7 @@ in scale from layer to layer, so here γ counts in their standard deviations.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -24,13 +24,14 @@ from moefy.usage import usage
 class Gates:
     """The gate scales and balances of one model's routers, from `set_gate` at 0 to `keep` or `discard`.
 
-    `probe` is a batch of model inputs to measure scores on; `balance` is γ, 0 for no bias.
+    `probes` are batches of model inputs to measure scores on, as many as it takes until every layer has had a token;
+    `balance` is γ, 0 for no bias.
     """
 
-    def __init__(self, model: Any, probe: Mapping[str, Any], gate_scale: bool, balance: float):
+    def __init__(self, model: Any, probes: Iterable[Mapping[str, Any]], gate_scale: bool, balance: float):
         self._layers = self._routed(model) if gate_scale or balance else {}
         self._before = {name: (moe.router.scale, moe.router.balance) for name, moe in self._layers.items()}  # type: ignore[union-attr]
-        self._steps = {n: balance * s for n, s in _spreads(model, self._layers, probe).items()} if balance else {}
+        self._steps = {n: balance * s for n, s in _spreads(model, self._layers, probes).items()} if balance else {}
         for name, moe in self._layers.items():
             scale, bias = self._before[name]
             zeros = torch.zeros(moe.spec.experts, dtype=torch.float32, device=moe.weights().routed.up.device)
@@ -90,20 +91,27 @@ def direction(counts: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _spreads(model: Any, layers: Mapping[str, MoEFFN], probe: Mapping[str, Any]) -> dict[str, float]:
-    """The standard deviation of each layer's scores on a batch."""
+def _spreads(model: Any, layers: Mapping[str, MoEFFN], probes: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """The standard deviation of each layer's scores on the first batch of which it gets a token.
+
+    In a mixture's experts that few tokens choose, that is not the first of all. Without any there is none.
+    """
     spreads: dict[str, float] = {}
 
     def watch(name: str) -> Any:
         def hook(_: Any, __: Any, scores: Tensor) -> None:
-            spreads[name] = float(scores.std())
+            if scores.numel():
+                spreads.setdefault(name, float(scores.std()))
 
         return hook
 
     hooks = [moe.router.register_forward_hook(watch(name)) for name, moe in layers.items()]  # type: ignore[union-attr]
     try:
         with kernels.using("torch"):  # the native kernel scores by itself
-            model(**probe)
+            for probe in probes:
+                model(**probe)
+                if len(spreads) == len(layers):
+                    break
     finally:
         for hook in hooks:
             hook.remove()

@@ -64,7 +64,7 @@ class Schedule:
 
     def rate_at(self, step: int) -> float:
         done, warm = step / self.steps, max(self.warmup, 1e-9)
-        return self.rate * min((done + 1 / self.steps) / warm, (1 - done) / (1 - self.warmup))
+        return self.rate * min((done + 1 / self.steps) / warm, (1 - done) / max(1 - self.warmup, 1e-9))
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,7 @@ def train(
 
 
 def _step(loss_at: Callable[[int], Tensor], run: _Run, schedule: Schedule, after: Callable[[], None] | None) -> float:
-    torch.manual_seed(schedule.seed * 1_000_003 + run.step)  # dropout
+    torch.manual_seed((schedule.seed * 1_000_003 + run.step) % 2**63)  # dropout
     for group in run.optimizer.param_groups:
         group["lr"] = schedule.rate_at(run.step) * group["scale"]
     with torch.enable_grad():

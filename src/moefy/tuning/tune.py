@@ -8,6 +8,7 @@ not whether it should run.
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 import time
@@ -176,7 +177,7 @@ def _train(
     with ExitStack() as undo:
         adapters = Adapters(model, options.rank, options.attention)
         undo.callback(adapters.discard)
-        gates = Gates(model, held_out[0], options.gate_scale, options.balance)
+        gates = Gates(model, itertools.chain(held_out, seen), options.gate_scale, options.balance)
         undo.callback(gates.discard)
         parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         trained = train(
