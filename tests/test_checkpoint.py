@@ -301,3 +301,14 @@ def test_generation_settings_that_transformers_refuses_lose_no_conversion(settin
     again = moefy.load(tmp_path / "out").generation_config
     assert again.do_sample
     assert all(getattr(again, name) == value for name, value in settings.items())
+
+
+def test_reading_deletes_nothing_beside_a_model(tmp_path):
+    moefy.save(converted(), tmp_path / "out")
+    tiny.tiny("llama").save_pretrained(tmp_path / ".out.old")
+    (tmp_path / ".out.old" / "mine.txt").write_text("notes")
+    moefy.load(tmp_path / "out")
+    checkpoint.recover(tmp_path / "out")
+    with pytest.raises(moefy.MoefyError, match="exists already"):
+        checkpoint.check_output(tmp_path / "out")
+    assert (tmp_path / ".out.old" / "mine.txt").read_text() == "notes"

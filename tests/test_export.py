@@ -1,9 +1,11 @@
 """Exports: the same experts, chosen and weighted alike, in architectures and engines that know nothing of moefy."""
 
+import copy
 import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import gguf
 import pytest
@@ -15,7 +17,7 @@ import command
 import moefy
 import tiny
 from moefy.export import EXPORTERS, export
-from moefy.export.gguf import TYPES
+from moefy.export.gguf import TYPES, _check_room
 from moefy.export.glm4_moe import SOURCES, stock
 from moefy.moe import MoEFFN, moe_layers
 from moefy.sources.models import load_source, smollm2_gguf
@@ -327,3 +329,49 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     assert "needs no moefy to run" in " ".join(capsys.readouterr().out.split())
     assert run("export", "moe", "out", "--overwrite") == 0
     assert (tmp_path / "out" / "README.md").read_text().count("Glm4Moe")
+
+
+def test_as_many_experts_as_llama_cpp_has_room_for():
+    """Beyond that its process is aborted: Llama-3.2-1B by the recipe's own experts of 32."""
+    config = SimpleNamespace(
+        num_hidden_layers=16, first_k_dense_replace=0, attention_bias=False, use_qk_norm=False, num_experts_per_tok=29,
+        moe_intermediate_size=32, n_routed_experts=160, n_shared_experts=96,
+    )  # fmt: skip
+    _check_room(config, 227)
+    config.num_experts_per_tok = 94
+    with pytest.raises(MoefyError, match=r"room for 29 experts a token, and this one runs 94; .*such as 128"):
+        _check_room(config, 227)
+    config.num_hidden_layers = 2
+    _check_room(config, 31)
+
+
+def test_swish_is_called_silu():
+    model = converted("llama", hidden_act="swish")
+    assert stock(model, spreads(model)).config.hidden_act == "silu"
+
+
+@pytest.mark.parametrize("rope", [{"rope_type": "default"}, {"rope_type": "linear", "factor": 4.0}])
+@pytest.mark.parametrize("recipe", [ENGINE, moefy.Recipe.of("slim")], ids=["engine", "slim"])
+def test_transformers_4_finds_rotary_positions_and_a_tokenizer(rope, recipe, tmp_path):
+    """It would rotate by 10,000, and knows no TokenizersBackend; transformers 5 reads the same as before."""
+    rope = {**rope, "rope_theta": 5e5}
+    config = copy.deepcopy(tiny.tiny("llama").config)
+    config.rope_parameters = dict(rope)
+    model = tf.LlamaForCausalLM(config).eval()
+    moefy.convert(model, recipe, [{"input_ids": IDS}])
+    tokenizer = pydoc_tokenizer()
+    if recipe is ENGINE:
+        export(model, tmp_path / "out", tokenizer, IDS)
+    else:
+        moefy.save(model, tmp_path / "out", tokenizer)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["rope_theta"] == 5e5
+    assert config.get("rope_scaling", {}).get("factor") == rope.get("factor")
+    named = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())["tokenizer_class"]
+    assert named == "PreTrainedTokenizerFast"
+    again = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert {name: again.config.rope_parameters[name] for name in rope} == rope
+    with torch.no_grad():
+        wanted, got = (each(input_ids=IDS).logits for each in (model, again))
+    assert (got - wanted).norm() < 0.01 * wanted.norm()
+    assert tf.AutoTokenizer.from_pretrained(tmp_path / "out")("abs").input_ids == tokenizer("abs").input_ids

@@ -10,6 +10,7 @@ ROOT = Path(moefy.__file__).parent
 ORDER = [
     "version",
     "errors",
+    "older",
     "files",
     "types",
     "quiet",

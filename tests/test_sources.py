@@ -1,5 +1,6 @@
 """Dense sources that are damaged or unusual: what is incomplete is refused in a sentence, what is merely bare loads."""
 
+import copy
 import importlib.util
 import json
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +16,7 @@ import moefy
 import tiny
 from moefy.quiet import loading
 from moefy.sources import gguf_file
-from moefy.sources.models import load_source
+from moefy.sources.models import _check_rope, load_source
 from words import pydoc_tokenizer
 
 
@@ -310,3 +311,40 @@ def test_a_model_needs_no_tokenizer(family, tmp_path):
     folder = saved(tmp_path / "source", family)
     (folder / "preprocessor_config.json").write_text("{}")
     assert load_source(folder)[1] is None
+
+
+def test_an_adapter_beside_a_model_is_not_applied_unasked(tmp_path):
+    (saved(tmp_path / "m") / "adapter_config.json").write_text("{}")
+    with pytest.raises(moefy.MoefyError, match="an adapter beside its model"):
+        load_source(tmp_path / "m")
+
+
+def test_a_shard_elsewhere_is_not_read(tmp_path):
+    folder = saved(tmp_path / "m")
+    names = list(load_file(folder / "model.safetensors"))
+    (folder / "model.safetensors").rename(tmp_path / "stray.safetensors")
+    save_file({}, folder / "other.safetensors", {"format": "pt"})
+    index = {"metadata": {}, "weight_map": dict.fromkeys(names, "../stray.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(moefy.MoefyError, match=r"stray.safetensors, which model.safetensors.index.json names"):
+        load_source(folder)
+
+
+@pytest.mark.parametrize("scaled", ["linear", "freqs", "", "ones"])
+def test_a_gguf_with_scaled_positions_is_not_taken_for_one_without(scaled, tmp_path):
+    """llama.cpp's converter writes Llama 3.1's scaling as a tensor, which transformers does not look at."""
+    writer = GGUFWriter(tmp_path / "m.gguf", "llama")
+    if scaled == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+    elif scaled:
+        writer.add_tensor("rope_freqs.weight", torch.tensor([1.0, 1, 1, 1 if scaled == "ones" else 8]).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    reader, config = gguf.GGUFReader(tmp_path / "m.gguf"), copy.deepcopy(tiny.tiny("llama").config)
+    if scaled in ("linear", "freqs"):
+        with pytest.raises(moefy.MoefyError, match="scales its rotary positions"):
+            _check_rope(tmp_path / "m.gguf", reader, config)
+        config.rope_parameters = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
+    _check_rope(tmp_path / "m.gguf", reader, config)

@@ -21,6 +21,7 @@ from moefy import hf, slim
 from moefy.convert import check_no_adapters
 from moefy.files import put_in_place, sync
 from moefy.model_card import model_card
+from moefy.older import say_for_older
 from moefy.quiet import quiet_transformers
 from moefy.recipe import Recipe
 from moefy.sites import bamboo, find_sites
@@ -38,7 +39,10 @@ from moefy.sources.models import (
 from moefy.types import MoefyError
 
 # Files of the source that a converted model needs as they are.
-_COMPANIONS = ("preprocessor_config.json", "processor_config.json", "chat_template.jinja")
+_COMPANIONS = (
+    *("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json"),
+    *("chat_template.jinja", "chat_template.json"),
+)
 
 
 def check_output(
@@ -69,6 +73,8 @@ def check_output(
         if out.exists() and not (is_gguf(out) if gguf else _is_ours(out)):
             what = "GGUF file" if gguf else "model directory"
             raise MoefyError(f"{path} is not a {what}, so it will not be overwritten.")
+        if out.is_dir() and overwrite and _is_ours(_old(out)):  # of an overwrite that was cut off
+            shutil.rmtree(_old(out), ignore_errors=True)
         if out.is_dir() and _old(out).exists():  # where it would be put while the new one takes its place
             raise MoefyError(
                 f"{_old(out)} is in the way, and moefy has not made it; move it, or choose another output."
@@ -254,6 +260,8 @@ def _write(
         (slim.ordinary(model) if slim.is_slim(record) else model).save_pretrained(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
+    if slim.is_slim(record):  # an ordinary model: what loads the source loads it
+        say_for_older(folder)
     for name, companion in _companions(source).items():
         if not (folder / name).exists():
             shutil.copyfile(companion, folder / name)
@@ -359,12 +367,9 @@ def _old(out: Path) -> Path:
 
 
 def _recover(out: Path) -> None:
-    """Undo an overwrite that was cut off between its two renames."""
-    if _old(out).exists() and _is_ours(_old(out)):  # somebody else's may be called so
-        if out.exists():
-            shutil.rmtree(_old(out), ignore_errors=True)
-        else:
-            _old(out).rename(out)
+    """Undo an overwrite that was cut off between its two renames. Whoever reads deletes nothing: see `check_output`."""
+    if not out.exists() and _old(out).exists() and _is_ours(_old(out)):  # somebody else's may be called so
+        _old(out).rename(out)
 
 
 def _sync(folder: Path, files: bool = True) -> None:

@@ -50,8 +50,8 @@ Active = Annotated[
     ),
 ]
 TargetLoss = Annotated[
-    float | None,
-    typer.Option(help="0.05: the smallest budget whose held-out perplexity rises by at most 5 %, instead."),
+    str | None,
+    typer.Option(help="0.05 or 5%: the smallest budget whose held-out perplexity rises by at most that, instead."),
 ]
 Windows = Annotated[
     int | None,
@@ -90,7 +90,7 @@ def convert(
     from moefy.wanted import chosen
 
     hold = gibibytes("--memory", memory)
-    asked = number("--active", active)
+    asked, target = number("--active", active), number("--target-loss", target_loss)
     changes = {
         "experts": experts,
         "expert_size": expert_size,
@@ -106,15 +106,15 @@ def convert(
         console.err.print("These options mean the recipe cmoe; --recipe reconstructed keeps more of the quality.")
     if windows is None:
         windows = 48 if wanted.refit else 16
-    _check_together(task, calibration, target_loss, active)
+    _check_together(task, calibration, target, active)
     out = checkpoint.check_output(output, overwrite, source)
     text = _readable(task, calibration)
     with loading(source):
         model, tokenizer = load_source(source, dtype=dtype, remote_code=trust_remote_code)
     hf.check_named(model)
     batches = _batches(model, tokenizer, task, calibration, text, window, windows)
-    with _kept(model, out, target_loss) as state:
-        model, report, trials = _converted(model, tokenizer, wanted, batches, target_loss, hold, state)
+    with _kept(model, out, target) as state:
+        model, report, trials = _converted(model, tokenizer, wanted, batches, target, hold, state)
         with console.status(f"Saving {output}"):
             checkpoint.save(model, output, tokenizer, overwrite=overwrite, source=source)
     _show_conversion(model, output, wanted, report, trials)

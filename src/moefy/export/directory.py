@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from moefy.checkpoint import mend_generation, written
+from moefy.older import say_for_older
 from moefy.quiet import quiet_transformers
 
 _CARD = """---
@@ -38,9 +38,9 @@ def write(made: PreTrainedModel, out: Path, tokenizer: Any) -> None:
     mend_generation(made)
     with written(out) as folder, quiet_transformers():
         made.save_pretrained(folder)
-        _say_rope_twice(folder / "config.json")
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
+        say_for_older(folder)
         card = _CARD.format(
             architecture=type(made).__name__,
             shared=config.n_shared_experts,
@@ -49,13 +49,3 @@ def write(made: PreTrainedModel, out: Path, tokenizer: Any) -> None:
             size=config.moe_intermediate_size,
         )
         (folder / "README.md").write_text(card, encoding="utf-8")
-
-
-def _say_rope_twice(path: Path) -> None:
-    """Repeat the rotary positions as engines on transformers 4 read them: without, those rotate half of a head."""
-    config = json.loads(path.read_text(encoding="utf-8"))
-    rope = config["rope_parameters"]
-    config |= {"rope_theta": rope["rope_theta"], "partial_rotary_factor": rope["partial_rotary_factor"]}
-    if rope.get("rope_type", "default") != "default":
-        config["rope_scaling"] = {k: v for k, v in rope.items() if k not in ("rope_theta", "partial_rotary_factor")}
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -30,6 +30,10 @@ TYPES = {
     "q4_0": (gguf.GGMLQuantizationType.Q4_0, gguf.LlamaFileType.MOSTLY_Q4_0),
 }
 _ARCH = gguf.MODEL_ARCH.GLM4_MOE
+# llama.cpp makes room for as many operations, and aborts the process where a graph has more: 8 for each tensor, and at
+# least 1,024. A layer has 54 and two for each expert of a token, by bisection; with biases, and with normalised queries
+# and keys, some more.
+_ROOM, _LEAST_ROOM, _LAYER, _BIASED, _NORMALISED = 8, 1024, 54, 2, 4
 Progress = Callable[[int, int], None]
 
 
@@ -49,6 +53,7 @@ def write(
     like = check_options(like, weights)
     vocabulary = _vocabulary(like, made.config.vocab_size)
     tensors = list(_tensors(made, *TYPES[weights][:1]))
+    _check_room(made.config, len(tensors))
     with written_file(out) as partial:
         writer = gguf.GGUFWriter(partial, gguf.MODEL_ARCH_NAMES[_ARCH])
         _add_metadata(writer, made.config, like, TYPES[weights][1])
@@ -83,6 +88,22 @@ def check_options(like: Path | None, weights: str) -> Path:
         raise MoefyError(f"{like} is no GGUF file; name a GGUF of the dense model with --like.")
     read_gguf(like)
     return like
+
+
+def _check_room(config: Any, tensors: int) -> None:
+    """MoefyError for more experts a token than llama.cpp's graph has room for."""
+    layers, routed = config.num_hidden_layers, config.num_hidden_layers - config.first_k_dense_replace
+    each = _LAYER + _BIASED * bool(config.attention_bias) + _NORMALISED * bool(config.use_qk_norm)
+    room = (max(_LEAST_ROOM, _ROOM * tensors) - layers * each) // (2 * routed)
+    active, size = config.num_experts_per_tok, config.moe_intermediate_size
+    if active <= room:
+        return
+    neurons = size * (config.n_routed_experts + config.n_shared_experts)
+    larger = next(m for m in range(-(-size * active // room), neurons + 1) if neurons % m == 0)
+    raise MoefyError(
+        f"llama.cpp would abort: in a model of {layers} such layers it has room for {room} experts a token, and this "
+        f"one runs {active}; convert with a larger --expert-size (such as {larger}), or write a directory."
+    )
 
 
 def _vocabulary(like: Path, size: int) -> list[Any]:

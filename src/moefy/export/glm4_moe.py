@@ -34,7 +34,7 @@ LOGIT_SPREAD = 2.0**-10
 _LAYER = "model.layers.{}.mlp"
 _COPIED = (
     *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
-    *("max_position_embeddings", "rms_norm_eps", "hidden_act", "initializer_range", "attention_dropout"),
+    *("max_position_embeddings", "rms_norm_eps", "initializer_range", "attention_dropout"),
     *("bos_token_id", "eos_token_id", "pad_token_id"),
 )
 
@@ -161,6 +161,7 @@ def _config(model: PreTrainedModel) -> Glm4MoeConfig:
     head = getattr(source, "head_dim", None) or source.hidden_size // source.num_attention_heads
     options: dict[str, Any] = {
         **{name: getattr(source, name, None) for name in _COPIED},
+        "hidden_act": "silu",  # "swish" is the same, and vLLM does not know it
         "head_dim": head,
         "rope_parameters": {**source.rope_parameters, "partial_rotary_factor": 1.0},
         "partial_rotary_factor": 1.0,

@@ -27,6 +27,8 @@ def check_directory(path: Path) -> dict[str, Any]:
                 f"{path} holds an adapter and no model; merge it into its base model first (peft's merge_and_unload)."
             )
         raise MoefyError(f"{path} has no config.json, so it is not a model directory.")
+    if (path / "adapter_config.json").is_file():  # transformers would apply it without a word
+        raise MoefyError(f"{path} holds an adapter beside its model; merge it (merge_and_unload) or move it away.")
     files = sorted(path.glob("*.safetensors"))
     if not files:
         pickles = [f.name for pattern in _PICKLES for f in path.glob(pattern)]
@@ -89,7 +91,7 @@ def _check_index(file: Path) -> None:
     """MoefyError unless the list of which shard has which weight is one, and its shards are there."""
     try:
         shards = set(json.loads(file.read_text(encoding="utf-8"))["weight_map"].values())
-        missing = sorted(shard for shard in shards if not (file.parent / shard).is_file())
+        missing = sorted(s for s in shards if Path(s).name != s or not (file.parent / s).is_file())
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         raise MoefyError(f"{file} is damaged; copy or download it again.") from None
     if missing:

@@ -281,11 +281,26 @@ def _load_gguf(path: Path, dtype: str) -> tuple[Any, Any]:
         raise MoefyError(
             f"The GGUF file {path} holds {layers} layers, and its metadata says {read}; copy or download it again."
         )
+    _check_rope(path, reader, model.config)
     # The weights are plain floats now; transformers would still refuse to save a model marked as quantised.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.is_quantized, model.hf_quantizer, model.quantization_method = False, None, None
     return model, tokenizer
+
+
+def _check_rope(path: Path, reader: Any, config: Any) -> None:
+    """MoefyError for rotary positions that a GGUF scales and transformers does not, having read no such thing."""
+    rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    if any(kind.get("rope_type", "default") != "default" for kind in (rope, *rope.values()) if isinstance(kind, dict)):
+        return
+    kinds = [field.contents() for name, field in reader.fields.items() if name.endswith(".rope.scaling.type")]
+    factors = [t for t in reader.tensors if t.name.startswith(("rope_freqs", "rope_factors"))]
+    if any(kind not in ("", "none") for kind in kinds) or any((t.data != 1).any() for t in factors):
+        raise MoefyError(
+            f"The GGUF file {path} scales its rotary positions, which transformers does not read from such files; "
+            f"start from the model in safetensors."
+        )
 
 
 def torch_dtype(name: str) -> Any:
