@@ -206,7 +206,7 @@ def load(path: str | os.PathLike[str], **options: Any) -> PreTrainedModel:
 def _base_class(path: str | os.PathLike[str], config: dict[str, Any]) -> Any:
     """The class of the dense model that a checkpoint was made from."""
     match config.get("architectures"):
-        case [str(first), *_]:
+        case [str(first), *_] if first.removeprefix("Moefy"):
             name = first.removeprefix("Moefy")
         case _:
             raise MoefyError(f"The config.json of {path} names no class (architectures); copy or download it again.")

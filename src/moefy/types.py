@@ -22,6 +22,11 @@ from moefy.errors import MoefyError as MoefyError
 _MANY_ROWS = 64
 
 
+def has_tangents() -> bool:
+    """Whether tensors may have tangents (forward-mode differentiation), which our kernels and oneDNN do not know."""
+    return getattr(forward_ad, "_current_level", -1) >= 0  # private to torch: without it, nothing is said
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear`: x (T, K) by weight (N, K) to (T, N); through oneDNN where that is likely to be faster.
 
@@ -29,7 +34,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     The operator is private to torch: without it, or with gradients, autocast or other types, this is `F.linear`.
     """
     plain = x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu" and x.ndim == 2
-    graded = forward_ad._current_level >= 0 or (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
+    graded = has_tangents() or (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
     rounded = torch.is_autocast_enabled("cpu")  # which knows torch's own operators alone
     if not plain or graded or rounded or len(x) < _MANY_ROWS or not weight.numel():
         return F.linear(x, weight, bias)

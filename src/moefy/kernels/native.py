@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from moefy.kernels.bank import (
@@ -33,6 +32,7 @@ from moefy.kernels.extension import (
     return_freed_memory,
     why_not,
 )
+from moefy.types import has_tangents
 
 __all__ = [
     "ACTIVATIONS",
@@ -64,7 +64,7 @@ def readable(x: Tensor) -> bool:
 
     Nor if it may have a tangent (forward-mode differentiation), which the kernel would drop.
     """
-    if type(x) not in (Tensor, nn.Parameter) or not x.is_cpu or x.is_neg() or forward_ad._current_level >= 0:
+    if type(x) not in (Tensor, nn.Parameter) or not x.is_cpu or x.is_neg() or has_tangents():
         return False
     try:
         return x.data_ptr() != 0 or x.numel() == 0  # zeros that take no memory, and functionalized tensors
