@@ -116,6 +116,7 @@ DAMAGES = {
     "no base": (config(lambda c: c.pop("base_model_type")), "lacks base_model_type"),
     "unknown base": (config(lambda c: c.update(base_model_type="zork")), "has no model type 'zork'"),
     "no class": (config(lambda c: c.pop("architectures")), "names no class"),
+    "an empty class": (config(lambda c: c.update(architectures=[""])), "names no class"),
     "unknown class": (config(lambda c: c.update(architectures=["ZorkLM"])), "has no ZorkLM"),
     "no class of a model": (config(lambda c: c.update(architectures=["Trainer"])), "is a Trainer, which is no model"),
     "unknown field": (config(lambda c: first(c).update(zork=1)), "has zork: 1"),

@@ -17,6 +17,7 @@ import torch
 from moefy.calibrate import check_ids
 from moefy.checkpoint import check_output, mend_generation, written
 from moefy.convert import check_dense
+from moefy.older import say_for_older
 from moefy.quiet import quiet_transformers
 from moefy.sites import find_sites
 from moefy.sources.models import load_source, local_path
@@ -128,3 +129,4 @@ def save_dense(model: Any, tokenizer: Any, out: Path) -> None:
     with written(out) as folder, quiet_transformers():
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+        say_for_older(folder)
