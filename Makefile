@@ -6,8 +6,8 @@ TORCH ?= torch==2.13.0
 # Processes that run the tests; two on two cores take 4:40 instead of 8:40.
 WORKERS ?= 2
 BIN := $(VENV)/bin
-# Bytecode is made of what is imported, when it is: of everything that pip installs it takes three times as long as all
-# else (torch and what moefy needs: 24 s instead of 70; the first import then takes 9 s more).
+# Bytecode is made of what is imported, when it is: of everything that pip installs it takes twice as long as all else
+# (torch and what moefy needs: 24 s instead of 70; the first import then takes 9 s more).
 export PIP_NO_COMPILE := 1
 
 .PHONY: demo test lint install clean

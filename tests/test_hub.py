@@ -134,7 +134,8 @@ def test_a_cached_model_loads_without_a_network(tmp_path, refused):
 
 
 def test_a_processor_comes_along_from_the_hub(tmp_path):
-    environment = cached(tmp_path, preprocessor_config='{"size": 3}')
+    files = {"preprocessor_config": '{"size": 3}', "video_preprocessor_config": "{}", "chat_template": "{ }"}
+    environment = cached(tmp_path, **files)
     options = ["--recipe", "cmoe", "--experts", "6", "--window", "32", "--windows", "4"]
     done = subprocess.run(
         [sys.executable, "-m", "moefy", "convert", "acme/tiny", str(tmp_path / "out"), *options],
@@ -143,5 +144,6 @@ def test_a_processor_comes_along_from_the_hub(tmp_path):
         env=environment,
     )
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "out" / "preprocessor_config.json").read_text() == '{"size": 3}'
+    for name, text in files.items():
+        assert (tmp_path / "out" / f"{name}.json").read_text() == text
     assert not (tmp_path / "out" / "processor_config.json").exists()

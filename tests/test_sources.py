@@ -6,6 +6,7 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 
 import gguf
+import peft
 import pytest
 import torch
 import transformers as tf
@@ -16,7 +17,7 @@ import moefy
 import tiny
 from moefy.quiet import loading
 from moefy.sources import gguf_file
-from moefy.sources.models import _check_rope, load_source
+from moefy.sources.models import _check_rope, _load_pretrained, load_source
 from words import pydoc_tokenizer
 
 
@@ -314,9 +315,12 @@ def test_a_model_needs_no_tokenizer(family, tmp_path):
 
 
 def test_an_adapter_beside_a_model_is_not_applied_unasked(tmp_path):
-    (saved(tmp_path / "m") / "adapter_config.json").write_text("{}")
-    with pytest.raises(moefy.MoefyError, match="an adapter beside its model"):
-        load_source(tmp_path / "m")
+    folder, model = saved(tmp_path / "m"), tiny.tiny("llama")
+    model.name_or_path = str(folder)
+    peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"])).save_pretrained(folder)
+    for load in (load_source, lambda name: _load_pretrained(str(name), "auto", False)):  # the second as from the hub
+        with pytest.raises(moefy.MoefyError, match="an adapter beside its model"):
+            load(folder)
 
 
 def test_a_shard_elsewhere_is_not_read(tmp_path):

@@ -112,6 +112,9 @@ def test_a_decoder_is_studied_on_labels_too():
     del feed["labels"]
     with pytest.raises(moefy.MoefyError, match="decoder_input_ids, or labels"):
         collect(model, [feed])
+    for family in ("vit", "whisper"):
+        with pytest.raises(moefy.MoefyError, match="has no input_ids"):
+            collect(tiny.tiny(family), [tiny.inputs(family)])
 
 
 def sequences_of(generator, rho, experts=24, top_k=4, count=60, longest=40):

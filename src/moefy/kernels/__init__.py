@@ -16,7 +16,7 @@ from torch import Tensor
 
 from moefy.errors import MoefyError, MoefyWarning
 from moefy.kernels import grouped, masked, native, reference
-from moefy.types import MoEWeights
+from moefy.types import MoEWeights, has_tangents
 
 Kernel = Callable[[Tensor, MoEWeights, Tensor, "Tensor | None"], Tensor]
 
@@ -85,6 +85,8 @@ def pick(x: Tensor, weights: MoEWeights) -> Kernel:
     check()
     if _choice in KERNELS:
         return KERNELS[_choice]
+    if has_tangents():  # which grouped_mm refuses
+        return reference.moe_ffn
     if masked.trains_faster(x, weights):
         return masked.moe_ffn
     return grouped.moe_ffn if grouped.supports(x, weights) else reference.moe_ffn

@@ -28,7 +28,7 @@ def check_directory(path: Path) -> dict[str, Any]:
             )
         raise MoefyError(f"{path} has no config.json, so it is not a model directory.")
     if (path / "adapter_config.json").is_file():  # transformers would apply it without a word
-        raise MoefyError(f"{path} holds an adapter beside its model; merge it (merge_and_unload) or move it away.")
+        raise adapter_error(str(path))
     files = sorted(path.glob("*.safetensors"))
     if not files:
         pickles = [f.name for pattern in _PICKLES for f in path.glob(pattern)]
@@ -108,6 +108,11 @@ def _check_layers(config: dict[str, Any], tensors: int, path: Path) -> None:
                     f"The config.json of {path} describes {count:,} layers and its files hold {tensors:,} weights; "
                     f"copy or download it again."
                 )
+
+
+def adapter_error(name: str) -> MoefyError:
+    """The error for an adapter that lies beside a model."""
+    return MoefyError(f"{name} holds an adapter beside its model; merge it (merge_and_unload) or move it away.")
 
 
 def quantised_error(name: str, method: str) -> MoefyError:

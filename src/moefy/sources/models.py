@@ -22,7 +22,7 @@ from moefy.hf import MODEL_TYPE
 from moefy.moe import moe_layers
 from moefy.quiet import quiet_transformers
 from moefy.sources import hub
-from moefy.sources.folder import check_directory, quantised_error
+from moefy.sources.folder import adapter_error, check_directory, quantised_error
 from moefy.sources.gguf_file import alone, is_gguf, layers_of, read_gguf, read_once
 from moefy.sources.tokenizer import load_tokenizer
 from moefy.types import MoefyError
@@ -197,6 +197,8 @@ def _load_pretrained(name: str, dtype: str, remote_code: bool) -> tuple[Any, Any
         raise MoefyError(f"The model {name!r} cannot be loaded{how}: {reason(error)}") from None
     if getattr(model, "is_quantized", False):  # with a GPU for them, transformers leaves the formats above as they are
         raise quantised_error(name, str(model.quantization_method))
+    if getattr(model, "_hf_peft_config_loaded", False):  # of the hub; a directory is refused before it is loaded
+        raise adapter_error(name)
     check_complete(model, info, name)
     return model, load_tokenizer(name, **options)
 

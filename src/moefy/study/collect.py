@@ -166,6 +166,8 @@ def _layers(model: Any) -> tuple[dict[str, Layer], _Watched]:
 
 def _sides(model: Any, batch: Mapping[str, Any]) -> dict[str, tuple[Tensor, Tensor | None]]:
     """The ids (N, L) that each side of a model sees, and their mask; MoefyError if they are not to be had."""
+    if "input_ids" not in batch:
+        raise MoefyError(f"The study looks at tokens, and what this {type(model).__name__} is given has no input_ids.")
     if not getattr(model.config, "is_encoder_decoder", False):
         return {"tokens": (batch["input_ids"], batch.get("attention_mask"))}
     ids = batch.get("decoder_input_ids")
