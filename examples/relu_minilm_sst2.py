@@ -20,7 +20,7 @@ from pathlib import Path
 
 from moefy.cli import console
 from moefy.sources.models import load_source
-from moefy.tasks import evaluate_task, task_examples
+from moefy.tasks import evaluate_examples, task_examples
 from moefy.tuning.relufy import relufy
 from moefy.types import MoefyError
 
@@ -58,7 +58,7 @@ def main() -> None:
         if not trained.done:
             return
     model, tokenizer = load_source(args.output)
-    figures = evaluate_task(model, tokenizer, "sst2", args.dev)
+    figures = evaluate_examples(model, tokenizer, "sst2", measured_on)
     print(f"accuracy on {len(measured_on):,} sentences: {figures['accuracy']:.4f}")
 
 

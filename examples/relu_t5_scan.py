@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGene
 from moefy.checkpoint import check_output
 from moefy.cli import console
 from moefy.sources.models import load_source
-from moefy.tasks import TASKS, evaluate_task, task_examples
+from moefy.tasks import TASKS, evaluate_examples, task_examples
 from moefy.tuning.finetune import Schedule, check_positive, finetune
 from moefy.tuning.relufy import save_dense
 from moefy.types import MoefyError
@@ -98,7 +98,7 @@ def main() -> None:
     if not Path(args.output).exists() and not train(args):
         return
     model, tokenizer = load_source(args.output)
-    figures = evaluate_task(model, tokenizer, "t2t", args.dev, limit=LINES)
+    figures = evaluate_examples(model, tokenizer, "t2t", measured_on)
     print(f"exact match on {len(measured_on):,} lines: {figures['exact_match']:.4f}")
 
 

@@ -120,6 +120,18 @@ def test_a_task_is_measured_with_what_ran(models, monkeypatch, capsys):
         assert list(json.loads(capsys.readouterr().out)["figures"]) == ["routed int8", "routed"]
 
 
+@pytest.mark.parametrize(
+    "ignored", [["eval", "--text", "pydoc"], ["eval", "--window", "8", "--windows", "2"], ["inspect", "--text", "pydoc"]]
+)
+def test_options_that_a_task_has_no_use_for_are_refused(ignored, models, monkeypatch, capsys):
+    (models / "t2t.tsv").write_text("input\ttarget\nthe value\tof the\n")
+    place = ["out"] if ignored[0] == "inspect" else []
+    task = ["--task", "t2t", "--data", "t2t.tsv"]
+    assert run(models, monkeypatch, ignored[0], "llama", *place, *task, *ignored[1:]) == 2
+    shown = " ".join(capsys.readouterr().err.split())
+    assert f"{' and '.join(ignored[1::2])} {'is' if len(ignored) == 3 else 'are'} not for a --task" in shown
+
+
 def test_a_loss_that_is_not_finite_is_refused():
     model, windows = tiny.tiny("llama"), torch.randint(0, 50, (2, 8))
     with torch.no_grad():

@@ -189,6 +189,16 @@ def test_a_conversion_that_ends_early_can_be_saved(family, tmp_path):
     assert torch.equal(tiny.output(again, feed), tiny.output(model, feed))
 
 
+def test_a_conversion_that_ends_before_any_expert_had_a_token_has_a_report():
+    model = tiny.tiny("mixtral")
+
+    def stop(done, of, name):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):  # one token, of few experts
+        moefy.convert(model, HALF, [{"input_ids": torch.full((1, 8), 3)}], progress=stop)
+
+
 @needs_native
 def test_the_native_kernel_runs_the_experts():
     model, feed = tiny.tiny("qwen3_moe"), tiny.inputs("qwen3_moe")

@@ -38,7 +38,7 @@ def test_every_task_reads_its_data(task, data):
 
 
 @pytest.mark.parametrize("task", TASKS)
-@pytest.mark.parametrize("family", ["t5-v1.0", "llama"])
+@pytest.mark.parametrize("family", ["t5-v1.0", "llama", "llava"])
 def test_language_models_do_every_task(task, family, data):
     model = randomised(tiny.tiny(family))
     tokenizer = words.tokenizer("t5" if family.startswith("t5") else "bert")

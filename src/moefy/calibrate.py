@@ -176,7 +176,9 @@ def ids_checked(model: Any) -> Iterator[None]:
     if embedding is None:
         yield
         return
-    hook = embedding.register_forward_pre_hook(lambda _, args: check_ids(model, args[0]))
+    hook = embedding.register_forward_pre_hook(
+        lambda _, args, kwargs: check_ids(model, input_of(args, kwargs)), with_kwargs=True
+    )
     try:
         yield
     finally:
@@ -239,6 +241,17 @@ def token_mask(keep: Tensor | None, count: int) -> Tensor | None:
     None too where the mask is of other tokens, as in the vision tower of a model that sees.
     """
     return None if keep is None or keep.numel() != count else keep.reshape(-1).bool()
+
+
+def input_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+    """The tensor (..., D) that a module such as an FFN is called with, under whatever name."""
+    return args[0] if args else next(value for value in kwargs.values() if isinstance(value, Tensor))
+
+
+def rows_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+    """The same as rows (T, D)."""
+    x = input_of(args, kwargs)
+    return x.reshape(-1, x.shape[-1])
 
 
 def row_mask(model: nn.Module, site: str, batch: Mapping[str, Any], count: int) -> Tensor | None:

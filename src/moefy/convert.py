@@ -57,7 +57,8 @@ class Report:
     @property
     def active_fraction(self) -> float:
         """Multiply-adds of the FFNs on the calibration over the dense ones', routers included, in the whole model."""
-        return sum(layer.active_fraction * layer.work for layer in self.layers) / sum(x.work for x in self.layers)
+        done = sum(layer.active_fraction * layer.work for layer in self.layers)
+        return done / max(1, sum(layer.work for layer in self.layers))  # no work in experts that no token has chosen
 
     def stored(self) -> dict[str, Any]:
         """The part that a given recipe, source and calibration determine."""

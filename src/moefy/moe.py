@@ -206,7 +206,7 @@ class MoEFFN(nn.Module):
             and not (torch.is_grad_enabled() and (x.requires_grad or self._trains()))
             and native.supports(self.spec.activation, x.dtype, x.device)
             and (self._packed is not None or self._may_pack())
-            and (self.router is None or self.router.ships or not 0 < self.top_k < self.spec.experts)
+            and (self.router is None or self.router.ships or not self.routes)
         )
 
     def _trains(self) -> bool:
@@ -235,7 +235,7 @@ class MoEFFN(nn.Module):
 
     def _forward_native(self, x: Tensor, packed: Packed) -> Tensor:
         how: dict[str, Any] = {"counts": self._usage.counts} if self._usage and self.spec.experts else {}
-        if not 0 < self.top_k < self.spec.experts or self.router is None or self.router.balance is not None:
+        if not self.routes or self.router is None or self.router.balance is not None:
             chosen, gate = self.choose(x)
             return packed.ffn.forward(x, chosen=chosen, gate_weights=gate, **how)
         if self.spec.most:
@@ -363,17 +363,19 @@ class MoEFFN(nn.Module):
             }
             return {**self.__dict__, "_parameters": own}
 
+    @property
+    def routes(self) -> bool:
+        return 0 < self.top_k < self.spec.experts  # it chooses some of its routed experts, not none and not all
+
     def active_fraction(self, experts: float | None = None) -> float:
         """Multiply-adds a token over the dense FFN's, the router's included.
 
         `experts` is how many run for a token on average; by default what the layer was made for.
         """
         spec = self.spec
-        per_neuron = spec.width * (3 if spec.gated else 2)
-        experts = min(self.top_k, spec.experts) if experts is None else experts
-        active = (spec.shared + experts * spec.expert_size) * per_neuron
-        routing = self.router.multiply_adds() if self.router is not None and 0 < self.top_k < spec.experts else 0
-        return (active + routing) / spec.multiply_adds
+        active = spec.shared + (min(self.top_k, spec.experts) if experts is None else experts) * spec.expert_size
+        routing = self.router.multiply_adds() if self.router is not None and self.routes else 0
+        return (active * spec.width * spec.matrices + routing) / spec.multiply_adds
 
     def extra_repr(self) -> str:
         return ", ".join(f"{k}={v}" for k, v in asdict(self.spec).items() if v is not None and v is not False)

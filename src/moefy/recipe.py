@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from moefy.construct import CONSTRUCTIONS
 from moefy.construct.sharing import SHARING
 from moefy.errors import RecipeError
+from moefy.recipe_text import read_yaml, sentence
 from moefy.routers import ROUTERS
 from moefy.slim import slim_spec
 from moefy.types import FFNWeights, LayerSpec, MoefyError
@@ -21,16 +21,6 @@ from moefy.types import FFNWeights, LayerSpec, MoefyError
 _COUNTS = {"shared": 3, "active": 3}  # CMoE's S3A3, of 8 experts
 # The later word counts: what was in the recipe before and says the same, or would override it, gives way.
 _LATER: dict[str, dict[str, Any]] = {"experts": {"expert_size": None}, "budget": _COUNTS}
-
-
-class _Loader(yaml.SafeLoader):
-    """As `yaml.safe_load`, but that of a field that is given twice the last word does not win."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        fields = [key.value for key, _ in node.value]
-        if twice := [field for field in fields if fields.count(field) > 1]:
-            raise MoefyError(f"The recipe gives {twice[0]} twice; keep one of the two.")
-        return super().construct_mapping(node, deep)
 
 
 class Recipe(BaseModel):
@@ -114,13 +104,18 @@ class Recipe(BaseModel):
             raise ValueError("a budget decides how many experts are shared and active; leave shared and active out")
         if self.selection == "top_k" and self.most_active != Recipe.model_fields["most_active"].default:
             raise ValueError("most_active bounds a selection by threshold; name the recipe reconstructed, or set that")
-        if self.slim and self.construction != "shared_only":
+        if self.slim and self.routes:
             raise ValueError(f"a slim model routes nothing: use the construction shared_only, not {self.construction}")
         if self.slim and self.allocation != "uniform":
             raise ValueError("all layers of a slim model have one width: use the allocation uniform")
         if self.expert_size is None and self.budget is None:
             self.counts(self.experts)
         return self
+
+    @property
+    def routes(self) -> bool:
+        """Whether any expert is chosen token by token."""
+        return self.construction != "shared_only"
 
     @property
     def shared_budgets(self) -> list[float]:
@@ -132,7 +127,7 @@ class Recipe(BaseModel):
             raise ValueError(
                 f"a budget of {budget} is less than one of {experts} experts; give more, or use smaller experts"
             )
-        if self.construction == "shared_only" or within == experts:
+        if not self.routes or within == experts:
             return within, 0
         shared = int(share * within + 1e-9)
         # The router in experts: a neuron costs 3·D multiply-adds with a gate and 2·D without.
@@ -147,7 +142,7 @@ class Recipe(BaseModel):
             activation=ffn.activation,
             gated=ffn.gate is not None,
         )
-        router = ROUTERS[self.router].planned_multiply_adds(spec) / (size * ffn.width * (2 if ffn.gate is None else 3))
+        router = ROUTERS[self.router].planned_multiply_adds(spec) / (size * ffn.width * ffn.matrices)
         active = int(budget * experts - shared - router + 1e-9)
         if active < 1 and self.allocation == "sensitivity":
             return within, 0  # a layer that gets too little to route keeps what is shared
@@ -199,10 +194,10 @@ class Recipe(BaseModel):
             shared, active = self._counts_within_budget(count, ffn, budget, share) if budget else self.counts(count)
         except ValueError as error:
             raise RecipeError(f"The recipe does not fit {site}: {error}.") from None
-        if self.construction == "shared_only":
+        if not self.routes:
             shared, active = shared + active, 0
         experts = ffn.neurons // size - shared
-        routed = self.construction != "shared_only" and active > 0
+        routed = self.routes and active > 0
         spec = LayerSpec(
             width=ffn.width,
             shared=shared * size,
@@ -229,7 +224,7 @@ class Recipe(BaseModel):
         size, common = self.expert_size, math.gcd(*neurons)
         if size is None or common % size == 0 or size != _own_size(self.name):
             return self
-        least = 1 if self.construction == "shared_only" else size / 2
+        least = size / 2 if self.routes else 1
         near = [n for n in _divisors(common) if least <= n <= 2 * size]
         return self.model_copy(update={"expert_size": min(near, key=lambda n: abs(n - size))}) if near else self
 
@@ -242,17 +237,7 @@ class Recipe(BaseModel):
 
     @classmethod
     def from_yaml(cls, text: str) -> Recipe:
-        try:
-            data = yaml.load(text, _Loader)  # a SafeLoader
-        except yaml.YAMLError as error:
-            raise MoefyError(f"The recipe is not YAML: {str(error).splitlines()[0]}.") from None
-        except RecursionError:
-            raise MoefyError("The recipe nests its YAML too deeply; give one value to a field.") from None
-        except (ValueError, LookupError, AttributeError):  # what it raises for a value that is not of its type
-            raise MoefyError("The recipe has a date or a number that YAML cannot read; mend or remove it.") from None
-        if not isinstance(data, dict):
-            raise MoefyError("The recipe must be a YAML mapping, such as `construction: activation`.")
-        return cls.of(data)
+        return cls.of(read_yaml(text))
 
     @classmethod
     def of(cls, recipe: Recipe | str | Path | dict[str, Any], **changes: Any) -> Recipe:
@@ -272,7 +257,7 @@ class Recipe(BaseModel):
         try:
             return cls.model_validate({**fields, **changes})
         except ValidationError as error:
-            raise RecipeError(f"The recipe is not valid: {_sentence(error)}.") from None
+            raise RecipeError(f"The recipe is not valid: {sentence(error, cls.model_fields)}.") from None
 
     @classmethod
     def _named_or_file(cls, recipe: str | Path) -> Recipe:
@@ -287,7 +272,7 @@ class Recipe(BaseModel):
             raise MoefyError(f"The recipe {path} is not a text file.") from None
 
 
-#: The recipe for who asks for nothing else.
+#: The recipe where none is named.
 DEFAULT = "reconstructed"
 #: Neurons of an expert where nothing is routed: fine enough for any share.
 FINE = 8
@@ -308,7 +293,7 @@ def _own_size(name: str) -> int | None:
     recipe = RECIPES.get(name.partition(":")[0].removesuffix("-shared-only"))
     if recipe is None:
         return None
-    return recipe.expert_size or (FINE if recipe.construction == "shared_only" else None)
+    return recipe.expert_size or (None if recipe.routes else FINE)
 
 
 def _divisors(neurons: int) -> list[int]:
@@ -322,34 +307,6 @@ def _way_out(neurons: int, wanted: int, option: str) -> str:
         return ", a prime number; use --recipe slim, or --recipe shared-only with --active 0.5, which route nothing"
     below, above = [n for n in divisors if n < wanted][-2:], [n for n in divisors if n > wanted][:2]
     return f"; give {option} a count that does, such as {', '.join(map(str, below + above))}"
-
-
-# Fields of several types, whose mistakes pydantic tells once for each type.
-_UNIONS = {
-    "shared": "a count such as 3 or a share such as 0.5",
-    "active": "a count such as 3 or a share such as 0.5",
-    "shared_budget": "a share such as 0.5 or a list of them",
-}
-
-
-def _sentence(error: ValidationError) -> str:
-    parts: dict[str, str] = {}
-    for e in error.errors():
-        where = ".".join(map(str, e["loc"]))
-        message = e["msg"].removeprefix("Value error, ")
-        if e["type"] == "extra_forbidden":
-            message = _unknown(where)
-        if len(e["loc"]) > 1 and e["loc"][0] in _UNIONS:
-            where = str(e["loc"][0])
-            message = f"give {_UNIONS[where]}, and not {str(e['input'])[:40]!r}"
-        parts.setdefault(where, f"{where}: {message}" if where else message)
-    return "; ".join(parts.values())
-
-
-def _unknown(field: str) -> str:
-    near = difflib.get_close_matches(field, Recipe.model_fields, 1)
-    known = f"the nearest is {near[0]}" if near else f"use one of {', '.join(Recipe.model_fields)}"
-    return f"there is no such field, {known}"
 
 
 RECIPES: dict[str, Recipe] = {

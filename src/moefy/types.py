@@ -92,9 +92,13 @@ class FFNWeights:
         return self.up.shape[1]
 
     @property
+    def matrices(self) -> int:
+        return 2 if self.gate is None else 3
+
+    @property
     def multiply_adds(self) -> int:
         """Of one token."""
-        return self.neurons * self.width * (2 if self.gate is None else 3)
+        return self.neurons * self.width * self.matrices
 
     def act(self) -> nn.Module:
         """The activation as a module, with its learned parameters, if it has any, in their own type."""
@@ -185,9 +189,13 @@ class LayerSpec:
         return self.shared + self.experts * self.expert_size
 
     @property
+    def matrices(self) -> int:
+        return 3 if self.gated else 2
+
+    @property
     def multiply_adds(self) -> int:
         """Of one token in the dense FFN."""
-        return self.neurons * self.width * (3 if self.gated else 2)
+        return self.neurons * self.width * self.matrices
 
     def dense(self, down_bias: bool) -> LayerSpec:
         """The shape of the same FFN with nothing routed or left out."""

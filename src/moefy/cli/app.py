@@ -18,7 +18,18 @@ import typer
 import moefy
 import moefy_cli
 from moefy.cli import compare, convert, export, run, tasks, tune
-from moefy.cli.common import Dtype, Int8, RemoteCode, TaskName, load_any, number, text_batches
+from moefy.cli.common import (
+    PYDOC,
+    Dtype,
+    Int8,
+    RemoteCode,
+    TaskName,
+    Text,
+    load_any,
+    number,
+    refuse_with_task,
+    text_batches,
+)
 from moefy.errors import MoefyError, MoefyWarning
 from moefy.version import __version__
 
@@ -83,7 +94,7 @@ app.command()(whole(convert.convert))
 @whole
 def evaluate(
     model: Annotated[str, typer.Argument(help="A converted directory, or any dense model that convert takes.")],
-    text: Annotated[str, typer.Option(help="Text to measure on; see convert --calibration.")] = "pydoc",
+    text: Text = None,
     task: TaskName = None,
     data: Annotated[
         list[str] | None,
@@ -91,8 +102,8 @@ def evaluate(
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="With --task: examples at most, over all the data.")] = None,
     against: Annotated[str | None, typer.Option(help="A dense model to measure beside it.")] = None,
-    window: Annotated[int, typer.Option(min=1, help="Tokens in a window.")] = 1024,
-    windows: Annotated[int, typer.Option(min=1, help="Windows at most.")] = 12,
+    window: Annotated[int | None, typer.Option(min=1, help="Tokens in a window.", show_default="1024")] = None,
+    windows: Annotated[int | None, typer.Option(min=1, help="Windows at most.", show_default="12")] = None,
     int8: Int8 = False,
     dtype: Dtype = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
@@ -104,12 +115,13 @@ def evaluate(
     from moefy.sources import texts
 
     if task or data or limit:
+        refuse_with_task({"--text": text, "--window": window, "--windows": windows})
         tasks.evaluate_task(model, task, data, limit, against, int8, dtype, as_json, trust_remote_code)
         return
-    body = texts.read_text(text)
+    body = texts.read_text(PYDOC if text is None else text)
     ours, tokenizer = load_any(model, dtype, trust_remote_code, int8)
     dense = load_any(against, dtype, trust_remote_code)[0] if against is not None else None
-    batches = text_batches(ours, tokenizer, body, window, windows)
+    batches = text_batches(ours, tokenizer, body, window or 1024, windows or 12)
     with console.progress("Evaluating") as update:
         figures = evaluate_model(ours, dense, batches, tokenizer, update)
     if as_json:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Annotated, Any
 
@@ -14,6 +14,8 @@ TEXT = (
     "a file (.txt, .txt.gz, .jsonl), hf:DATASET[/CONFIG][:SPLIT], the text itself if it has over 200 characters, or "
     "pydoc, the English text that ships with Python"
 )
+PYDOC = "pydoc"
+Text = Annotated[str | None, typer.Option(help="Text to run; see convert --calibration.", show_default=PYDOC)]
 TaskName = Annotated[
     str | None, typer.Option(help="sst2, mnli, mrpc, rte, piqa, arc, race, squad or t2t (text to text).")
 ]
@@ -30,6 +32,13 @@ def loading(name: str) -> Iterator[None]:
 
     with console.progress(f"Loading {name}", counted=False, brief=True) as update, quiet.loading(update):
         yield
+
+
+def refuse_with_task(options: Mapping[str, object]) -> None:
+    """MoefyError if one of these options, None where it was not given, was: a task has no use for it."""
+    given = [name for name, value in options.items() if value is not None]
+    if given:
+        raise MoefyError(f"{' and '.join(given)} {'is' if len(given) == 1 else 'are'} not for a --task; leave it out.")
 
 
 def load_any(name: str, dtype: str, remote_code: bool, int8: bool = False) -> tuple[Any, Any]:

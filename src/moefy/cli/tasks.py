@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from moefy.cli.common import Dtype, RemoteCode, TaskName, load_any, text_batches
+from moefy.cli.common import PYDOC, Dtype, RemoteCode, TaskName, Text, load_any, refuse_with_task, text_batches
 from moefy.errors import MoefyError
 
 
@@ -54,7 +54,7 @@ def relufy(
 def inspect(
     model: Annotated[str, typer.Argument(help="A converted directory, or any dense model that convert takes.")],
     output: Annotated[Path, typer.Argument(help="The directory for study.json and study.html.")],
-    text: Annotated[str, typer.Option(help="Text to run; see convert --calibration.")] = "pydoc",
+    text: Text = None,
     task: TaskName = None,
     data: Annotated[list[str] | None, typer.Option(help="With --task: its data, whose labels are studied too.")] = None,
     window: Annotated[int, typer.Option(min=1, help="Tokens in a window.")] = 256,
@@ -70,14 +70,19 @@ def inspect(
 
     if (task is None) != (data is None):
         raise MoefyError("A task is studied on its data; give both --task and --data.")
+    if task:
+        refuse_with_task({"--text": text})
     report.check(output)
+    # What may be wrong with the input is told before a model is loaded.
+    examples = tasks.task_examples(task, data) if task and data else []
+    body = "" if task else texts.read_text(PYDOC if text is None else text)
     loaded, tokenizer = load_any(model, dtype, trust_remote_code)
-    if task and data:
-        batches, labels, names = tasks.task_batches(loaded, tokenizer, task, data, tokens=window * windows)
+    if task:
+        found = tasks.example_batches(loaded, tokenizer, task, examples, tokens=window * windows)
     else:
-        batches, labels, names = text_batches(loaded, tokenizer, texts.read_text(text), window, windows), None, ()
+        found = text_batches(loaded, tokenizer, body, window, windows), None, ()
     with console.progress("Studying", counted=False) as update:
-        result = study(loaded, tokenizer, batches, labels, names, progress=update)
+        result = study(loaded, tokenizer, *found, progress=update)
     with console.status("Drawing"):
         made = report.write(result, output, f"moefy: {Path(model).name}")
     console.out.print(f"Wrote {made[0]} and {made[1]}.")
@@ -106,7 +111,7 @@ def evaluate_task(
     for name in (ours, *([against] if against is not None else [])):
         loaded, tokenizer = load_any(model if name == ours else name, dtype, remote_code, int8 and name == ours)
         with console.progress(f"{task}: {name}") as update, usage(loaded) as counted:
-            figures[name] = tasks.evaluate_task(loaded, tokenizer, task, data, limit, update)
+            figures[name] = tasks.evaluate_examples(loaded, tokenizer, task, examples, update)
         figures[name]["active_fraction"] = realised_fraction(loaded, counted) if counted else 1.0
     if as_json:
         print(json.dumps({"task": task, "examples": len(examples), "figures": figures}, indent=2))
@@ -126,8 +131,9 @@ def harness(
     trust_remote_code: RemoteCode = False,
 ) -> None:
     """Run lm-evaluation-harness on a model and print its figures as JSON."""
-    from moefy.measure.harness import run
+    from moefy.measure.harness import check_installed, run
 
+    check_installed()
     loaded, tokenizer = load_any(model, dtype, trust_remote_code)
     figures = run(loaded, tokenizer, tasks, include=include, limit=limit, shots=shots, batch_size=batch_size)
     print(json.dumps(figures, indent=2))

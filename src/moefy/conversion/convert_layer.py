@@ -14,7 +14,7 @@ from moefy import kernels
 from moefy.construct import construct
 from moefy.construct.sharing import SHARING
 from moefy.conversion.one_pass import Arrival
-from moefy.conversion.quality import Routing, RoutingTally, routes
+from moefy.conversion.quality import Routing, RoutingTally
 from moefy.moe import MoEFFN
 from moefy.recipe import Recipe
 from moefy.reconstruct import refit
@@ -146,7 +146,7 @@ def _measure(
 ) -> tuple[float, Routing | None]:
     """The error of the output and, if the layer routes, how well; MoefyError if the output overflows."""
     lost = total = 0.0
-    left, tally = ERROR_TOKENS, RoutingTally(moe) if routes(moe) else None
+    left, tally = ERROR_TOKENS, RoutingTally(moe) if moe.routes else None
     with kernels.using("torch"):  # the tally looks at the weights, which the native kernel would keep packed
         for rows in inputs():
             x = rows[:left].to(ffn.up.dtype)

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moefy.calibrate import token_mask, without_cache
+from moefy.calibrate import input_of, token_mask, without_cache
 from moefy.conversion.residuals import first_tensor
 from moefy.sites import ExpertList, Site, token_rows
 from moefy.types import MoefyError
@@ -210,12 +210,12 @@ class OnePass:
         def forward(*args: Any, **kwargs: Any) -> Any:
             batch = self._track.batch
             if batch is not None and name not in self._done:
-                batch.inputs = args[0] if args else kwargs["hidden_states"]
+                batch.inputs = input_of(args, kwargs)
                 batch.rows, batch.waiting_at = self._untracked(token_rows(self.model, name)), name
                 self._root.switch()
             if batch is not None and batch.dense:
                 output, batch.output = batch.output, None
-                return self._dense[name](args[0] if args else kwargs["hidden_states"]) if output is None else output
+                return self._dense[name](input_of(args, kwargs)) if output is None else output
             mounted = self.model.get_submodule(name)
             return dense_forward(*args, **kwargs) if mounted is module else mounted(*args, **kwargs)
 

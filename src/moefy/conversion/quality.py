@@ -77,11 +77,6 @@ class RoutingTally:
         )
 
 
-def routes(moe: MoEFFN) -> bool:
-    """Whether the layer chooses at all: some of its routed experts, not none and not all."""
-    return 0 < moe.top_k < moe.spec.experts
-
-
 def _highest(values: Tensor, many: Tensor) -> Tensor:
     """A mask (T, E) of each row's highest values (T, E), `many` (T, 1) of them."""
     order = values.argsort(dim=1, descending=True)

@@ -8,7 +8,7 @@ stock model is run beside the converted one, so nothing is approximated without 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from moefy.calibrate import rows_of
 from moefy.checkpoint import check_output
 from moefy.export import directory, gguf
 from moefy.export.glm4_moe import check, stock
@@ -81,11 +82,11 @@ def _router_spreads(model: PreTrainedModel) -> Iterator[dict[str, float]]:
     spreads: dict[str, float] = {}
 
     def watch(name: str, moe: Any) -> Any:
-        def hook(_: Any, args: tuple[Tensor, ...]) -> None:
-            logits = args[0].reshape(-1, args[0].shape[-1]).float() @ moe.router.weight.float().t()
+        def hook(_: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+            logits = rows_of(args, kwargs).float() @ moe.router.weight.float().t()
             spreads[name] = max(float(logits.std(dim=1).mean()), 1e-20)
 
-        return moe.register_forward_pre_hook(hook)
+        return moe.register_forward_pre_hook(hook, with_kwargs=True)
 
     hooks = [watch(name, moe) for name, moe in moe_layers(model).items() if moe.router is not None]
     try:

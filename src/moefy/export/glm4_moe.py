@@ -55,7 +55,7 @@ def check(model: PreTrainedModel) -> None:
     if window and window < config.max_position_embeddings:
         raise _refused(f"its attention looks {window} tokens back (sliding_window)", "use --recipe slim")
     routed = [moe for moe in layers if moe.spec.experts]
-    if not any(0 < moe.spec.top_k < moe.spec.experts for moe in routed):
+    if not any(moe.routes for moe in routed):
         raise _refused("nothing is routed")
     if any(moe.spec.experts == 0 for moe in layers[-len(routed) :]):
         raise _refused("layers that route are not followed by such layers only")
@@ -82,7 +82,7 @@ def _check_layer(moe: MoEFFN, first: LayerSpec) -> None:
     spec = moe.spec
     if spec.most:
         raise _refused("how many experts run differs from token to token (a threshold)")
-    if not 0 < spec.top_k < spec.experts:
+    if not moe.routes:
         raise _refused("not all of its layers with experts route")
     if not isinstance(moe.router, LinearRouter):
         raise _refused(f"its router is {spec.router}, and theirs are linear ones (linear, logistic)")

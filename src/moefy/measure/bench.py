@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from moefy.calibrate import positions
+from moefy.heads import head_of
 from moefy.kernels import native
-from moefy.measure.evaluate import is_causal_lm
 from moefy.moe import MoEFFN
 from moefy.types import MoefyError
 from moefy.usage import realised_fraction, usage
@@ -53,14 +53,14 @@ def cases(model: Any, new_tokens: int = 32, text: torch.Tensor | None = None) ->
         feed: dict[str, Any] = {"input_ids": ids(batch, length)}
         if model.config.is_encoder_decoder:
             feed["decoder_input_ids"] = feed["input_ids"]
-        elif is_causal_lm(model):
+        elif head_of(model) == "causal":
             feed |= {"use_cache": True, "logits_to_keep": 1}
-        what = "prefill" if is_causal_lm(model) else "forward"
+        what = "prefill" if head_of(model) == "causal" else "forward"
         return Case(f"{what} {batch} x {length}", batch * length, lambda m: m(**feed))
 
-    shapes = [(1, 256), (1, 1024), (8, 128)] if is_causal_lm(model) else [(1, 16), (1, 128), (8, 128)]
+    shapes = [(1, 256), (1, 1024), (8, 128)] if head_of(model) == "causal" else [(1, 16), (1, 128), (8, 128)]
     found = [forward(b, n) for b, n in shapes if n <= longest]
-    if is_causal_lm(model):
+    if head_of(model) == "causal":
         found.insert(0, _decode(ids(1, 32), new_tokens))
     return found
 

@@ -21,9 +21,10 @@ from moefy.conversion.budgets import Sensitivity, measure
 from moefy.conversion.resume import digest
 from moefy.convert import convert
 from moefy.errors import RecipeError
+from moefy.heads import head_of
 from moefy.hf import versions
 from moefy.measure import bench
-from moefy.measure.evaluate import is_causal_lm, perplexity
+from moefy.measure.evaluate import perplexity
 from moefy.recipe import DEFAULT, RECIPES, Recipe
 from moefy.routers import ROUTERS
 from moefy.sites import find_sites
@@ -115,7 +116,7 @@ def compare(
     total)` counts runs. MoefyError if the model is not a causal language model or `path` holds a comparison
     of something else; a recipe that does not fit the model is a line with a sentence, `skipped`.
     """
-    if not is_causal_lm(dense):
+    if head_of(dense) != "causal":
         raise MoefyError(f"Recipes are compared by perplexity, and a {type(dense).__name__} has none.")
     if getattr(dense.config, "moefy", None):
         raise MoefyError("This model is converted already; compare recipes on the dense model it came from.")
@@ -263,7 +264,7 @@ def _quality(model: Any, data: Data, nominal: float) -> tuple[dict[str, float], 
 
 def _ships(recipe: Recipe) -> bool:
     """Whether the recipe's speed says anything: an oracle computes all experts to choose some."""
-    return recipe.construction == "shared_only" or ROUTERS[recipe.router].ships
+    return not recipe.routes or ROUTERS[recipe.router].ships
 
 
 def _speed(dense: Any, model: Any, rounds: int, text: Tensor) -> dict[str, Any]:

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moefy import kernels
-from moefy.calibrate import output_mask, row_mask
-from moefy.conversion.quality import Routing, RoutingTally, routes
+from moefy.calibrate import output_mask, row_mask, rows_of
+from moefy.conversion.quality import Routing, RoutingTally
+from moefy.heads import head_of
 from moefy.moe import MoEFFN, moe_layers
 from moefy.types import MoefyError
 from moefy.usage import realised_fraction, usage
@@ -93,18 +94,11 @@ def perplexity(model: nn.Module, windows: Tensor, prefix: int = 0, progress: Pro
 
 
 def _causal_logits(model: nn.Module, ids: Tensor, mask: Tensor | None = None) -> Tensor:
-    if not is_causal_lm(model):
+    if head_of(model) != "causal":
         raise MoefyError(f"Perplexity needs a causal language model; this is a {type(model).__name__}.")
     device = next(model.parameters()).device
     feed = {"input_ids": ids.to(device)} | ({} if mask is None else {"attention_mask": mask.to(device)})
     return model(**feed, use_cache=False).logits
-
-
-def is_causal_lm(model: Any) -> bool:
-    """Whether the model predicts each next token of its input."""
-    names = {c.__name__.removeprefix("Moefy") for c in type(model).__mro__}
-    ends = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")  # the last: Gemma 3 with its eyes
-    return any(name.endswith(ends) for name in names) and not getattr(model.config, "is_encoder_decoder", False)
 
 
 def check_comparable(model: Any, other: Any) -> None:
@@ -118,7 +112,7 @@ def check_comparable(model: Any, other: Any) -> None:
 
 
 def _kind_of_input(model: Any) -> tuple[str, int | None]:
-    kind = "causal language model" if is_causal_lm(model) else "model"
+    kind = "causal language model" if head_of(model) == "causal" else "model"
     kind = "encoder-decoder" if getattr(model.config, "is_encoder_decoder", False) else kind
     return kind, getattr(model.config.get_text_config(), "vocab_size", None)
 
@@ -214,14 +208,14 @@ def routing(
     batch: Mapping[str, Any] = {}
 
     def watch(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple, out: Tensor) -> None:
-            rows = args[0].reshape(-1, args[0].shape[-1])
+        def hook(module: nn.Module, args: tuple, kwargs: Mapping[str, Any], out: Tensor) -> None:
+            rows = rows_of(args, kwargs)
             keep = row_mask(model, name, batch, len(rows))
             tallies[name].add(rows if keep is None else rows[keep])
 
         return hook
 
-    handles = [moe.register_forward_hook(watch(name)) for name, moe in layers.items()]
+    handles = [moe.register_forward_hook(watch(name), with_kwargs=True) for name, moe in layers.items()]
     try:
         with kernels.using("torch"):  # the ground truths look at the weights, which the native kernel keeps packed
             for batch in batches:
@@ -234,7 +228,7 @@ def routing(
 
 
 def _routed(model: nn.Module) -> dict[str, MoEFFN]:
-    return {n: m for n, m in moe_layers(model).items() if routes(m) and not m.is_int8}
+    return {n: m for n, m in moe_layers(model).items() if m.routes and not m.is_int8}
 
 
 #: Batches, a few thousand tokens, that settle shares to a percent.
@@ -257,10 +251,10 @@ def evaluate_model(
     """
     if dense is not None:
         check_comparable(model, dense)
-    if dense is None and not is_causal_lm(model) and not moe_layers(model):
+    if dense is None and head_of(model) != "causal" and not moe_layers(model):
         raise MoefyError(f"A {type(model).__name__} has no perplexity; compare it with --against another model.")
     few, models = batches[:FEW], 1 if dense is None else 2
-    whole = sum(len(batch["input_ids"]) for batch in batches) * models if is_causal_lm(model) else 0
+    whole = sum(len(batch["input_ids"]) for batch in batches) * models if head_of(model) == "causal" else 0
     compared = whole or (len(few) * 2 if dense is not None else 0)
     watched = few if _routed(model) or not compared else []
     done, total = itertools.count(1), compared + len(watched)
@@ -268,7 +262,7 @@ def evaluate_model(
     figures: dict[str, Any] = {}
     near: Agreement | None = None
     with usage(model) as counted:
-        if is_causal_lm(model):
+        if head_of(model) == "causal":
             figures, near = _language_figures(model, dense, batches, tokenizer, step)
         elif dense is not None:
             near = agreement(model, dense, few, step)

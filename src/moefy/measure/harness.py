@@ -8,11 +8,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from moefy.tasks.base import head_of
+from moefy.heads import head_of
 from moefy.types import MoefyError
+
+
+def check_installed() -> None:
+    """MoefyError if the harness is not there."""
+    if find_spec("lm_eval") is None:
+        raise MoefyError("lm-evaluation-harness is not installed: pip install lm-eval datasets.")
 
 
 def run(
@@ -32,12 +39,11 @@ def run(
     """
     if head_of(model) not in ("causal", "seq2seq"):
         raise MoefyError(f"lm-evaluation-harness needs a language model; this is a {type(model).__name__}.")
-    try:
-        from lm_eval import simple_evaluate
-        from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks import TaskManager
-    except ImportError:
-        raise MoefyError("lm-evaluation-harness is not installed: pip install lm-eval datasets.") from None
+    check_installed()
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
     if tokenizer is None:
         raise MoefyError("This model has no tokenizer, so a task's text cannot be fed to it.")
     if include is not None and not Path(include).is_dir():

@@ -16,7 +16,8 @@ from moefy.conversion.budgets import Sensitivity, allocate, measure
 from moefy.conversion.resume import Store
 from moefy.conversion.work import layer_work, measure_work, tokens_in
 from moefy.convert import Report, check_dense, convert, planned_shares, planned_specs
-from moefy.measure.evaluate import is_causal_lm, perplexity
+from moefy.heads import head_of
+from moefy.measure.evaluate import perplexity
 from moefy.recipe import Recipe
 from moefy.sites import Site, find_sites
 from moefy.types import MoefyError
@@ -95,10 +96,10 @@ def smallest_budget(
 
 def _searchable(model: Any, recipe: Recipe, target: float) -> tuple[Recipe, dict[str, Site]]:
     """The recipe as the search uses it, and the FFNs; MoefyError if there is nothing to search for."""
-    if not is_causal_lm(model):
+    if head_of(model) != "causal":
         raise MoefyError(f"A target loss needs a causal language model, and this is a {type(model).__name__}.")
     check_target(target)
-    if recipe.construction == "shared_only":
+    if not recipe.routes:
         recipe = at_share(recipe, LARGEST)
     if recipe.budget is None:
         raise MoefyError(

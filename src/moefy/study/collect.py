@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from moefy import kernels
-from moefy.calibrate import output_mask, real_tokens, row_mask, token_mask
-from moefy.conversion.quality import routes
+from moefy.calibrate import output_mask, real_tokens, row_mask, rows_of, token_mask
 from moefy.moe import MoEFFN, moe_layers
 from moefy.sites import find_sites, join_experts, token_rows
 from moefy.sources.models import check_finite
@@ -90,8 +89,8 @@ def collect(
     def watch(name: str, read: Callable[[], FFNWeights], moe: MoEFFN | None) -> Callable[..., None]:
         layer = layers[name]
 
-        def hook(module: nn.Module, args: tuple) -> None:
-            rows = args[0].reshape(-1, args[0].shape[-1])
+        def hook(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
+            rows = rows_of(args, kwargs)
             keep = row_mask(model, name, batch, len(rows))
             rows = rows if keep is None else rows[keep]
             if token_rows(model, name) is not None:
@@ -104,7 +103,8 @@ def collect(
         return hook
 
     handles = [
-        module.register_forward_pre_hook(watch(name, read, moe)) for name, (module, read, moe) in watched.items()
+        module.register_forward_pre_hook(watch(name, read, moe), with_kwargs=True)
+        for name, (module, read, moe) in watched.items()
     ]
     try:
         with torch.no_grad(), kernels.using("torch"):
@@ -147,7 +147,7 @@ _Watched = dict[str, tuple[nn.Module, Callable[[], FFNWeights], MoEFFN | None]]
 def _layers(model: Any) -> tuple[dict[str, Layer], _Watched]:
     """The FFNs by name in the model's order: what to count, and the module, weights and MoE to count it at."""
     watched: _Watched = {
-        name: (moe, moe.to_dense, moe if routes(moe) else None) for name, moe in moe_layers(model).items()
+        name: (moe, moe.to_dense, moe if moe.routes else None) for name, moe in moe_layers(model).items()
     }
     if not watched:
         watched = {site.entry_name: (site.entry, site.read, None) for site in find_sites(model)}

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from moefy.calibrate import check_ids, ids_checked, spread
+from moefy.heads import head_of
 from moefy.tasks.base import (
     Progress,
     Task,
     by_answers,
     by_length,
     collate,
-    head_of,
     longest_of,
     pad_id,
     padding,
@@ -33,7 +33,17 @@ from moefy.tasks.rows import read_rows
 from moefy.tasks.text_to_text import TEXT_TO_TEXT
 from moefy.types import MoefyError
 
-__all__ = ["TASKS", "Task", "evaluate_task", "named", "task_batches", "task_calibration", "task_examples"]
+__all__ = [
+    "TASKS",
+    "Task",
+    "evaluate_examples",
+    "evaluate_task",
+    "example_batches",
+    "named",
+    "task_batches",
+    "task_calibration",
+    "task_examples",
+]
 
 TASKS: dict[str, Task] = {t.name: t for t in (SST2, MNLI, MRPC, RTE, PIQA, ARC, RACE, SQUAD, TEXT_TO_TEXT)}
 
@@ -71,7 +81,14 @@ def evaluate_task(
     beyond the model's vocabulary.
     """
     _needs_tokenizer(tokenizer)
-    examples = task_examples(task, data, limit)
+    return evaluate_examples(model, tokenizer, task, task_examples(task, data, limit), progress)
+
+
+def evaluate_examples(
+    model: Any, tokenizer: Any, task: str | Task, examples: Sequence[Any], progress: Progress | None = None
+) -> dict[str, float]:
+    """`evaluate_task` on examples that `task_examples` has read."""
+    _needs_tokenizer(tokenizer)
     with ids_checked(model):
         return named(task).evaluate(model, tokenizer, examples, progress)
 
@@ -110,10 +127,22 @@ def task_batches(
 
     A multiple-choice head sees as many sequences of an example as it has answers.
     """
+    return example_batches(model, tokenizer, task, task_examples(task, data), tokens=tokens, batch_tokens=batch_tokens)
+
+
+def example_batches(
+    model: Any,
+    tokenizer: Any,
+    task: str | Task,
+    examples: Sequence[Any],
+    *,
+    tokens: int = 16384,
+    batch_tokens: int = 2048,
+) -> tuple[list[dict[str, Tensor]], list[Tensor] | None, tuple[str, ...]]:
+    """`task_batches` of examples that `task_examples` has read."""
     _needs_tokenizer(tokenizer)
     found = named(task)
     found.check(model)
-    examples = task_examples(task, data)
     batches, marks = _batches(model, tokenizer, found, examples, tokens, batch_tokens)
     names = found.class_names(model)
     return (batches, marks, names) if names else (batches, None, ())

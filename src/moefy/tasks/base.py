@@ -142,20 +142,6 @@ def by_length(lengths: Sequence[int], tokens: int = BATCH_TOKENS) -> Iterator[li
         order = order[size:]
 
 
-def head_of(model: Any) -> str:
-    """The kind of head: "classification", "choice", "qa", "seq2seq", "causal" or "none"."""
-    names = {c.__name__ for c in type(model).__mro__}
-    ends = {
-        "ForSequenceClassification": "classification",
-        "ForMultipleChoice": "choice",
-        "ForQuestionAnswering": "qa",
-        "ForConditionalGeneration": "seq2seq",
-        "ForCausalLM": "causal",
-        "LMHeadModel": "causal",
-    }
-    return next((kind for end, kind in ends.items() if any(n.endswith(end) for n in names)), "none")
-
-
 def refuse_head(task: str, model: Any, wanted: str) -> MoefyError:
     return MoefyError(f"The task {task} needs {wanted}; this is a {type(model).__name__}.")
 

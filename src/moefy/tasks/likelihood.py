@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from moefy.heads import head_of
 from moefy.sources.models import check_finite
-from moefy.tasks.base import Progress, by_length, head_of, pad_id, padded
+from moefy.tasks.base import Progress, by_length, pad_id, padded
 from moefy.tasks.pairs import encode_pair
 
 

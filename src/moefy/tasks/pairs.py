@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from moefy.calibrate import special_prefix
-from moefy.tasks.base import head_of, longest_input, pad_id
+from moefy.heads import head_of
+from moefy.tasks.base import longest_input, pad_id
 
 
 def encode_pair(model: Any, tokenizer: Any, source: str, target: str) -> tuple[list[int], list[int]]:

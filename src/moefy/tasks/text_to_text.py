@@ -11,17 +11,8 @@ from typing import Any
 
 import torch
 
-from moefy.tasks.base import (
-    Progress,
-    Task,
-    by_length,
-    greedy,
-    head_of,
-    longest_input,
-    pad_id,
-    padded,
-    refuse_head,
-)
+from moefy.heads import head_of
+from moefy.tasks.base import Progress, Task, by_length, greedy, longest_input, pad_id, padded, refuse_head
 from moefy.tasks.pairs import encode_pair, encode_pairs, prompt_ids
 from moefy.tasks.rows import Row, column, place_of, text_of
 from moefy.types import MoefyError

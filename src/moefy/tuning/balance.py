@@ -44,7 +44,7 @@ class Gates:
     @staticmethod
     def _routed(model: Any) -> dict[str, MoEFFN]:
         found = moe_layers(model).items()
-        return {n: moe for n, moe in found if moe.router is not None and 0 < moe.top_k < moe.spec.experts}
+        return {n: moe for n, moe in found if moe.router is not None and moe.routes}
 
     @classmethod
     def possible(cls, model: Any) -> bool:

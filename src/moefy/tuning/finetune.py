@@ -32,7 +32,6 @@ from moefy.conversion.resume import fingerprint
 from moefy.files import claimed_folder, put_in_place
 from moefy.tasks.base import by_answers, collate, longest_of
 from moefy.types import MoefyError
-from moefy_cli import STOPS
 
 Progress = Callable[[int, int], None]
 # Batches among whose examples those of like length are put together: 5 % of SST-2's tokens are then padding.
@@ -212,7 +211,7 @@ def _uninterrupted() -> Iterator[None]:
         yield  # signals do not come here
         return
     caught: list[int] = []
-    before = {n: signal.signal(n, lambda number, _: caught.append(number)) for n in STOPS}
+    before = {n: signal.signal(n, lambda number, _: caught.append(number)) for n in _STOPS}
     try:
         yield
     finally:
@@ -345,6 +344,7 @@ class _Run:
 
 
 # What AdamW keeps of a parameter. Its own count of steps too: an expert that no token chose has no gradient in a step.
+_STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # the command heeds the same
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moefy.calibrate import output_mask, without_cache
-from moefy.measure.evaluate import is_causal_lm
+from moefy.heads import head_of
 from moefy.types import MoefyError
 
 Batch = Mapping[str, Any]
@@ -22,7 +22,7 @@ def text_loss(model: Any, batch: Batch) -> Tensor:
     Padding is left out. MoefyError if there is nothing to be compared with.
     """
     inputs = without_cache(model, batch)
-    if "labels" not in inputs and is_causal_lm(model) and isinstance(inputs.get("input_ids"), Tensor):
+    if "labels" not in inputs and head_of(model) == "causal" and isinstance(inputs.get("input_ids"), Tensor):
         ids, mask = inputs["input_ids"], inputs.get("attention_mask")
         inputs["labels"] = ids if mask is None else ids.masked_fill((mask == 0) | _after_padding(mask), -100)
     loss = getattr(model(**inputs), "loss", None)

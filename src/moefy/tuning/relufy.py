@@ -17,12 +17,13 @@ import torch
 from moefy.calibrate import check_ids
 from moefy.checkpoint import check_output, mend_generation, written
 from moefy.convert import check_dense
+from moefy.heads import head_of
 from moefy.older import say_for_older
 from moefy.quiet import quiet_transformers
 from moefy.sites import find_sites
 from moefy.sources.models import load_source, local_path
 from moefy.tasks import named, task_examples
-from moefy.tasks.base import Task, head_of, pad_id, padding, sequences_of
+from moefy.tasks.base import Task, pad_id, padding, sequences_of
 from moefy.tuning.finetune import Progress, Schedule, Trained, check_positive, finetune
 from moefy.types import MoefyError
 
