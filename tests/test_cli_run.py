@@ -121,7 +121,8 @@ def test_a_task_is_measured_with_what_ran(models, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    "ignored", [["eval", "--text", "pydoc"], ["eval", "--window", "8", "--windows", "2"], ["inspect", "--text", "pydoc"]]
+    "ignored",
+    [["eval", "--text", "pydoc"], ["eval", "--window", "8", "--windows", "2"], ["inspect", "--text", "pydoc"]],
 )
 def test_options_that_a_task_has_no_use_for_are_refused(ignored, models, monkeypatch, capsys):
     (models / "t2t.tsv").write_text("input\ttarget\nthe value\tof the\n")

@@ -16,7 +16,7 @@ from moefy.moe import moe_layers
 from moefy.sources.models import check_weights
 from moefy.study import measures
 from moefy.study.collect import Layer, collect
-from moefy.study.preferences import over_sequences, over_tokens, preferences, turned
+from moefy.study.preferences import over_sequences, preferences, turned
 
 Progress = Callable[[int, int], None]
 # A token is listed if it occurs so often, and only the commonest are.
@@ -127,7 +127,7 @@ def _preferences(
     parts = (tokens["positions"] * 4).long().clamp(0, 3)
     found = {
         "part": preferences(chosen, parts, PARTS, turned(sequences), experts, seed),
-        "frequency": preferences(chosen, _frequency(ids), FREQUENCIES, over_tokens, experts, seed),
+        "frequency": preferences(chosen, _frequency(ids), FREQUENCIES, None, experts, seed),
     }
     if "labels" in tokens:
         labels = tokens["labels"]
@@ -138,7 +138,7 @@ def _preferences(
         place = {int(t): i for i, t in enumerate(listed)}
         classes = torch.tensor([place.get(int(t), -1) for t in ids])
         names = [_text(tokenizer, int(t)) for t in listed]
-        found["token"] = preferences(chosen, classes, names, over_tokens, experts, seed)
+        found["token"] = preferences(chosen, classes, names, None, experts, seed)
     return found
 
 

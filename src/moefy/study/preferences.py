@@ -3,7 +3,7 @@
 The statistic of an expert and a class of tokens is how many of the class chose the expert. Its distribution
 under chance comes from moving the classes, in one of three ways:
 
-- over all tokens (`over_tokens`): tokens are taken to choose independently of each other. The count is then
+- over all tokens: tokens are taken to choose independently of each other. The count is then
   hypergeometric, and its tail is exact;
 - by turning each sequence round (`turned`): parts of a sequence, whose neighbouring tokens choose alike;
 - over whole sequences (`over_sequences`): labels.
@@ -17,7 +17,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import numpy as np
 import torch
+from scipy import stats
 from torch import Tensor
 
 from moefy.stats import as_mask
@@ -31,22 +33,23 @@ Shuffle = Callable[[Tensor, torch.Generator], Tensor]
 
 
 def preferences(
-    chosen: Tensor, classes: Tensor, names: list[str], shuffle: Shuffle, experts: int, seed: int = 0
+    chosen: Tensor, classes: Tensor, names: list[str], shuffle: Shuffle | None, experts: int, seed: int = 0
 ) -> dict[str, Any]:
     """What experts (E) prefer among classes (C), for tokens' experts (T, K) and classes (T,), -1 for none.
 
-    `lift` (E, C) is the share of the class that chose the expert over the share of all tokens that did; `p` and
-    `q` are two-sided; `significant` is the share of (expert, class) pairs with q under 5 %.
+    `shuffle` moves the classes, None over all tokens. `lift` (E, C) is the share of the class that chose the expert
+    over the share of all tokens that did; `p` and `q` are two-sided; `significant` is the share of
+    (expert, class) pairs with q under 5 %.
     """
     picked = as_mask(chosen, experts).float()
     observed = _counts(picked, classes, len(names))
     size = torch.bincount(classes[classes >= 0], minlength=len(names))
-    if shuffle is over_tokens:
+    if shuffle is None:
         p = independent_tokens(observed, picked.sum(0), size, len(picked))
     else:
         generator = torch.Generator().manual_seed(seed)
         p = beyond((_counts(picked, shuffle(classes, generator), len(names)) for _ in range(SHUFFLES)), observed)
-    q = benjamini_hochberg(p)
+    q = torch.from_numpy(stats.false_discovery_control(p.numpy(), axis=None)).view_as(p)
     rate = picked.mean(0)[:, None].clamp_min(1e-12)
     lift = observed / size.clamp_min(1) / rate
     return {
@@ -64,20 +67,11 @@ def independent_tokens(observed: Tensor, picked: Tensor, size: Tensor, tokens: i
 
     `observed` (E, C) are the counts, `picked` (E,) the tokens of each expert and `size` (C,) of each class.
     """
-    picked, p = picked.double()[:, None], torch.ones(observed.shape, dtype=torch.float64)
-    for c, n in enumerate(size.double()):
-        count = torch.arange(int(n) + 1, dtype=torch.float64)
-        possible = (count <= picked) & (n - count <= tokens - picked)
-        ways = _log_choose(picked, count) + _log_choose(tokens - picked, n - count)
-        share = (ways - _log_choose(torch.tensor(float(tokens)).double(), n)).exp().where(possible, 0.0)
-        here = observed[:, c, None]
-        p[:, c] = torch.minimum((share * (count >= here)).sum(1), (share * (count <= here)).sum(1))
-    return _two_sided(p)
-
-
-def _log_choose(of: Tensor, some: Tensor) -> Tensor:
-    some = torch.minimum(some, of).clamp_min(0)  # what is impossible is left out by the caller
-    return torch.lgamma(of + 1) - torch.lgamma(some + 1) - torch.lgamma(of - some + 1)
+    count, chosen, of_class = (t.long().numpy() for t in (observed, picked[:, None], size[None]))
+    at_most = stats.hypergeom.cdf(count, tokens, chosen, of_class)
+    # At least so many that chose the expert: at most so many that did not. scipy's sf is a loop in Python.
+    at_least = stats.hypergeom.cdf(of_class - count, tokens, tokens - chosen, of_class)
+    return _two_sided(torch.from_numpy(np.minimum(at_most, at_least)))
 
 
 def beyond(draws: Iterable[Tensor], observed: Tensor) -> Tensor:
@@ -89,37 +83,15 @@ def beyond(draws: Iterable[Tensor], observed: Tensor) -> Tensor:
     deviation = off.square().mean(0).sqrt().clamp_min(1e-12)
     skewness = (off**3).mean(0) / deviation**3 * (observed - mean).sign()
     # At least what the draws have seen: a count of few tokens has a rougher tail than any formula.
-    tail = _gamma_tail((observed - mean).abs() / deviation, skewness).maximum(hits / (1 + len(drawn)))
+    # On the short side it is taken as normal, which is more than it is.
+    tail = torch.from_numpy(stats.pearson3.sf(((observed - mean).abs() / deviation).numpy(), skewness.clamp_min(0)))
+    tail = tail.maximum(hits / (1 + len(drawn)))
     return _two_sided(torch.where(hits < RESOLVED, tail, (1 + hits) / (1 + len(drawn))))
 
 
 def _two_sided(p: Tensor) -> Tensor:
     """From the smaller of the two tails."""
     return (2 * p).clamp_max(1)
-
-
-def _gamma_tail(z: Tensor, skewness: Tensor) -> Tensor:
-    """P(Z > z) of a gamma distribution with that skewness, shifted and scaled to mean 0 and deviation 1.
-
-    A tail on the short side is taken as normal, which is more than it is.
-    """
-    shape = 4 / skewness.clamp_min(1e-2) ** 2
-    gamma = torch.special.gammaincc(shape, shape + z * shape.sqrt())
-    return torch.where(skewness > 1e-2, gamma, torch.special.erfc(z / 2**0.5) / 2)
-
-
-def benjamini_hochberg(p: Tensor) -> Tensor:
-    """Adjusted p-values of the same shape: the false discovery rate at which each would be called."""
-    flat, order = p.flatten().sort()
-    count = len(flat)
-    raised = flat * count / torch.arange(1, count + 1)
-    smallest = raised.flip(0).cummin(0).values.flip(0).clamp_max(1)
-    return torch.empty_like(smallest).scatter_(0, order, smallest).view_as(p)
-
-
-def over_tokens(classes: Tensor, generator: torch.Generator) -> Tensor:
-    """Every token's class to any token."""
-    return classes[torch.randperm(len(classes), generator=generator)]
 
 
 def turned(sequences: Tensor) -> Shuffle:
