@@ -10,9 +10,9 @@ ROOT = Path(moefy.__file__).parent
 ORDER = [
     "version",
     "errors",
+    "files",
     "older",
     "heads",
-    "files",
     "types",
     "quiet",
     "sites",

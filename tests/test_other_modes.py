@@ -54,8 +54,7 @@ def test_tensors_without_memory_of_their_own_are_not_read():
     close(moe(torch._efficientzerotensor(x.shape)), zeros)
     moe(x)
     assert moe.packed_bytes()
-    with pytest.raises(moefy.MoefyError, match="cannot write fake tensors"):
-        torch.func.functionalize(moe)(x)
+    close(torch.func.functionalize(moe)(x), want)  # it is unpacked outside of the transform
     with pytest.raises(ValueError, match="plain tensor on the CPU"):
         moe._packed.ffn.forward(torch.empty(x.shape, device="meta"), chosen=torch.zeros(len(x), 1, dtype=torch.long))
 

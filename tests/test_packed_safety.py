@@ -5,8 +5,10 @@ import threading
 
 import pytest
 import torch
+from torch.nn.utils import prune
 
 import moefy
+import tiny
 from moefy import kernels, packed
 from moefy.kernels import native
 from moefy.moe import MoEFFN
@@ -240,3 +242,53 @@ def test_what_was_read_stays_when_a_layer_packs():
     assert torch.equal(state["_parameters"]["experts_up"], expected[2])
     dense.down_bias.add_(1)
     assert torch.equal(moe.weights().bias, expected[1])
+
+
+def test_transforms_of_torch_func_run_on_a_layer_that_is_packed():
+    moe, x = build()
+    expected = torch.func.jacrev(moe)(x[:1])
+    with torch.no_grad():
+        moe(x)
+    assert moe.packed_bytes()
+    assert torch.equal(torch.func.jacrev(moe)(x[:1]), expected)
+    with torch.no_grad():
+        moe(x)
+    close(torch.func.vjp(moe, x[:1])[1](torch.ones_like(x[:1]))[0], expected.sum((0, 1)))
+
+
+@torch.no_grad()
+def test_values_for_parameters_that_are_released_are_refused():
+    moe, x = build()
+    expected = moe(x)
+    vector = torch.nn.utils.parameters_to_vector(moe.parameters())
+    torch.nn.utils.vector_to_parameters(vector * 0, moe.parameters())
+    with pytest.raises(moefy.MoefyError, match="changed in place after it had packed them"):
+        moe(x)
+    moe.unpack()
+    whole = torch.nn.utils.parameters_to_vector(moe.parameters())
+    assert len(whole) > len(vector)
+    torch.nn.utils.vector_to_parameters(whole / 2, moe.parameters())
+    assert not torch.allclose(moe(x), expected)
+
+
+@torch.no_grad()
+def test_a_pruned_parameter_that_was_released_is_a_sentence():
+    moe, x = build()
+    moe(x)
+    prune.l1_unstructured(moe, "experts_down", 0.5)
+    with pytest.raises(moefy.MoefyError, match=r"were replaced \(pruned\) while they were packed"):
+        moe(x)
+
+
+@pytest.mark.parametrize("change", [torch.nn.Module.half, lambda model: model.to(torch.bfloat16)])
+@torch.no_grad()
+def test_an_int8_model_that_another_type_is_refused_for_is_whole(change):
+    model, feed = tiny.tiny("llama"), tiny.inputs("llama")
+    moefy.convert(model, "cmoe", [feed])
+    moefy.pack(model, "int8")
+    expected = tiny.output(model, feed)
+    with pytest.raises(moefy.MoefyError, match="cannot be undone"):
+        change(model)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert torch.equal(tiny.output(model, feed), expected)
+    assert torch.equal(tiny.output(model.float(), feed), expected)

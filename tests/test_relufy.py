@@ -89,6 +89,23 @@ def test_a_run_that_was_cut_off_ends_with_the_same_weights(tmp_path, data):
     assert same_weights(tmp_path / "whole", tmp_path / "pieces")
 
 
+def test_a_run_that_was_cut_off_while_it_saved_ends_with_the_same_files(tmp_path, data, monkeypatch):
+    source, options = encoder(tmp_path / "dense"), {"epochs": 1, "batch_size": 8}
+    relufy(source, tmp_path / "whole", "sst2", data, **options)
+
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("moefy.tuning.relufy.save_dense", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            relufy(source, tmp_path / "pieces", "sst2", data, **options)
+    relufy(source, tmp_path / "pieces", "sst2", data, **options)
+    files = sorted(file.name for file in (tmp_path / "whole").iterdir())
+    assert files == sorted(file.name for file in (tmp_path / "pieces").iterdir())
+    assert all((tmp_path / "whole" / f).read_bytes() == (tmp_path / "pieces" / f).read_bytes() for f in files)
+
+
 def same_weights(*paths):
     first, second = (AutoModelForSequenceClassification.from_pretrained(path).state_dict() for path in paths)
     return all(torch.equal(first[k], second[k]) for k in first)

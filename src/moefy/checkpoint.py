@@ -19,7 +19,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from moefy import hf, slim
 from moefy.convert import check_no_adapters
-from moefy.files import put_in_place, sync
+from moefy.files import parse_json, put_in_place, sync
 from moefy.model_card import model_card
 from moefy.older import say_for_older
 from moefy.quiet import quiet_transformers
@@ -88,7 +88,7 @@ def check_output(
 def _is_ours(out: Path) -> bool:
     """Whether a folder is empty or a model's: other programs have a config.json too."""
     try:
-        config = json.loads((out / "config.json").read_text(encoding="utf-8"))
+        config = parse_json((out / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         config = None
     named = isinstance(config, dict) and ("model_type" in config or "architectures" in config)
@@ -220,7 +220,7 @@ def _base_class(path: str | os.PathLike[str], config: dict[str, Any]) -> Any:
 
 def _is_slim(folder: Path) -> bool:
     try:
-        return slim.is_slim(json.loads((folder / "report.json").read_text(encoding="utf-8")))
+        return slim.is_slim(parse_json((folder / "report.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return False  # none, or another tool's
 
@@ -306,7 +306,9 @@ def _valid(settings: GenerationConfig) -> bool:
 def _place(path: str | os.PathLike[str]) -> Path:
     """The absolute path behind a path as it was typed, links followed: what a rename has to replace."""
     try:
-        return local_path(path).resolve()
+        place = local_path(path).resolve()
+        str(place).encode()  # torch and safetensors take no name of other bytes, and say so at the end
+        return place
     except (RuntimeError, ValueError, OSError) as error:  # links in a circle, a zero byte
         raise MoefyError(f"{os.fspath(path)!r} cannot be used as a path: {reason(error)}") from None
 

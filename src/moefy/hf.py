@@ -33,6 +33,7 @@ from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPI
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
 from moefy.moe import MoEFFN, moe_layers
+from moefy.packed import keeps
 from moefy.quiet import quiet_transformers
 from moefy.routers import ROUTERS, Router
 from moefy.sites import bamboo, base_model_type, find_sites, text_config
@@ -81,12 +82,15 @@ def _spec(name: str, stored: Any) -> LayerSpec:
     wrong = f"The config.json of this converted model is damaged or newer than this moefy, for {name} has"
     given = stored if isinstance(stored, Mapping) else {}
     for key, value in given.items():
-        if not isinstance(value, known.get(key, ())) or (isinstance(value, int) and value < 0):
+        mixed = isinstance(value, bool) and known.get(key) is int  # Python takes true for 1
+        if mixed or not isinstance(value, known.get(key, ())) or (isinstance(value, int) and value < 0):
             raise MoefyError(f"{wrong} {key}: {value!r}; copy it again.")
     try:
         spec = LayerSpec(**given)
     except TypeError:
         raise MoefyError(f"{wrong} not all that it should ({', '.join(given) or 'nothing'}); copy it again.") from None
+    if spec.top_k > spec.experts or (spec.most and not spec.top_k <= spec.most <= spec.experts):
+        raise MoefyError(f"{wrong} top_k {spec.top_k} and most {spec.most} of {spec.experts} experts; copy it again.")
     if spec.router not in (None, *ROUTERS) or spec.activation not in ACT2FN:
         raise MoefyError(f"{wrong} the router {spec.router!r} and the activation {spec.activation!r}; copy it again.")
     return spec
@@ -139,7 +143,14 @@ def model_class(base: Any, config: Any) -> Any:
             )
         super(made, self).save_pretrained(*args, **kwargs)
 
+    def apply(self: PreTrainedModel, fn: Any, recurse: bool = True) -> PreTrainedModel:
+        for moe in moe_layers(self).values():  # before anything is moved
+            if moe.is_int8 and not keeps(fn, moe.experts_up.dtype):
+                moe.unpack()  # which says that it cannot
+        return super(made, self)._apply(fn, recurse)
+
     members = {
+        "_apply": apply,
         "save_pretrained": save_pretrained,
         "__init__": __init__,
         "initialize_weights": initialize_weights,

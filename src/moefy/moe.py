@@ -101,11 +101,12 @@ class MoEFFN(nn.Module):
             return self._views()
 
     def _check_there(self) -> None:
-        """MoefyError if another layer has packed the parameters, and so emptied them."""
-        if self.shared_up.ndim != 2 or self.experts_up.ndim != 3:
+        """MoefyError if the parameters were emptied by another layer, or replaced while they were empty."""
+        own = {name: getattr(self, name) for name in _OWN if not name.endswith("bias")}
+        if any(t is not None and t.ndim != (3 if name[0] == "e" else 2) for name, t in own.items()):
             raise MoefyError(
-                "The weights of a converted layer are packed by another that shares its parameters; "
-                "copy the layer with copy.deepcopy, or call the other's unpack()."
+                "The weights of a converted layer are packed by another that shares its parameters, or were replaced "
+                "(pruned) while they were packed; call unpack() before, or copy the layer with copy.deepcopy."
             )
 
     def _views(self) -> MoEWeights:
@@ -151,11 +152,9 @@ class MoEFFN(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(..., D) to (..., D)."""
-        if torch.compiler.is_compiling():
-            return self._break_graph(hidden_states)
-        return self._run(hidden_states)
+        return (self._break_graph if torch.compiler.is_compiling() else self._run)(hidden_states)
 
-    @torch.compiler.disable  # routing is data-dependent: a graph break here, the rest of the model compiles
+    @torch.compiler.disable(reason="moefy routes by data; leave fullgraph=True out")  # the rest compiles
     def _break_graph(self, hidden_states: Tensor) -> Tensor:
         return self._run(hidden_states)
 

@@ -7,6 +7,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from operator import attrgetter
 from typing import Any
 
@@ -27,6 +28,9 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(before=LOCK.acquire, after_in_parent=LOCK.release, after_in_child=LOCK.release)
 
 _VERSION = attrgetter("_version")
+# The stride of what is left of a packed parameter, which nothing else has: an empty `.data` that somebody gave it, as
+# vector_to_parameters does, is told from it.
+_RELEASED = (1_000_003,)
 
 
 def check_not_recorded() -> None:
@@ -110,6 +114,11 @@ class Graphs:
         return Graphs, ()
 
 
+def _outside_transforms() -> AbstractContextManager[Any]:
+    """Within torch.func's transforms new tensors are wrappers, which the kernel cannot write."""
+    return torch._C._DisableFuncTorch() if hasattr(torch._C, "_DisableFuncTorch") else nullcontext()
+
+
 def called_functionally() -> bool:
     """Whether torch.func.functional_call is under way: the parameters are its caller's, who goes on with them."""
     frame: Any = sys._getframe(1)
@@ -152,6 +161,7 @@ class Packed:
         )
         self._parameters = {name: p for name, p in own.items() if p.numel()}  # what is empty keeps its shape
         self._snapshot = Snapshot(parameters)
+        self._strides = [_RELEASED] * len(self._parameters)  # once they are released
         self.router: native.PackedRouter | None = None
         self._router: Router | None = None
         self._router_snapshot = Snapshot({})
@@ -163,14 +173,17 @@ class Packed:
     def empty(self) -> None:
         """Release the parameters' memory: last, when whoever stops it has the packed weights."""
         for parameter in self._parameters.values():
-            parameter.data = parameter.data.new_empty(0)
+            parameter.data = parameter.data.new_empty(0).as_strided((0,), _RELEASED)
 
     def is_of(self, parameters: Mapping[str, nn.Parameter | None]) -> bool:
         """Whether the layer has the parameters that were packed, none with a new `.data`; MoefyError if one was
-        changed in place, to no effect."""
-        if not self._snapshot.same(parameters) or any(map(Tensor.numel, self._parameters.values())):
+        changed in place, or given a new empty `.data`, to no effect."""
+        if not self._snapshot.same(parameters):
             return False
-        if not self._snapshot.unchanged():
+        replaced = list(map(Tensor.stride, self._parameters.values())) != self._strides
+        if replaced and any(map(Tensor.numel, self._parameters.values())):
+            return False
+        if replaced or not self._snapshot.unchanged():
             raise MoefyError(
                 "Weights of a converted layer were changed in place after it had packed them, which has no effect: "
                 "call its unpack() (or model.train()) before such a change."
@@ -216,7 +229,7 @@ class Packed:
         """Give the parameters their values again: plain tensors, whatever mode the caller is in."""
         if self.ffn.precision == "int8":
             raise MoefyError("The experts were packed as int8, which cannot be undone; load the model again.")
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad(), _outside_transforms():
             for name, tensor in self.ffn.unpack().items():
                 parameter = self._parameters.get(name)
                 if parameter is not None and not parameter.numel():  # not empty: `.data` was set since

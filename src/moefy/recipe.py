@@ -88,8 +88,8 @@ class Recipe(BaseModel):
     @classmethod
     def _shares(cls, value: float | list[float]) -> float | list[float]:
         found = value if isinstance(value, list) else [value]
-        if not found or not all(0 <= share <= 1 for share in found):
-            raise ValueError("give one share from 0 to 1, or a list of them")
+        if not 0 < len(found) <= 64 or not all(0 <= share <= 1 for share in found):  # each costs a refit a layer
+            raise ValueError("give one share from 0 to 1, or a list of at most 64")
         return value
 
     @model_validator(mode="after")
@@ -248,7 +248,7 @@ class Recipe(BaseModel):
         if isinstance(recipe, (str, Path)):
             recipe = cls._named_or_file(recipe)
         fields = recipe.model_dump() if isinstance(recipe, Recipe) else dict(recipe)
-        base = RECIPES.get(str(fields.get("name")))
+        base = RECIPES.get(name) if isinstance(name := fields.get("name"), str) else None
         if base is not None and not isinstance(recipe, Recipe):  # a mapping with no more than what differs
             fields, changes = base.model_dump(), {**fields, **changes}
         for field, overridden in _LATER.items():

@@ -13,13 +13,30 @@ from moefy.errors import MoefyError
 
 
 class _Loader(yaml.SafeLoader):
-    """As `yaml.safe_load`, but a field that is given twice is an error."""
+    """As `yaml.safe_load`, but a field that is given twice is an error.
+
+    So is what may take memory or time without end, and no recipe needs: aliases of lists of aliases, and whole numbers
+    of thousands of digits.
+    """
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise MoefyError("The recipe has an alias (*name), which none needs; write the value itself.")
+        return super().compose_node(parent, index)
+
+    def construct_yaml_int(self, node: Any) -> int:
+        if abs(found := super().construct_yaml_int(node)) >= 2**63:
+            raise ValueError
+        return found
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         fields = [key.value for key, _ in node.value]
         if twice := [field for field in fields if fields.count(field) > 1]:
             raise MoefyError(f"The recipe gives {twice[0]} twice; keep one of the two.")
         return super().construct_mapping(node, deep)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 
 
 def read_yaml(text: str) -> dict[str, Any]:

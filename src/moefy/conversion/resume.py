@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from moefy.calibrate import CalibrationInfo, add_tensor
 from moefy.errors import MoefyWarning
-from moefy.files import put_in_place
+from moefy.files import parse_json, put_in_place
 from moefy.moe import moe_layers
 from moefy.version import __version__
 
@@ -50,7 +50,7 @@ class Store:
                 "weights": fingerprint(model),
                 "config": model.config.to_json_string(),
                 "calibration": CalibrationInfo.of(batches).fingerprint,
-                "moefy": f"{__version__} 2",  # and the number of the format
+                "moefy": f"{__version__} 3",  # and the number of the format
             }
         )
 
@@ -70,8 +70,10 @@ class Store:
             return None
         try:
             with safe_open(self._file(name), framework="pt") as stored:
-                about = json.loads((stored.metadata() or {})["moefy"])
-                return {key: stored.get_tensor(key) for key in stored.keys()}, about  # noqa: SIM118
+                known = stored.metadata() or {}
+                tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118
+            about = parse_json(known["moefy"])
+            return (tensors, about) if known["digest"] == _seal(tensors, known["moefy"]) else None
         except (SafetensorError, OSError, ValueError, KeyError):
             return None
 
@@ -85,7 +87,8 @@ class Store:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             whole = {key: tensor.detach().contiguous() for key, tensor in tensors.items()}
-            save_file(whole, partial, metadata={"moefy": json.dumps(came[1])})
+            said = json.dumps(came[1])
+            save_file(whole, partial, metadata={"moefy": said, "digest": _seal(whole, said)})
             put_in_place(partial, file)
         except (SafetensorError, OSError) as error:
             self._failed.append(error)
@@ -104,6 +107,11 @@ class Store:
     def _file(self, name: str) -> Path:
         assert self.folder is not None
         return self.folder / f"{name}.safetensors"
+
+
+def _seal(tensors: Mapping[str, Tensor], about: str) -> str:
+    """What shows that a file holds what was put there: a layer with a bit turned over would be used without a word."""
+    return hashlib.sha256(f"{digest(tensors)} {about}".encode()).hexdigest()[:16]
 
 
 def fingerprint(model: nn.Module) -> str:

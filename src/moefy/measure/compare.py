@@ -21,6 +21,7 @@ from moefy.conversion.budgets import Sensitivity, measure
 from moefy.conversion.resume import digest
 from moefy.convert import convert
 from moefy.errors import RecipeError
+from moefy.files import parse_json
 from moefy.heads import head_of
 from moefy.hf import versions
 from moefy.measure import bench
@@ -169,6 +170,11 @@ def settings(dense: Any, data: Data, rounds: int, model_name: str) -> dict[str, 
     }
 
 
+# What a run's line holds: for each text, and once.
+_OF_TEXTS = ("realised", "perplexity", "ratio")
+_OF_RUNS = {"recipe", "active", "seed", "layer_error", "calibration_tokens", "convert_seconds", "speed"}
+
+
 class Journal:
     """JSON lines in a file: the settings first, then what is done, each line appended whole.
 
@@ -180,7 +186,7 @@ class Journal:
         if not self.lines:
             self.append({"settings": settings})
             return
-        theirs = self.lines[0].get("settings", {})
+        theirs = self.lines[0]["settings"]
         other = [key for key in settings if theirs.get(key) != json.loads(json.dumps(settings[key]))]
         if other:
             raise MoefyError(
@@ -193,13 +199,15 @@ class Journal:
         raw = path.read_bytes()
         whole = raw[: raw.rfind(b"\n") + 1]
         try:
-            lines = [json.loads(line) for line in whole.decode("utf-8").splitlines()]
-            if not all(isinstance(line, dict) for line in lines) or (lines and "settings" not in lines[0]):
+            lines = [parse_json(line) for line in whole.decode("utf-8").splitlines()]
+            if not all(_is_line(line, i and lines[0]["settings"]) for i, line in enumerate(lines)):
                 raise ValueError
             if not lines and not b'{"settings": '.startswith(raw[:13]):
                 raise ValueError
         except ValueError:
-            raise MoefyError(f"{path} is not a comparison of moefy's; choose another directory.") from None
+            raise MoefyError(
+                f"{path} is not a comparison of moefy's, or is damaged; choose another directory, or remove it."
+            ) from None
         if len(whole) < len(raw):
             os.truncate(path, len(whole))
         return lines
@@ -218,6 +226,22 @@ class Journal:
             os.fsync(file.fileno())
         self.lines.append(line)
         return line
+
+
+def _is_line(line: Any, settings: Any) -> bool:
+    """Whether a line of a journal, of these settings, holds what one of ours does; the settings' own is the first."""
+    if not isinstance(line, dict) or bool(settings) == ("settings" in line):
+        return False
+    if not settings:
+        return isinstance(line["settings"], dict)
+    figures = [line.get(name) for name in (("perplexity",) if "dense" in line else _OF_TEXTS)]
+    measured = all(
+        isinstance(f, dict)
+        and f.keys() == settings.get("texts", {}).keys()
+        and all(type(value) in (int, float) for value in f.values())
+        for f in figures
+    )
+    return (measured and ("dense" in line or line.keys() >= _OF_RUNS)) or isinstance(line.get("skipped"), str)
 
 
 def _wanted(run: Run) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from moefy.files import parse_json
 from moefy.types import MoefyError
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack")
@@ -67,7 +68,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """A model directory's config.json; MoefyError if it cannot be read or is not an object in JSON."""
     file = folder / "config.json"
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = parse_json(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise MoefyError(f"{file} cannot be read: {error.strerror or error}.") from None
     except ValueError:
@@ -90,7 +91,7 @@ def _check_sizes(config: dict[str, Any], file: Path) -> None:
 def _check_index(file: Path) -> None:
     """MoefyError unless the list of which shard has which weight is one, and its shards are there."""
     try:
-        shards = set(json.loads(file.read_text(encoding="utf-8"))["weight_map"].values())
+        shards = set(parse_json(file.read_text(encoding="utf-8"))["weight_map"].values())
         missing = sorted(s for s in shards if Path(s).name != s or not (file.parent / s).is_file())
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         raise MoefyError(f"{file} is damaged; copy or download it again.") from None

@@ -48,19 +48,30 @@ def read_gguf(path: Path) -> Reader:
     """The metadata of a GGUF file and where its tensors are; MoefyError unless it is whole."""
     try:
         reader = Reader(path)
-        end = max((int(t.data_offset) + int(t.n_bytes) for t in reader.tensors), default=0)
+        end = _end(reader)
+        architecture, tensors = _field(reader, "general.architecture"), len(reader.tensors)
+        count = _field(reader, f"{architecture}.block_count")
     except Exception:  # a cut file fails wherever the reader happens to be
         raise MoefyError(f"The GGUF file {path} is cut short or corrupt; copy or download it again.") from None
     if end == 0 or end > path.stat().st_size:
         raise MoefyError(f"The GGUF file {path} is cut short; copy or download it again.")
-    architecture, tensors = _field(reader, "general.architecture"), len(reader.tensors)
-    count = _field(reader, f"{architecture}.block_count")
     if isinstance(count, int) and count > max(1000, tensors):  # transformers would make them all, for minutes
         raise MoefyError(
             f"The metadata of the GGUF file {path} describes {count:,} layers, and it holds {tensors:,} tensors; "
             f"copy or download it again."
         )
     return reader
+
+
+def _end(reader: Reader) -> int:
+    """Where the last tensor ends, 0 without any; ValueError unless each starts where the one before it ends."""
+    end, start = 0, reader.data_offset
+    for tensor in reader.tensors:
+        if tensor.data_offset != start:  # llama.cpp refuses it too
+            raise ValueError(f"{tensor.name} is not where it should be")
+        end = start + int(tensor.n_bytes)
+        start = end + -(end - reader.data_offset) % reader.alignment
+    return end
 
 
 def _field(reader: Reader, name: str) -> Any:

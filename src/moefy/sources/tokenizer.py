@@ -23,7 +23,12 @@ def load_tokenizer(name: str, **options: Any) -> Any:
         return None
     try:
         # False is to be said: else transformers asks at the terminal whether it may run a tokenizer's own code.
-        return AutoTokenizer.from_pretrained(name, **{"trust_remote_code": False, **options})
+        made = AutoTokenizer.from_pretrained(name, **{"trust_remote_code": False, **options})
+        if hasattr(made, "tokenize"):
+            made.tokenize("a \u2603")  # what no vocabulary has, too: some cannot without an unknown token
+        if not isinstance(getattr(made, "model_max_length", 0), (int, float)):
+            raise ValueError("model_max_length is no number")
+        return made
     except Exception as error:  # a model without text shows in as many ways as a damaged file
         files = [file for file in _TOKENIZERS if (Path(name) / file).is_file()]
         if not files:

@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from moefy.conversion.resume import fingerprint
-from moefy.files import claimed_folder, put_in_place
+from moefy.files import claimed_folder, parse_json, put_in_place
 from moefy.tasks.base import by_answers, collate, longest_of
 from moefy.types import MoefyError
 
@@ -317,7 +317,7 @@ class _Run:
             return 0
         try:
             with safe_open(self.state, framework="pt") as stored:
-                known = json.loads((stored.metadata() or {}).get("moefy", "{}"))
+                known = parse_json((stored.metadata() or {}).get("moefy", "{}"))
                 step = known.pop("step", None)
                 if known != self.identity or not _fits(stored, self.trained):
                     raise MoefyError(
@@ -325,7 +325,7 @@ class _Run:
                         f"repeat that one's command, or remove the file to start anew."
                     )
                 self._load(stored, int(step))
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, ValueError, TypeError, AttributeError) as error:
             raise MoefyError(
                 f"The training state {self.state} cannot be read ({error}); remove it to start anew."
             ) from None

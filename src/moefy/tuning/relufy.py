@@ -21,7 +21,7 @@ from moefy.heads import head_of
 from moefy.older import say_for_older
 from moefy.quiet import quiet_transformers
 from moefy.sites import find_sites
-from moefy.sources.models import load_source, local_path
+from moefy.sources.models import LOAD_ERRORS, load_source, local_path, reason
 from moefy.tasks import named, task_examples
 from moefy.tasks.base import Task, pad_id, padding, sequences_of
 from moefy.tuning.finetune import Progress, Schedule, Trained, check_positive, finetune
@@ -76,10 +76,12 @@ def load_for_task(source: str | os.PathLike[str], task: Task, *, remote_code: bo
                 place,
                 dtype=torch.float32,
                 use_safetensors=True,
+                trust_remote_code=remote_code,
                 **task.head_options(),
             )
-        except (OSError, ValueError, RuntimeError) as error:
-            raise MoefyError(f"{os.fspath(source)} cannot be given a head for {task.name}: {error}.") from None
+        except LOAD_ERRORS as error:
+            why = reason(error).rstrip(".")
+            raise MoefyError(f"{os.fspath(source)} cannot be given a head for {task.name}: {why}.") from None
     return made, tokenizer
 
 
@@ -112,6 +114,9 @@ def relufy(
     rows = task_examples(found, data, examples)
     model, tokenizer = load_for_task(source, found, remote_code=remote_code)
     model = with_activation(model)
+    if head_of(model) == "classification" and not model.config.problem_type:
+        # transformers does so in a training step, and a run that is repeated after its last one takes none.
+        model.config.problem_type = "single_label_classification"
     schedule = Schedule(round(len(rows) * epochs), batch_size, rate, seed=seed)
     state = out.parent / f".{out.name}.training.safetensors"
     features = found.encode(model, tokenizer, rows)
