@@ -55,6 +55,7 @@ def test_tensors_without_memory_of_their_own_are_not_read():
     moe(x)
     assert moe.packed_bytes()
     close(torch.func.functionalize(moe)(x), want)  # it is unpacked outside of the transform
+    moe(x)
     with pytest.raises(ValueError, match="plain tensor on the CPU"):
         moe._packed.ffn.forward(torch.empty(x.shape, device="meta"), chosen=torch.zeros(len(x), 1, dtype=torch.long))
 
