@@ -345,3 +345,40 @@ def test_the_least_share_is_no_more_than_the_budget():
     curves = {name: Curve(torch.linspace(1, 0, GRID, dtype=torch.float64) ** 2, 1000) for name in "ab"}
     for budget in (0.0801, 0.051, 0.0825, 0.5):
         assert sum(allocate(curves, budget).values()) / 2 <= budget + 1e-9
+
+
+def test_layers_outside_of_autograd_have_no_metric():
+    model, feed = tiny.tiny("reformer"), tiny.inputs("reformer")
+    with pytest.raises(moefy.MoefyError, match="outside of autograd; use a recipe whose allocation is uniform"):
+        moefy.convert(model, "reconstructed", [feed])
+    moefy.convert(model, "cmoe", [feed])
+
+
+def test_the_predicted_loss_is_of_models_with_logits_whatever_their_output_is_called_with():
+    recipe = moefy.Recipe.of("reconstructed", budget=0.5)
+    model, feed = tiny.tiny("llama"), tiny.inputs("llama")
+    found = [moefy.convert(copy.deepcopy(model), recipe, [f]) for f in (feed, {**feed, "return_dict": False})]
+    assert found[0].predicted_loss == found[1].predicted_loss > 0
+    assert moefy.convert(tf.BertModel(tiny.tiny("bert").config), recipe, [tiny.inputs("bert")]).predicted_loss is None
+
+
+def test_an_allocated_share_of_nothing_is_no_other_share():
+    ffn = moefy.FFNWeights(up=torch.zeros(512, 8), down=torch.zeros(512, 8), gate=torch.zeros(512, 8))
+    recipe = moefy.Recipe.of("reconstructed", expert_size=1, budget=0.5)
+    with pytest.raises(moefy.MoefyError, match=r"a budget of 0\.0 is less than one of 512 experts"):
+        recipe.layer_spec(ffn, "mlp", budget=0.0)
+    one = moefy.FFNWeights(up=torch.zeros(7, 8), down=torch.zeros(7, 8))
+    with pytest.raises(moefy.MoefyError, match=r"its 7 neurons are one expert; give smaller ones \(--expert-size 1\)"):
+        moefy.Recipe.of("reconstructed", expert_size=7, budget=0.5).layer_spec(one, "mlp")
+
+
+def test_spilled_tensors_come_back_as_they_lay(monkeypatch):
+    monkeypatch.setattr(sensitivity, "SMALLEST_SPILLED", 0)
+    whole = torch.randn(4, 6, 8)
+    for tensor in (whole, whole.mT, whole[:, ::2], whole[:1].expand(5, -1, -1), whole[..., :1].expand(-1, -1, 3)):
+        x = tensor.clone().requires_grad_()
+        with sensitivity.spilled(0, []):
+            y = tensor * x.square()
+            saved = y.grad_fn._saved_self
+        assert saved.stride() == tensor.stride()
+        assert torch.equal(saved, tensor)

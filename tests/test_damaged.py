@@ -49,20 +49,19 @@ def test_a_gguf_with_names_that_are_no_text_is_corrupt(tmp_path):
 
 
 def test_a_layer_with_a_bit_turned_over_is_made_anew(tmp_path):
-    store = Store(tmp_path)
-    store.put("layer", {"weight": torch.ones(4)}, {"seconds": 1.0})
+    Store(tmp_path).put("layer", {"weight": torch.ones(4)}, {"seconds": 1.0})
     file = tmp_path / "layer.safetensors"
     whole = file.read_bytes()
-    assert store.get("layer")
+    assert Store(tmp_path).get("layer")
     for at in (-1, whole.index(b"seconds"), whole.index(b"digest") + 12):
         content = bytearray(whole)
         content[at] ^= 1
         file.unlink()  # what was read is mapped
         file.write_bytes(content)
-        assert store.get("layer") is None
+        assert Store(tmp_path).get("layer") is None
     file.unlink()
     file.write_bytes(whole.replace(b'{\\"seconds\\": 1.0}', b"null              ".ljust(18)))
-    assert store.get("layer") is None
+    assert Store(tmp_path).get("layer") is None
 
 
 @pytest.mark.parametrize("known", ["null", "[", "[1]", '{"step": null}', DEEP])

@@ -233,3 +233,14 @@ def test_slim_of_an_architecture_without_a_row(tmp_path):
     assert [site.read().neurons for site in find_sites(again)] == [32, 32]
     feed = tiny.inputs("granite_swa")
     assert torch.allclose(tiny.output(again, feed), tiny.output(model, feed), atol=1e-5)
+
+
+def test_a_layer_that_others_share_is_refused_in_known_families_too():
+    model = tiny.tiny("llama")
+    model.model.layers[1].mlp = model.model.layers[0].mlp
+    with pytest.raises(moefy.MoefyError, match=r"layers.0.mlp runs 2 times in a pass, for layers that share it"):
+        moefy.convert(model, "cmoe", [tiny.inputs("llama")])
+    sizes = {"block_sizes": [1, 1], "block_repeats": [1, 3], "num_decoder_layers": 1}
+    config = tf.FunnelConfig(vocab_size=97, d_model=32, n_head=4, d_head=8, d_inner=64, **sizes)
+    with pytest.raises(moefy.MoefyError, match=r"blocks.1.0.ffn runs 3 times in a pass"):
+        moefy.convert(tf.FunnelForMaskedLM(config), "cmoe", [{"input_ids": torch.randint(97, (2, 64))}])

@@ -25,7 +25,7 @@ from moefy import slim
 from moefy.calibrate import CalibrationInfo, check_batches, real_tokens, without_cache
 from moefy.conversion.budgets import Sensitivity, allocate, measure
 from moefy.conversion.convert_layer import LayerReport, as_it_is, convert_layer, whole_layer
-from moefy.conversion.one_pass import Arrival, OnePass
+from moefy.conversion.one_pass import Arrival, OnePass, in_one_piece
 from moefy.conversion.residuals import find_residuals
 from moefy.conversion.resume import Store
 from moefy.conversion.work import layer_work, measure_work, tokens_in
@@ -43,7 +43,8 @@ class Report:
     """What a conversion did. Seconds and memory are of this run and are not stored with the checkpoint.
 
     `predicted_loss` is the rise of the loss, in nats a token, that the budgets were chosen by (None if they
-    were not): that of the model without routing. `resumed` of the layers were done before, by a run that was cut off.
+    were not, or if the model has no logits): that of the model without routing. `resumed` of the layers were done
+    before, by a run that was cut off.
     """
 
     recipe: Recipe
@@ -144,7 +145,8 @@ def convert(
     was_training = model.training
     model.eval()
     try:
-        check_run_once(sites.values(), lambda: model(**without_cache(model, batches[0])))
+        with in_one_piece(model):
+            check_run_once(sites.values(), lambda: model(**without_cache(model, batches[0])))
         plan = Plan(model, sites, specs, recipe, batches, hold_bytes, {})
         before = 0
         if recipe.allocation == "sensitivity":
@@ -187,7 +189,7 @@ def _allocated(
     step = (lambda done, of, name: progress(done, of + after, f"measuring {name}")) if progress else None
     found = found or measure(plan.model, sites, batches, plan.hold_bytes, chunk, step, store)
     shares = planned_shares(sites, plan.recipe, found)
-    report.predicted_loss = found.predicted_loss(shares)
+    report.predicted_loss = found.predicted_loss(shares) if found.metrics.of_loss else None
     return replace(plan, specs=planned_specs(sites, plan.recipe, shares), metrics=found.metrics), found
 
 

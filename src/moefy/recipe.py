@@ -123,6 +123,8 @@ class Recipe(BaseModel):
 
     def _counts_within_budget(self, experts: int, ffn: FFNWeights, budget: float, share: float) -> tuple[int, int]:
         within = int(budget * experts + 1e-9)
+        if within == 0 and experts == 1:
+            raise ValueError(f"its {ffn.neurons} neurons are one expert; give smaller ones (--expert-size 1)")
         if within == 0 and not self.slim:
             raise ValueError(
                 f"a budget of {budget} is less than one of {experts} experts; give more, or use smaller experts"
@@ -189,9 +191,11 @@ class Recipe(BaseModel):
             raise RecipeError(f"{parts} {unit} do not divide the {ffn.neurons} neurons of {site}{way_out}.")
         size = self.expert_size or ffn.neurons // parts
         try:
-            count, budget = ffn.neurons // size, budget or self.budget
+            count, budget = ffn.neurons // size, self.budget if budget is None else budget
             share = self.shared_budgets[0] if share is None else share
-            shared, active = self._counts_within_budget(count, ffn, budget, share) if budget else self.counts(count)
+            shared, active = (
+                self.counts(count) if budget is None else self._counts_within_budget(count, ffn, budget, share)
+            )
         except ValueError as error:
             raise RecipeError(f"The recipe does not fit {site}: {error}.") from None
         if not self.routes:

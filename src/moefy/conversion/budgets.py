@@ -91,8 +91,9 @@ def measure(
         known = store.get("metrics")
         if known is None:
             found = output_metrics(model, sites, some, progress=step, hold_bytes=hold_bytes)
-            known = store.put("metrics", found.matrices, {"scales": found.scales})
-        metrics = Metrics(known[0], {name: (matrix, scale) for name, (matrix, scale) in known[1]["scales"].items()})
+            known = store.put("metrics", found.matrices, {"scales": found.scales, "of_loss": found.of_loss})
+        scales = {name: (matrix, scale) for name, (matrix, scale) in known[1]["scales"].items()}
+        metrics = Metrics(known[0], scales, known[1]["of_loss"])
         curves: dict[str, Curve] = {}
         tokens: dict[str, int] = {}
         most = 1

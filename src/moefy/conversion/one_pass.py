@@ -19,7 +19,7 @@ import ctypes
 import tempfile
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -106,10 +106,6 @@ class Arrival:
         return not self.layer_tokens or self.tokens >= EXPERT_TOKENS
 
 
-def _in_chunks(module: nn.Module) -> bool:
-    return bool(getattr(module, "chunk_size_feed_forward", 0))
-
-
 @contextmanager
 def _changed(changes: Sequence[tuple[nn.Module, str, Any]]) -> Iterator[None]:
     """Modules with other attributes for the length of a with block; what a module itself had comes back."""
@@ -121,6 +117,13 @@ def _changed(changes: Sequence[tuple[nn.Module, str, Any]]) -> Iterator[None]:
     finally:
         for (module, name, _), before in zip(changes, own, strict=True):
             delattr(module, name) if before is _changed else setattr(module, name, before)
+
+
+def in_one_piece(model: nn.Module) -> AbstractContextManager[None]:
+    """For a with block: an FFN gets its input at once, not in chunks, of which only the first would arrive."""
+    return _changed(
+        [(m, "chunk_size_feed_forward", 0) for m in model.modules() if getattr(m, "chunk_size_feed_forward", 0)]
+    )
 
 
 class OnePass:
@@ -153,11 +156,8 @@ class OnePass:
         if self.residuals:
             running += [_Batch(i, self._runner(b), dense=True) for i, b in enumerate(self.batches)]
         entries = [(name, site.entry) for name, site in self.sites.items()]  # first: it takes layers of experts apart
-        # In chunks an FFN would be called several times a batch, and only the first chunk would arrive.
-        changes: list[tuple[nn.Module, str, Any]]
-        changes = [(m, "chunk_size_feed_forward", 0) for m in self.model.modules() if _in_chunks(m)]
-        changes += [(m, "visit_all", True) for m in self.model.modules() if isinstance(m, ExpertList)]
-        with spill_folder() as self._folder, torch.no_grad(), _changed(changes):
+        lists = [(m, "visit_all", True) for m in self.model.modules() if isinstance(m, ExpertList)]
+        with spill_folder() as self._folder, torch.no_grad(), in_one_piece(self.model), _changed(lists):
             parking = {name: self._park_at(name, entry) for name, entry in entries}
             del entries
             hooks = [self._watch(site, self.model.get_submodule(name)) for site, name in self.residuals.items()]

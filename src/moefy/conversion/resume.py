@@ -39,6 +39,7 @@ class Store:
     def __init__(self, folder: Path | None, failed: list[Exception] | None = None):
         self.folder = folder
         self._failed: list[Exception] = [] if failed is None else failed  # one for all stores below a root
+        self._known: set[str] = set()  # to hold what was put there: once in a run it is looked at
 
     @classmethod
     def of(cls, root: str | os.PathLike[str] | None, model: Any, batches: Sequence[Mapping[str, Any]]) -> Store:
@@ -72,8 +73,10 @@ class Store:
             with safe_open(self._file(name), framework="pt") as stored:
                 known = stored.metadata() or {}
                 tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118
-            about = parse_json(known["moefy"])
-            return (tensors, about) if known["digest"] == _seal(tensors, known["moefy"]) else None
+            if name not in self._known and known["digest"] != _seal(tensors, known["moefy"]):
+                return None
+            self._known.add(name)
+            return tensors, parse_json(known["moefy"])
         except (SafetensorError, OSError, ValueError, KeyError):
             return None
 
@@ -90,6 +93,7 @@ class Store:
             said = json.dumps(came[1])
             save_file(whole, partial, metadata={"moefy": said, "digest": _seal(whole, said)})
             put_in_place(partial, file)
+            self._known.add(name)
         except (SafetensorError, OSError) as error:
             self._failed.append(error)
             why = getattr(error, "strerror", None) or error

@@ -11,7 +11,7 @@ import itertools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ class Metrics(Mapping[str, Tensor]):
 
     matrices: Mapping[str, Tensor]
     scales: Mapping[str, tuple[str, float]]
+    of_loss: bool = True  # not where a model without logits was measured by random projections
 
     def __getitem__(self, name: str) -> Tensor:
         matrix, scale = self.scales[name]
@@ -73,6 +74,7 @@ def output_metrics(
     groups = {name: site.layer_name if isinstance(site, ExpertSite) else name for name, site in sites.items()}
     generator = torch.Generator().manual_seed(seed)
     trained = [p for p in model.parameters() if p.requires_grad]
+    of_loss = True
 
     def probe(name: str) -> Callable[..., Tensor]:
         def add(gradient: Tensor) -> None:
@@ -82,6 +84,11 @@ def output_metrics(
             squares[name] += product.trace().item()
 
         def hook(module: nn.Module, args: tuple, out: Tensor) -> Tensor:
+            if not torch.is_grad_enabled():  # within a function of its own, as Reformer's
+                raise MoefyError(
+                    f"What an error of {name} costs this model cannot be measured, since it computes its layers "
+                    f"outside of autograd; use a recipe whose allocation is uniform, such as engine."
+                )
             rows = out.numel() // out.shape[-1]
             keep = row_mask(model, name, batch, rows)
             counts[name] += rows if keep is None else int(keep.sum())
@@ -100,6 +107,7 @@ def output_metrics(
             with torch.enable_grad(), spilled(hold_bytes, model.parameters()):
                 with _quick_products(model):
                     out = model(**without_cache(model, batch))
+                of_loss = of_loss and any(name in out for name in _LOGITS)
                 _loss(model, out, batch, generator).backward()
             return_freed_memory()  # glibc keeps it in pieces: 0.5 GB after a batch of 512 tokens through 200 layers
             if progress:
@@ -109,7 +117,7 @@ def output_metrics(
             handle.remove()
         for parameter in trained:
             parameter.requires_grad_(True)
-    return _means(sums, squares, counts, groups)
+    return replace(_means(sums, squares, counts, groups), of_loss=of_loss)
 
 
 @contextmanager
@@ -159,24 +167,25 @@ def _means(
 
 @dataclass(frozen=True)
 class _Spilled:
-    """A tensor in a file, in the order in which it lay in memory: dimensions `order` of it, largest stride first."""
+    """A tensor in a file, which comes back with its strides: products of other ones may round differently."""
 
     file: Path
     dtype: torch.dtype
-    order: tuple[int, ...]
     shape: torch.Size
+    strides: tuple[int, ...]
 
     @classmethod
     def write(cls, tensor: Tensor, file: Path) -> _Spilled:
-        order = tuple(sorted(range(tensor.ndim), key=tensor.stride, reverse=True))
-        plain = tensor.resolve_conj().resolve_neg().permute(order).contiguous()
-        save_file({"bytes": plain.flatten().view(torch.uint8)}, file)
-        return cls(file, tensor.dtype, order, plain.shape)
+        plain = tensor.resolve_conj().resolve_neg()
+        once = plain[tuple(slice(1 if stride == 0 else None) for stride in tensor.stride())]  # of an expanded one
+        save_file({"bytes": once.contiguous().flatten().view(torch.uint8)}, file)
+        return cls(file, tensor.dtype, tensor.shape, tensor.stride())
 
     def read(self) -> Tensor:
         # A copy: products round differently on memory that does not start on a cache line, as mapped files do not.
-        plain = load_file(self.file)["bytes"].clone().view(self.dtype).view(self.shape)
-        return plain.permute(tuple(sorted(range(len(self.order)), key=self.order.__getitem__)))
+        once = [1 if stride == 0 else size for size, stride in zip(self.shape, self.strides, strict=True)]
+        plain = load_file(self.file)["bytes"].clone().view(self.dtype).view(once)
+        return torch.empty_strided(once, self.strides, dtype=self.dtype).copy_(plain).expand(self.shape)
 
 
 @contextmanager

@@ -189,8 +189,13 @@ def agreement(
 
 
 def _output(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, bool]:
-    """A model's logits, or its first output if it has none, and whether they are logits."""
+    """A model's logits, or its first output if it has none, and whether they are logits.
+
+    Of a question-answering head those of both ends, beside each other.
+    """
     out = model(**batch)
+    if "start_logits" in out and "end_logits" in out:
+        return torch.stack([out["start_logits"], out["end_logits"]], dim=-1).float(), False
     return (out["logits"] if "logits" in out else out[0]).float(), "logits" in out
 
 

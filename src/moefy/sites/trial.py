@@ -84,20 +84,19 @@ def _above(name: str) -> list[str]:
 
 
 def check_run_once(sites: Iterable[Site], run: Callable[[], object]) -> None:
-    """MoefyError if `run()`, a pass of the model, comes more than once by an FFN of an architecture without a row.
+    """MoefyError if `run()`, a pass of the model, comes more than once by an FFN: a calibration would see the tokens of
+    the first time only.
 
-    Layers share it then (ALBERT), and a calibration would see the first layer's tokens only.
+    Layers share it then: ALBERT's, blocks that Funnel repeats.
     """
     names = {site.layer_name if isinstance(site, ExpertSite) else site.name: site for site in sites}
-    watched = {name: site.model.get_submodule(name) for name, site in names.items() if site.family not in FAMILIES}
     calls: Counter[str] = Counter()
     hooks = [
-        module.register_forward_pre_hook(lambda module, args, name=name: calls.update([name]))
-        for name, module in watched.items()
+        site.model.get_submodule(name).register_forward_pre_hook(lambda module, args, name=name: calls.update([name]))
+        for name, site in names.items()
     ]
     try:
-        if watched:
-            run()
+        run()
     finally:
         for hook in hooks:
             hook.remove()
