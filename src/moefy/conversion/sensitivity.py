@@ -11,7 +11,7 @@ import itertools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -69,41 +69,16 @@ def output_metrics(
     without logits is measured by random projections of its output, which makes layers comparable but is no loss.
     Raises MoefyError if real tokens get NaN or infinite logits, or if the temporary directory is full.
     """
-    sums: dict[str, Tensor] = {}
-    squares, counts = dict.fromkeys(sites, 0.0), dict.fromkeys(sites, 0)
-    groups = {name: site.layer_name if isinstance(site, ExpertSite) else name for name, site in sites.items()}
+    sums, of_loss = _Sums(model, sites), True
     generator = torch.Generator().manual_seed(seed)
     trained = [p for p in model.parameters() if p.requires_grad]
-    of_loss = True
-
-    def probe(name: str) -> Callable[..., Tensor]:
-        def add(gradient: Tensor) -> None:
-            rows = gradient.reshape(-1, gradient.shape[-1]).float()
-            product = rows.t() @ rows
-            sums[groups[name]] = sums.get(groups[name], 0) + product
-            squares[name] += product.trace().item()
-
-        def hook(module: nn.Module, args: tuple, out: Tensor) -> Tensor:
-            if not torch.is_grad_enabled():  # within a function of its own, as Reformer's
-                raise MoefyError(
-                    f"What an error of {name} costs this model cannot be measured, since it computes its layers "
-                    f"outside of autograd; use a recipe whose allocation is uniform, such as engine."
-                )
-            rows = out.numel() // out.shape[-1]
-            keep = row_mask(model, name, batch, rows)
-            counts[name] += rows if keep is None else int(keep.sum())
-            asking = out + out.new_zeros(()).requires_grad_()  # the weights are frozen
-            asking.register_hook(add)
-            return asking
-
-        return hook
-
     downs = {name: site.owner.get_submodule(site.family.down) for name, site in sites.items()}
-    handles = [down.register_forward_hook(probe(name)) for name, down in downs.items()]
+    handles = [down.register_forward_hook(sums.probe(name)) for name, down in downs.items()]
     for parameter in trained:
         parameter.requires_grad_(False)
     try:
         for done, batch in enumerate(batches, 1):
+            sums.batch = batch
             with torch.enable_grad(), spilled(hold_bytes, model.parameters()):
                 with _quick_products(model):
                     out = model(**without_cache(model, batch))
@@ -117,7 +92,60 @@ def output_metrics(
             handle.remove()
         for parameter in trained:
             parameter.requires_grad_(True)
-    return replace(_means(sums, squares, counts, groups), of_loss=of_loss)
+    return sums.means(of_loss)
+
+
+class _Sums:
+    """Sums of ggᵀ over the real tokens of each layer of FFNs, and of |g|² and tokens of each FFN."""
+
+    def __init__(self, model: nn.Module, sites: Mapping[str, Site]):
+        self.model = model
+        self.batch: Mapping[str, Any] = {}  # that runs
+        self.groups = {name: site.layer_name if isinstance(site, ExpertSite) else name for name, site in sites.items()}
+        self.products: dict[str, Tensor] = {}
+        self.squares, self.counts = dict.fromkeys(sites, 0.0), dict.fromkeys(sites, 0)
+
+    def probe(self, name: str) -> Callable[..., Tensor]:
+        """A forward hook of one FFN's down-projection, which sees gradients though the weights are frozen."""
+        group = self.groups[name]
+
+        def add(gradient: Tensor) -> None:
+            rows = gradient.reshape(-1, gradient.shape[-1]).float()
+            product = rows.t() @ rows
+            self.products[group] = self.products.get(group, 0) + product
+            self.squares[name] += product.trace().item()
+
+        def hook(module: nn.Module, args: tuple, out: Tensor) -> Tensor:
+            if not torch.is_grad_enabled():  # within a function of its own, as Reformer's
+                raise MoefyError(
+                    f"What an error of {name} costs this model cannot be measured, since it computes its layers "
+                    f"outside of autograd; use a recipe whose allocation is uniform, such as engine."
+                )
+            rows = out.numel() // out.shape[-1]
+            keep = row_mask(self.model, name, self.batch, rows)
+            self.counts[name] += rows if keep is None else int(keep.sum())
+            asking = out + out.new_zeros(()).requires_grad_()
+            asking.register_hook(add)
+            return asking
+
+        return hook
+
+    def means(self, of_loss: bool) -> Metrics:
+        """The means over the tokens of each group's sites, scaled by each site's own mean square."""
+        total, square = dict.fromkeys(self.products, 0), dict.fromkeys(self.products, 0.0)
+        for name, group in self.groups.items():
+            if group in self.products:
+                total[group] += self.counts[name]
+                square[group] += self.squares[name]
+        matrices = {group: matrix / max(1, total[group]) for group, matrix in self.products.items()}
+        scales: dict[str, tuple[str, float]] = {}
+        for name, group in self.groups.items():
+            count = self.counts[name]
+            if group == name and group in self.products:
+                scales[name] = group, 1.0
+            elif group in self.products and count:  # without a token it cannot be measured
+                scales[name] = group, self.squares[name] / count / (square[group] / total[group] or 1.0)
+        return Metrics(matrices, scales, of_loss)
 
 
 @contextmanager
@@ -145,24 +173,6 @@ def _quick_products(model: Any) -> Iterator[None]:
 
 # What says whether oneDNN has instructions for a type.
 _KNOWN = {torch.float16: "_is_mkldnn_fp16_supported", torch.bfloat16: "_is_mkldnn_bf16_supported"}
-
-
-def _means(
-    sums: Mapping[str, Tensor], squares: Mapping[str, float], counts: Mapping[str, int], groups: Mapping[str, str]
-) -> Metrics:
-    """The means of what was summed over the tokens of each group's sites, scaled by each site's own mean square."""
-    total, square = dict.fromkeys(sums, 0), dict.fromkeys(sums, 0.0)
-    for name, group in groups.items():
-        if group in sums:
-            total[group], square[group] = total[group] + counts[name], square[group] + squares[name]
-    matrices = {group: matrix / max(1, total[group]) for group, matrix in sums.items()}
-    scales: dict[str, tuple[str, float]] = {}
-    for name, group in groups.items():
-        if group == name and group in sums:
-            scales[name] = group, 1.0
-        elif group in sums and counts[name]:  # without a token it cannot be measured
-            scales[name] = group, squares[name] / counts[name] / (square[group] / total[group] or 1.0)
-    return Metrics(matrices, scales)
 
 
 @dataclass(frozen=True)
