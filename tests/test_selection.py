@@ -9,7 +9,7 @@ import tiny
 from moefy import kernels
 from moefy.construct import construct
 from moefy.moe import MoEFFN, moe_layers
-from moefy.routers import ROUTERS
+from moefy.routers import ROUTERS, logistic
 from moefy.selection import above, held_out_parts, set_threshold
 from moefy.usage import realised_fraction, usage
 from native_problem import needs_native
@@ -168,3 +168,13 @@ def test_a_refit_leaves_as_many_experts_as_were_asked_for(router):
             model(**batch)
     for name, moe in moe_layers(model).items():
         assert counted[name].experts_per_token == pytest.approx(moe.spec.top_k, abs=0.4)
+
+
+@pytest.mark.parametrize("step", [1, 3, 100])
+def test_thinning_takes_every_nth_of_all_tokens_and_not_of_each_chunk(step, monkeypatch):
+    stats, x = make_stats(tokens=200, chunk=16)
+    spec = moefy.Recipe(experts=6, shared=0, active=2).layer_spec(stats.ffn, "ffn")
+    monkeypatch.setattr(logistic, "HOLD_BYTES", -(-200 * 4 * (spec.width + spec.experts) // step))
+    found = logistic._examples(spec, construct("random", spec, stats, seed=0), stats)
+    assert torch.equal(found.inputs, x[::step])
+    assert torch.equal(found.part, stats.parts(0, 200)[::step])

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from moefy.routers.base import Router
-from moefy.stats import HELD_OUT, NeuronStats
+from moefy.stats import HELD_OUT, NeuronStats, thinned
 from moefy.types import MoEWeights
 
 # Scores that a threshold is set on; more tokens are thinned evenly.
@@ -80,5 +80,9 @@ def held_out_parts(stats: NeuronStats, enough: int = ENOUGH) -> list[int]:
 
 def _scores(router: Router, stats: NeuronStats, weights: MoEWeights, part: int) -> Tensor:
     step = -(-stats.tokens * 4 * router.spec.experts // HOLD_BYTES)
-    split = stats.split_inputs(part)
-    return torch.cat([router(x[held][::step], weights).float() for x, held in split if held.any()])
+    found, start = [], 0
+    for x, held in stats.split_inputs(part):
+        rows = x[held]
+        found.append(router(rows[thinned(start, step)], weights).float())
+        start += len(rows)
+    return torch.cat(found)

@@ -206,6 +206,12 @@ class NeuronStats:
             yield torch.zeros(len(rows), self.ffn.neurons).scatter_(1, rows.long(), 1.0)
 
 
+def thinned(start: int, step: int) -> slice:
+    """Every `step`-th of all tokens, among those from number `start` on: not the first of each chunk, which may be the
+    one that begins a text."""
+    return slice(-start % step, None, step)
+
+
 def overflow(name: str) -> str:
     """The sentence about an FFN whose numbers are finite one by one and no longer when they are squared."""
     return f"What {name} computes on the calibration is too large for float32; its weights are broken, or the text is."

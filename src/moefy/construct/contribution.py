@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moefy.construct.balanced import balanced_kmeans, rows_of
-from moefy.stats import NeuronStats, left_unpredicted
+from moefy.stats import NeuronStats, left_unpredicted, thinned
 
 # Tokens that the clusters are seen on, thinned evenly; the features of F 11,008 take 90 MB.
 TOKENS = 2048
@@ -24,7 +24,7 @@ def group(stats: NeuronStats, members: Tensor, experts: int, seed: int) -> Tenso
     left = left_unpredicted(stats, rest.nonzero().flatten(), members)
     step, start, rows = max(1, stats.tokens // TOKENS), 0, []
     for x in stats.inputs():
-        rows.append(left(stats.ffn.hidden(x[-start % step :: step])).abs())
+        rows.append(left(stats.ffn.hidden(x[thinned(start, step)])).abs())
         start += len(x)
     down = stats.ffn.down[members]
     weighted = down if stats.metric is None else down @ stats.metric

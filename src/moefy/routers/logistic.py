@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from moefy.routers.base import Router
 from moefy.routers.linear import LinearRouter, ridge
-from moefy.stats import NeuronStats, unrepaired
+from moefy.stats import NeuronStats, thinned, unrepaired
 from moefy.types import LayerSpec, Partition
 
 EPOCHS, BATCH, RATE, DECAY = 10, 1024, 2e-3, 1e-4
@@ -82,10 +82,11 @@ def _examples(spec: LayerSpec, partition: Partition, stats: NeuronStats) -> _Exa
     step = -(-stats.tokens * 4 * (spec.width + spec.experts) // HOLD_BYTES)
     inputs, costs, weights, parts, start = [], [], [], [], 0
     for x, h, y in stats.activations():
-        inputs.append(x[::step])
-        costs.append(cost(h[::step]))
-        weights.append(stats.token_weight(y[::step]))
-        parts.append(stats.parts(start, len(x))[::step])
+        some = thinned(start, step)
+        inputs.append(x[some])
+        costs.append(cost(h[some]))
+        weights.append(stats.token_weight(y[some]))
+        parts.append(stats.parts(start, len(x))[some])
         start += len(x)
     return _Examples(torch.cat(inputs), torch.cat(costs), torch.cat(weights), torch.cat(parts))
 

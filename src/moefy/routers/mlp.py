@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moefy.routers.base import Router
-from moefy.stats import NeuronStats, activation_mass, as_mask, captured
+from moefy.stats import NeuronStats, activation_mass, as_mask, captured, thinned
 from moefy.types import LayerSpec, MoEWeights, Partition
 
 EPOCHS, BATCH, RATE = 30, 512, 1e-2
@@ -51,10 +51,10 @@ def _examples(spec: LayerSpec, partition: Partition, stats: NeuronStats) -> tupl
     """Inputs (T, D) at unit length and masses (T, E) of the calibration tokens, thinned to HOLD_BYTES."""
     routed = stats.ffn.take(partition.experts.flatten())
     step = -(-stats.tokens * 4 * (spec.width + spec.experts) // HOLD_BYTES)
-    inputs, masses, offset = [], [], 0
+    inputs, masses, start = [], [], 0
     for x in stats.inputs():
-        kept = x[-offset % step :: step]
-        offset += len(x)
+        kept = x[thinned(start, step)]
+        start += len(x)
         inputs.append(F.normalize(kept, dim=1))
         masses.append(activation_mass(routed, spec.experts, kept))
     return torch.cat(inputs), torch.cat(masses)
