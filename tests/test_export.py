@@ -186,7 +186,7 @@ def test_what_engines_lack_is_refused(case, tmp_path):
 
 def test_a_model_that_computes_something_else_is_not_written(tmp_path, monkeypatch):
     model = converted("llama")
-    monkeypatch.setattr(moefy.export, "FARTHEST", {torch.float32: 1e-9})
+    monkeypatch.setattr(moefy.export, "FARTHEST", 1e-9)
     with pytest.raises(MoefyError, match="computes something else"):
         export(model, tmp_path / "out", None, IDS)
     with pytest.raises(MoefyError, match=f"one of {', '.join(EXPORTERS)}"):
@@ -309,8 +309,8 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     mistakes = {
         ("moe", "moe", "--overwrite"): "would be lost",
         ("moe", "other.gguf", "--like", smollm2_gguf()): "exists already",
-        ("moe", "out", "--like", "other.gguf"): "are for a GGUF file",
-        ("moe", "out", "--weights", "q4_0"): "are for a GGUF file",
+        ("moe", "out", "--like", "other.gguf"): "is for outputs whose name ends in .gguf",
+        ("moe", "out", "--weights", "q4_0"): "is for outputs whose name ends in .gguf",
         ("moe", smollm2_gguf(), "--like", smollm2_gguf(), "--overwrite"): "would be lost",
         ("moe", "out.gguf"): "with --like",
         ("moe", "out.gguf", "--like", "other.gguf"): "is no GGUF file",

@@ -8,7 +8,7 @@ import glob
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,6 @@ from moefy.recipe import Recipe
 from moefy.sites import bamboo, find_sites
 from moefy.sources import hub
 from moefy.sources.folder import check_directory
-from moefy.sources.gguf_file import is_gguf
 from moefy.sources.models import (
     LOAD_ERRORS,
     check_complete,
@@ -49,9 +48,10 @@ def check_output(
     path: str | os.PathLike[str],
     overwrite: bool = False,
     source: str | os.PathLike[str] | None = None,
-    gguf: bool = False,
+    kind: str = "model directory",
+    is_one: Callable[[Path], bool] | None = None,
 ) -> Path:
-    """The model directory, or with `gguf` the file, to write, links followed. Nothing is left there by the check.
+    """The model directory, or another `kind`, to write, links followed. Nothing is left there by the check.
 
     Raises MoefyError if something that may not be replaced is there (an empty folder may), if it is or holds the
     current directory or `source` (a path; other names are not looked at), or if it cannot be written.
@@ -70,10 +70,9 @@ def check_output(
             raise MoefyError(f"{path} is the current directory, or holds it; name another one, such as a folder in it.")
         if out.exists() and not overwrite and not (out.is_dir() and not any(out.iterdir())):
             raise MoefyError(f"{path} exists already; choose another output or say --overwrite (overwrite=True).")
-        if out.exists() and not (is_gguf(out) if gguf else _is_ours(out)):
-            what = "GGUF file" if gguf else "model directory"
-            raise MoefyError(f"{path} is not a {what}, so it will not be overwritten.")
-        if out.is_dir() and overwrite and _is_ours(_old(out)):  # of an overwrite that was cut off
+        if out.exists() and not (is_one or is_model_directory)(out):
+            raise MoefyError(f"{path} is not a {kind}, so it will not be overwritten.")
+        if out.is_dir() and overwrite and is_model_directory(_old(out)):  # of an overwrite that was cut off
             shutil.rmtree(_old(out), ignore_errors=True)
         if out.is_dir() and _old(out).exists():  # where it would be put while the new one takes its place
             raise MoefyError(
@@ -85,7 +84,7 @@ def check_output(
     return out
 
 
-def _is_ours(out: Path) -> bool:
+def is_model_directory(out: Path) -> bool:
     """Whether a folder is empty or a model's: other programs have a config.json too."""
     try:
         config = parse_json((out / "config.json").read_text(encoding="utf-8"))
@@ -370,7 +369,7 @@ def _old(out: Path) -> Path:
 
 def _recover(out: Path) -> None:
     """Undo an overwrite that was cut off between its two renames. Whoever reads deletes nothing: see `check_output`."""
-    if not out.exists() and _old(out).exists() and _is_ours(_old(out)):  # somebody else's may be called so
+    if not out.exists() and _old(out).exists() and is_model_directory(_old(out)):  # somebody else's may be called so
         _old(out).rename(out)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -32,27 +32,25 @@ def export(
     overwrite: Annotated[bool, typer.Option(help="Replace the output if it is a model.")] = False,
 ) -> None:
     """Write a converted model for transformers, vLLM, SGLang (a directory) or llama.cpp (a GGUF), without moefy."""
-    from moefy import checkpoint
     from moefy.cli import console
+    from moefy.export import EXPORTERS, check_place, form_of
     from moefy.export import export as export_model
-    from moefy.export.gguf import check_options
     from moefy.sources import texts
 
-    form = "gguf" if output.suffix.lower() == ".gguf" else "transformers"
-    options: dict[str, Any] = {}
-    if form == "gguf":
-        options = {"like": like, "weights": weights or "q8_0"}
-        checkpoint.check_output(output, overwrite, check_options(**options), gguf=True)
-    elif like is not None or weights is not None:
-        raise MoefyError("--like and --weights are for a GGUF file; give an output whose name ends in .gguf.")
-    checkpoint.check_output(output, overwrite, model, gguf=form == "gguf")
+    form = form_of(output)
+    options = {name: value for name, value in {"like": like, "weights": weights}.items() if value is not None}
+    if other := [name for name in options if name not in EXPORTERS[form].options]:
+        ends = ", ".join(e.suffix for e in EXPORTERS.values() if {*other} <= {*e.options})
+        named = " and ".join(f"--{name}" for name in other)
+        raise MoefyError(
+            f"{named} {'is' if len(other) == 1 else 'are'} for names that end in {ends}; give such an output."
+        )
+    check_place(output, form, overwrite, EXPORTERS[form].check(**options), model)
     body = texts.read_text(text)
     loaded, tokenizer = load_any(model, dtype, False)
     ids = text_batches(loaded, tokenizer, body, _PROBED, 1)[0]["input_ids"]
     with console.progress(f"Writing {output}", counted=False) as update:
-        if form == "gguf":
-            options["progress"] = update
-        done = export_model(loaded, output, tokenizer, ids, form=form, overwrite=overwrite, **options)
+        done = export_model(loaded, output, tokenizer, ids, form=form, overwrite=overwrite, progress=update, **options)
     console.out.print(
         f"{done.path} needs no moefy to run. Its logits are {done.difference:.2%} away from the converted model's, on "
         f"{done.tokens} tokens."

@@ -1,6 +1,6 @@
 """Converted models for other engines: as an architecture that they run already, unmodified.
 
-An exporter is one file and one line in EXPORTERS: a function that writes a stock model to a place. Everything is
+An exporter is one file and one line in EXPORTERS (options of its own are two more in cli/export.py). Everything is
 written beside the place and renamed. What the engines cannot express is refused before anything is written, and the
 stock model is run beside the converted one, so nothing is approximated without a word.
 """
@@ -8,7 +8,7 @@ stock model is run beside the converted one, so nothing is approximated without 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,16 +21,16 @@ from transformers import PreTrainedModel
 from moefy.calibrate import rows_of
 from moefy.checkpoint import check_output
 from moefy.export import directory, gguf
+from moefy.export.base import Exporter
 from moefy.export.glm4_moe import check, stock
 from moefy.moe import moe_layers
 from moefy.types import MoefyError
 
-#: How to write a stock model, by the name of the format.
-EXPORTERS: dict[str, Callable[..., None]] = {"transformers": directory.write, "gguf": gguf.write}
+#: By the name of the format.
+EXPORTERS: dict[str, Exporter] = {"transformers": directory.EXPORTER, "gguf": gguf.EXPORTER}
 # The stock model's logits may be so far from the converted one's, as a share of their norm: in float32 SmolLM2 comes to
 # 0.004 to 0.014, by choices that were near ties; what is wrong is as far as the logits are long. Half types round too.
-FARTHEST = {torch.float32: 0.1}
-FARTHEST_HALF = 0.2
+FARTHEST, FARTHEST_HALF = 0.1, 0.2
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,22 @@ class Exported:
     path: Path
     difference: float
     tokens: int
+
+
+def form_of(path: str | os.PathLike[str]) -> str:
+    """The format that a name is of, by its end."""
+    end = Path(path).suffix.lower()
+    return next((form for form, e in EXPORTERS.items() if e.suffix and e.suffix == end), "transformers")
+
+
+def check_place(
+    path: str | os.PathLike[str], form: str, overwrite: bool, *sources: str | os.PathLike[str] | None
+) -> Path:
+    """Where a format is written, links followed; MoefyError, as of `check_output`, if it cannot be or is a source."""
+    exporter = EXPORTERS[form]
+    for source in sources or (None,):
+        out = check_output(path, overwrite, source, exporter.kind, exporter.is_one)
+    return out
 
 
 def export(
@@ -60,19 +76,19 @@ def export(
     if form not in EXPORTERS:
         raise MoefyError(f"There is no format {form!r}; use one of {', '.join(EXPORTERS)}.")
     check(model)
-    out = check_output(path, overwrite, gguf=form == "gguf")
+    out = check_place(path, form, overwrite)
     with torch.inference_mode():
         with _router_spreads(model) as spreads:
             wanted = model(input_ids=ids, use_cache=False).logits.float()
         made = stock(model, spreads)
         got = made(input_ids=ids, use_cache=False).logits.float()
     difference = float((got - wanted).norm() / wanted.norm())
-    if not difference <= FARTHEST.get(model.dtype, FARTHEST_HALF):
+    if not difference <= (FARTHEST if model.dtype == torch.float32 else FARTHEST_HALF):
         raise MoefyError(
             f"The model for other engines computes something else ({difference:.1%} off on {ids.numel()} tokens), so "
             f"it was not written; report it with the name of the dense model."
         )
-    EXPORTERS[form](made, out, tokenizer, **options)
+    EXPORTERS[form].write(made, out, tokenizer, **options)
     return Exported(out, difference, ids.numel())
 
 

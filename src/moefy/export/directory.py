@@ -8,6 +8,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from moefy.checkpoint import mend_generation, written
+from moefy.export.base import Exporter
 from moefy.older import say_for_older
 from moefy.quiet import quiet_transformers
 
@@ -32,8 +33,8 @@ model = AutoModelForCausalLM.from_pretrained("path/to/this/directory")
 """
 
 
-def write(made: PreTrainedModel, out: Path, tokenizer: Any) -> None:
-    """Write safetensors shards, config, tokenizer and a card."""
+def write(made: PreTrainedModel, out: Path, tokenizer: Any, *, progress: Any = None) -> None:
+    """Write safetensors shards, config, tokenizer and a card; transformers shows how far it is."""
     config = made.config
     mend_generation(made)
     with written(out) as folder, quiet_transformers():
@@ -49,3 +50,6 @@ def write(made: PreTrainedModel, out: Path, tokenizer: Any) -> None:
             size=config.moe_intermediate_size,
         )
         (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+EXPORTER = Exporter(write)

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from moefy.checkpoint import written_file
+from moefy.export.base import Exporter
 from moefy.sources.gguf_file import is_gguf, read_gguf
 from moefy.types import MoefyError
 
@@ -50,7 +51,7 @@ def write(
 
     `progress(done, total)` counts bytes. MoefyError if llama.cpp's glm4moe lacks something that the model has.
     """
-    like = check_options(like, weights)
+    like = check(like, weights)
     vocabulary = _vocabulary(like, made.config.vocab_size)
     tensors = list(_tensors(made, *TYPES[weights][:1]))
     _check_room(made.config, len(tensors))
@@ -78,7 +79,7 @@ def write(
             writer.close()
 
 
-def check_options(like: Path | None, weights: str) -> Path:
+def check(like: Path | None = None, weights: str = "q8_0") -> Path:
     """MoefyError, before anything is loaded, unless `like` is a whole GGUF file and `weights` a type."""
     if weights not in TYPES:
         raise MoefyError(f"There is no type {weights!r}; use one of {', '.join(TYPES)}.")
@@ -194,3 +195,6 @@ def _fitting(tensor: Tensor, kind: Any) -> Any:
 
 def _size(tensor: Tensor, kind: Any) -> int:
     return int(np.prod(quant_shape_to_byte_shape(tuple(tensor.shape), kind)))
+
+
+EXPORTER = Exporter(write, "GGUF file", is_gguf, ".gguf", ("like", "weights"), check)
