@@ -15,10 +15,12 @@ export PIP_NO_COMPILE := 1
 demo: $(VENV)/demo-ready
 	$(BIN)/moefy demo
 
-test: $(VENV)/test-ready
+lint: $(VENV)/test-ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+test: lint
 	$(BIN)/python -m pytest -n $(WORKERS)
 
 install: $(VENV)/ready

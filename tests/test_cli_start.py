@@ -109,7 +109,7 @@ def test_what_a_command_imports_is_all_of_moefy():
 
 def test_ctrl_c_at_any_moment(dense):
     for after in (0.3, 1.5, 3.0):
-        long = [sys.executable, "-m", "moefy", "eval", str(dense), "--window", "32", "--windows", "100000"]
+        long = [sys.executable, "-m", "moefy", "eval", str(dense), "--window", "8", "--windows", "1000000"]
         running = subprocess.Popen(long, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         time.sleep(after)
         running.send_signal(signal.SIGINT)

@@ -1,7 +1,5 @@
 """Constructions: every one a permutation, CMoE's as published, balanced assignment at its optimum."""
 
-import time
-
 import numpy as np
 import pytest
 import torch
@@ -116,10 +114,8 @@ def test_balanced_assignment_is_optimal(groups, size, seed, integral):
 
 def test_balanced_assignment_scales_to_real_layers():
     # No clock decides here: a method of cubic cost would not come back within the suite's patience.
-    start = time.perf_counter()
     cost = torch.randint(0, 400, (8944, 13), generator=torch.Generator().manual_seed(0)).float()
     assert torch.bincount(balanced_assignment(cost)).tolist() == [688] * 13
-    print(f"8,944 x 13: {time.perf_counter() - start:.2f} s")
 
 
 def test_counts_that_do_not_divide_name_their_neighbours():

@@ -8,9 +8,10 @@ import torch
 import moefy
 import tiny
 import words
+from extras import extra
 from moefy.measure import harness
 
-pytest.importorskip("lm_eval")  # an extra
+extra("lm_eval")
 
 TASK = """
 task: jumping

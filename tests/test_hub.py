@@ -10,13 +10,14 @@ import pytest
 from huggingface_hub import HfApi, constants
 
 import tiny
+from extras import extra
 from moefy.errors import MoefyWarning
 from moefy.sources import hub, texts
 from moefy.sources import models as sources
 from moefy.types import MoefyError
 from words import pydoc_tokenizer
 
-datasets = pytest.importorskip("datasets")
+datasets = extra("datasets")
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import moefy
 import tiny
 from moefy.moe import moe_layers
 from moefy.sites import FAMILIES, find_sites
-from moefy.tuning.relufy import with_activation
+from moefy.tuning.relufy import with_relu
 from test_families import close
 from tiny_base import bert_like
 from tiny_mixtures import MIXTURES
@@ -81,9 +81,9 @@ def test_relu_or_a_sentence(family):
     model, feed = tiny.tiny(family), tiny.inputs(family)
     if family in ("bloom", "clip"):  # its activation is in the code; its two towers have one each
         with pytest.raises(moefy.MoefyError, match="cannot be set to relu"):
-            with_activation(model)
+            with_relu(model)
         return
-    assert not close(tiny.output(with_activation(model), feed), tiny.output(model, feed))
+    assert not close(tiny.output(with_relu(model), feed), tiny.output(model, feed))
 
 
 def _vision(model):

@@ -17,13 +17,13 @@ import words
 from moefy.sites import find_sites
 from moefy.tasks import TASKS
 from moefy.tuning.finetune import Schedule, finetune
-from moefy.tuning.relufy import load_for_task, relufy, with_activation
+from moefy.tuning.relufy import load_for_task, relufy, with_relu
 
 
 @pytest.mark.parametrize("family", [f for f in tiny.FAMILIES if f != "whisper"])
 def test_the_swap_changes_the_activation_and_nothing_else(family):
     model, feed = tiny.tiny(family), tiny.inputs(family)
-    swapped = with_activation(model)
+    swapped = with_relu(model)
     assert {site.activation for site in find_sites(swapped)} == {"relu"}
     assert all(torch.equal(v, swapped.state_dict()[k]) for k, v in model.state_dict().items())
     again = type(swapped)(type(swapped.config).from_dict(swapped.config.to_dict())).eval()

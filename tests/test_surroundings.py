@@ -19,7 +19,7 @@ from moefy.moe import moe_layers
 from moefy.routers import Router
 from moefy.sources.models import load_source
 from moefy.sources.texts import read_text
-from moefy.tuning.relufy import with_activation
+from moefy.tuning.relufy import with_relu
 from moefy.usage import usage
 
 COUNTED = moefy.Recipe(experts=6, shared=1, active=2, top_activated=4)
@@ -124,7 +124,7 @@ def test_a_checkpoint_in_the_hub_s_cache_is_read_once(tmp_path):
 def test_the_dense_model_keeps_how_it_generates(tmp_path):
     model = tiny.tiny("llama")
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = [2, 5, 7], 0
-    swapped = with_activation(model)
+    swapped = with_relu(model)
     moefy.convert(model, COUNTED, batches("llama"))
     dense = moefy.to_dense(model)
     for made in (swapped, dense):

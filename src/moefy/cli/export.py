@@ -42,9 +42,8 @@ def export(
     if other := [name for name in options if name not in EXPORTERS[form].options]:
         ends = ", ".join(e.suffix for e in EXPORTERS.values() if {*other} <= {*e.options})
         named = " and ".join(f"--{name}" for name in other)
-        raise MoefyError(
-            f"{named} {'is' if len(other) == 1 else 'are'} for names that end in {ends}; give such an output."
-        )
+        verb = "is" if len(other) == 1 else "are"
+        raise MoefyError(f"{named} {verb} for outputs whose name ends in {ends}; give one, or leave it out.")
     check_place(output, form, overwrite, EXPORTERS[form].check(**options), model)
     body = texts.read_text(text)
     loaded, tokenizer = load_any(model, dtype, False)

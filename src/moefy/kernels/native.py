@@ -169,7 +169,9 @@ class PackedFFN:
         return self._run(x, None, **routing)
 
     def forward_with_chosen(self, x: Tensor, **routing: Any) -> tuple[Tensor, Tensor]:
-        """The FFN of x and the experts it chose: (T, most) int32, -1 where a token has fewer.
+        """The FFN of x and the experts it chose: (T, K) int32, -1 where a token has fewer.
+
+        K is `top_k`, `most` or the columns of `chosen`.
 
         Experts come from one of
         - `chosen` (T, K), no expert twice in a row, entries below 0 are none; `gate_weights` (T, K) weights them;

@@ -34,6 +34,3 @@ class RandomRouter(Router):
         for _ in range(3):  # rounds of a 31-bit mix; two left visible stripes between neighbouring experts
             state = ((state ^ (state >> 15)) * 1103515245 + 12345) & _MASK
         return (state ^ (state >> 16)).float()
-
-    def multiply_adds(self) -> int:
-        return 0

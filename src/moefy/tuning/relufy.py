@@ -28,17 +28,17 @@ from moefy.tuning.finetune import Progress, Schedule, Trained, check_positive, f
 from moefy.types import MoefyError
 
 
-def with_activation(model: Any, activation: str = "relu") -> Any:
-    """The same model with another activation in its FFNs: a new model with copies of the same weights."""
+def with_relu(model: Any) -> Any:
+    """The same model with ReLU in its FFNs: a new model with copies of the same weights."""
     sites, config = find_sites(model), copy.deepcopy(model.config)
     for attribute in {site.family.activation for site in sites}:
         for part in {id(c): c for c in (config, config.get_text_config())}.values():
             if hasattr(part, attribute):
-                setattr(part, attribute, activation)
+                setattr(part, attribute, "relu")
     if hasattr(config, "feed_forward_proj"):  # T5 derives the activation from this when it is loaded
         gated = config.feed_forward_proj.startswith("gated")
-        config.feed_forward_proj = f"gated-{activation}" if gated else activation
-        config.dense_act_fn = activation
+        config.feed_forward_proj = "gated-relu" if gated else "relu"
+        config.dense_act_fn = "relu"
     with quiet_transformers():
         swapped = type(model)(config).to(next(model.parameters()).dtype)
     # Not strict: a learned activation (prelu) is gone with its parameters.
@@ -46,8 +46,8 @@ def with_activation(model: Any, activation: str = "relu") -> Any:
     swapped.tie_weights()
     if getattr(model, "generation_config", None) is not None:
         swapped.generation_config = copy.deepcopy(model.generation_config)
-    if any(site.activation != activation for site in find_sites(swapped)):
-        raise MoefyError(f"The activation of this {type(model).__name__} cannot be set to {activation}.")
+    if any(site.activation != "relu" for site in find_sites(swapped)):
+        raise MoefyError(f"The activation of this {type(model).__name__} cannot be set to relu.")
     return swapped.eval()
 
 
@@ -113,7 +113,7 @@ def relufy(
     out, found = check_output(output, overwrite, source), named(task)
     rows = task_examples(found, data, examples)
     model, tokenizer = load_for_task(source, found, remote_code=remote_code)
-    model = with_activation(model)
+    model = with_relu(model)
     if head_of(model) == "classification" and not model.config.problem_type:
         # transformers does so in a training step, and a run that is repeated after its last one takes none.
         model.config.problem_type = "single_label_classification"
