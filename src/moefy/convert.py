@@ -288,7 +288,7 @@ def planned_specs(
 ) -> dict[str, list[LayerSpec]]:
     """The shapes that each FFN may get, by name, at its own share of the budget if `shares` gives one.
 
-    MoefyError if the recipe fits one of them not.
+    MoefyError if the recipe does not fit one of them.
     """
     shares = shares or {}
     return {name: recipe.layer_specs(site.read(), name, shares.get(name)) for name, site in sites.items()}

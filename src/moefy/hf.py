@@ -320,10 +320,9 @@ def bare_model(model: PreTrainedModel, sizes: Mapping[str, int] | None = None) -
     `sizes` are changes to its config, such as {"intermediate_size": 768} or {"text_config.intermediate_size": 768}.
     """
     base = base_class(model)
-    own: Any = next(
-        c for c in type(model.config).__mro__ if c.__module__ != __name__
-    )  # EXAONE's model class is Llama's
-    config = own.from_dict({**model.config.to_dict(), "model_type": model.config.base_model_type})
+    # Not the class's own kind of config: EXAONE's model class is Llama's.
+    kind: Any = next(c for c in type(model.config).__mro__ if c.__module__ != __name__)
+    config = kind.from_dict({**model.config.to_dict(), "model_type": model.config.base_model_type})
     del config.moefy, config.base_model_type
     for attribute, size in (sizes or {}).items():
         part, _, last = attribute.rpartition(".")

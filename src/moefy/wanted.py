@@ -7,12 +7,12 @@ from typing import Any
 from moefy.recipe import DEFAULT, FINE, Recipe
 from moefy.types import MoefyError
 
-# Words of who wants to cut and route in a certain way: they count experts, as CMoE does.
+# Options of whoever wants to cut and route in a certain way: they count experts, as CMoE does.
 _COUNTING = {"experts", "shared", "construction", "router"}
 
 
 def chosen(recipe: str | None, **options: Any) -> Recipe:
-    """The recipe that options of the command line mean: by default the best one, and CMoE for who counts experts.
+    """The recipe that options of the command line mean: by default the best one, and CMoE for whoever counts experts.
 
     `active` is a share of the FFNs' multiply-adds if it is a float, else a count of routed experts; 1 is the whole
     where a recipe takes only shares or routes nothing. MoefyError for a share out of bounds and for options that

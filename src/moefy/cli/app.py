@@ -200,7 +200,7 @@ def main() -> None:
 def _show_warning(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: Any = None
 ) -> None:
-    """Ours are a line; where in the source they arose is nothing to who runs a command."""
+    """Ours are a line; where in the source they arose does not matter to whoever runs a command."""
     if issubclass(category, MoefyWarning):
         print(message, file=sys.stderr)
     else:

@@ -28,8 +28,8 @@ NO_TARGET = -100
 class Perplexity:
     """exp(mean negative log-likelihood) over `tokens` predicted tokens, and the protocol behind it.
 
-    Consecutive windows of `window` tokens, `stride` apart (equal: no overlap), each scored on its own;
-    the first token of a window has no context and is not counted. `prefix` special tokens open each window.
+    Consecutive windows of `window` tokens, of which the first `prefix` are special ones and the other `stride` text,
+    without overlap; each is scored on its own, and its first token, which has no context, is not counted.
     """
 
     perplexity: float

@@ -19,7 +19,7 @@ def check() -> None:
     try:
         import matplotlib  # noqa: F401 - whether it is there
     except ImportError:
-        raise MoefyError("Plots need matplotlib: pip install matplotlib.") from None
+        raise MoefyError("Plots need matplotlib, an extra (report): pip install matplotlib.") from None
 
 
 def _figure(height: float, **options: Any) -> tuple[Any, Any]:

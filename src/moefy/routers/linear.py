@@ -22,6 +22,8 @@ FLOOR = 1e-3
 
 
 class LinearRouter(Router):
+    """Scores (T, E) = x (T, D) weight (E, D)ᵀ + bias (E,), by ridge regression; moefy's own (docs/log.md)."""
+
     def __init__(self, spec: LayerSpec):
         super().__init__(spec)
         self.weight = self._weight(spec.experts, spec.width)

@@ -1,7 +1,7 @@
 """A linear router fitted to decide: is an expert worth running for this token?
 
 Cost-sensitive logistic regression: the label is whether what losing the expert costs (`stats.unrepaired`:
-after the shared neurons have repaired what they can) is above the layer's going rate, and the weight of an
+after the shared neurons have repaired what they can) is above the layer's threshold, and the weight of an
 example is how far from it, which is the squared error that a wrong decision leaves. It starts from the ridge
 regression to the cost's root. The form is that of `LinearRouter`, so what runs one runs the other.
 """
@@ -23,13 +23,15 @@ from moefy.types import LayerSpec, Partition
 EPOCHS, BATCH, RATE, DECAY = 10, 1024, 2e-3, 1e-4
 # Bytes of inputs and costs to train on; more tokens are thinned evenly. SmolLM2: 190,000 tokens.
 HOLD_BYTES = 1 << 29
-# Costs that the going rate is read from.
+# Costs that the threshold is read from.
 SAMPLE = 1 << 17
-# An example counts at most as if its cost were this many times the going rate.
+# An example counts at most as if its cost were this many times the threshold.
 CLIP = 20.0
 
 
 class LogisticRouter(LinearRouter):
+    """Scores (T, E) = x (T, D) weight (E, D)ᵀ + bias (E,), fitted to decide; moefy's own (docs/log.md)."""
+
     @classmethod
     def build(cls, spec: LayerSpec, partition: Partition, stats: NeuronStats, seed: int) -> LogisticRouter:
         return cls._fit(spec, _examples(spec, partition, stats), seed)
@@ -49,7 +51,7 @@ class LogisticRouter(LinearRouter):
         rate = sample.quantile(1 - spec.top_k / spec.experts).clamp_min(1e-30)
         start, offset = ridge(x, cost.sqrt(), seen.weight)
         mean, spread = x.mean(0), x.std(0) + 1e-6
-        # Of unit inputs, centred on the going rate, with scores of a scale that the logistic loss can use.
+        # Of unit inputs, centred on the threshold, with scores of a scale that the logistic loss can use.
         scale = 2 / ((x[:4096] @ start).std() + 1e-9)
         w, b = start * spread[:, None] * scale, (offset + mean @ start - rate.sqrt()) * scale
         w, b = _train(w, b, (x - mean) / spread, cost / rate, seen.weight, generator)

@@ -24,6 +24,8 @@ HOLD_BYTES = 1 << 28
 
 
 class MLPRouter(Router):
+    """Scores (T, E) = tanh(x (T, D) first (E, D)ᵀ) second (E, E)ᵀ of x at unit length (MoEfication, section 3.2)."""
+
     def __init__(self, spec: LayerSpec):
         super().__init__(spec)
         self.first = self._weight(spec.experts, spec.width)

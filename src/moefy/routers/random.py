@@ -17,6 +17,8 @@ _MASK = 0x7FFFFFFF
 
 
 class RandomRouter(Router):
+    """Scores (T, E) that a seed and the bits of x (T, D) determine (MoEfication's baseline)."""
+
     def __init__(self, spec: LayerSpec):
         super().__init__(spec)
         self.register_buffer("seed", torch.zeros((), dtype=torch.int64))

@@ -18,6 +18,8 @@ from moefy.types import LayerSpec, MoEWeights, Partition
 
 
 class RepresentativeRouter(Router):
+    """Scores (T, E): |h| of one neuron an expert, its rows up and gate (E, D) at unit length (CMoE, section 4.2)."""
+
     def __init__(self, spec: LayerSpec):
         super().__init__(spec)
         self.up = self._weight(spec.experts, spec.width)

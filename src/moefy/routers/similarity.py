@@ -12,6 +12,8 @@ from moefy.types import LayerSpec, MoEWeights, Partition
 
 
 class SimilarityRouter(Router):
+    """Scores (T, E): cosines of x (T, D) and centroids (E, D) (MoEfication, section 3.2)."""
+
     def __init__(self, spec: LayerSpec):
         super().__init__(spec)
         self.centroids = self._weight(spec.experts, spec.width)

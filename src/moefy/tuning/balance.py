@@ -94,7 +94,7 @@ def direction(counts: Tensor) -> Tensor:
 def _spreads(model: Any, layers: Mapping[str, MoEFFN], probes: Iterable[Mapping[str, Any]]) -> dict[str, float]:
     """The standard deviation of each layer's scores on the first batch of which it gets a token.
 
-    In a mixture's experts that few tokens choose, that is not the first of all. Without any there is none.
+    In a mixture's experts that few tokens choose, that is not the first of all. Without any token a layer has no entry.
     """
     spreads: dict[str, float] = {}
 
