@@ -19,10 +19,10 @@ import sys
 from pathlib import Path
 
 from moefy.cli import console
+from moefy.errors import MoefyError
 from moefy.sources.models import load_source
 from moefy.tasks import evaluate_examples, task_examples
 from moefy.tuning.relufy import relufy
-from moefy.types import MoefyError
 
 
 def minilm() -> Path:

@@ -24,11 +24,11 @@ from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGene
 
 from moefy.checkpoint import check_output
 from moefy.cli import console
+from moefy.errors import MoefyError
 from moefy.sources.models import load_source
 from moefy.tasks import TASKS, evaluate_examples, task_examples
 from moefy.tuning.finetune import Schedule, check_positive, finetune
 from moefy.tuning.relufy import save_dense
-from moefy.types import MoefyError
 
 # Of the development data, spread over it.
 LINES = 1000

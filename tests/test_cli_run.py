@@ -10,11 +10,11 @@ import command
 import moefy
 import tiny
 from moefy import calibrate
+from moefy.errors import MoefyError
 from moefy.kernels import native
 from moefy.measure import evaluate
 from moefy.sources import texts
 from moefy.sources.texts import read_text
-from moefy.types import MoefyError
 from native_problem import needs_native
 from words import pydoc_tokenizer
 

@@ -16,12 +16,13 @@ from safetensors.torch import load_file
 import command
 import moefy
 import tiny
+from moefy.errors import MoefyError
 from moefy.export import EXPORTERS, export
 from moefy.export.gguf import TYPES, _check_room
 from moefy.export.glm4_moe import SOURCES, stock
 from moefy.moe import MoEFFN, moe_layers
 from moefy.sources.models import load_source, smollm2_gguf
-from moefy.types import MoefyError, Partition
+from moefy.types import Partition
 from words import pydoc_tokenizer
 
 ENGINE = moefy.Recipe.of("engine", experts=6, budget=0.8, shared_budget=0.5)

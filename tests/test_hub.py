@@ -11,10 +11,9 @@ from huggingface_hub import HfApi, constants
 
 import tiny
 from extras import extra
-from moefy.errors import MoefyWarning
+from moefy.errors import MoefyError, MoefyWarning
 from moefy.sources import hub, texts
 from moefy.sources import models as sources
-from moefy.types import MoefyError
 from words import pydoc_tokenizer
 
 datasets = extra("datasets")

@@ -74,6 +74,12 @@ def test_imports_point_one_way():
     assert not wrong
 
 
+def test_only_commands_know_the_command():
+    """It imports them, so anything else that imported `moefy_cli` would close a circle."""
+    knows = {path for path in ROOT.rglob("*.py") if "moefy_cli" in path.read_text()}
+    assert {part_of(path) for path in knows} <= {"cli", *TOP}
+
+
 def test_every_module_is_in_the_order():
     assert {part_of(path) for path in ROOT.rglob("*.py")} - TOP == set(ORDER)
 

@@ -13,9 +13,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moefy.errors import MoefyError
 from moefy.kernels import native
 from moefy.kernels.bank import WEIGHTS
-from moefy.types import MoefyError
 from native_problem import ISAS, REFERENCE, Problem, needs_native
 
 pytestmark = needs_native

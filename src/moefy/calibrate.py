@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from moefy.errors import MoefyError
 from moefy.sites import token_rows
-from moefy.types import MoefyError
 
 T = TypeVar("T")
 

@@ -19,6 +19,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from moefy import hf, slim
 from moefy.convert import check_no_adapters
+from moefy.errors import MoefyError
 from moefy.files import parse_json, put_in_place, sync
 from moefy.model_card import model_card
 from moefy.older import say_for_older
@@ -35,7 +36,6 @@ from moefy.sources.models import (
     reason,
     weights_of,
 )
-from moefy.types import MoefyError
 
 # Files of the source that a converted model needs as they are.
 _COMPANIONS = (

@@ -29,11 +29,12 @@ from moefy.conversion.one_pass import Arrival, OnePass, in_one_piece
 from moefy.conversion.residuals import find_residuals
 from moefy.conversion.resume import Store
 from moefy.conversion.work import layer_work, measure_work, tokens_in
+from moefy.errors import MoefyError
 from moefy.hf import mark_converted
 from moefy.moe import MoEFFN, moe_layers
 from moefy.recipe import Recipe
 from moefy.sites import ExpertSite, Site, check_run_once, find_sites, join_experts
-from moefy.types import LayerSpec, MoefyError
+from moefy.types import LayerSpec
 
 Progress = Callable[[int, int, str], None]
 

@@ -32,12 +32,13 @@ from transformers.models.auto.feature_extraction_auto import FEATURE_EXTRACTOR_M
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
+from moefy.errors import MoefyError
 from moefy.moe import MoEFFN, moe_layers
 from moefy.packed import keeps
 from moefy.quiet import quiet_transformers
 from moefy.routers import ROUTERS, Router
 from moefy.sites import bamboo, base_model_type, find_sites, text_config
-from moefy.types import LayerSpec, MoefyError
+from moefy.types import LayerSpec
 from moefy.version import __version__
 
 MODEL_TYPE = "moefy"

@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from moefy import kernels
+from moefy.errors import MoefyError
 from moefy.kernels import native
 from moefy.kernels.bound import Bound
 from moefy.packed import LOCK, Graphs, Packed, check_not_recorded, is_alone, keeps
 from moefy.routers import ROUTERS, Router
 from moefy.routers.base import without_autocast
 from moefy.selection import above, highest
-from moefy.types import FFNWeights, LayerSpec, MoefyError, MoEWeights, Partition, Usage
+from moefy.types import FFNWeights, LayerSpec, MoEWeights, Partition, Usage
 
 _PARTS = ("gate", "up", "down", "gate_bias", "up_bias")
 _OWN = frozenset(f"{group}_{part}" for group in ("shared", "experts") for part in _PARTS)

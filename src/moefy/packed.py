@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.nn.utils import stateless
 
+from moefy.errors import MoefyError
 from moefy.kernels import native
 from moefy.kernels.bound import Bound
 from moefy.routers import Router
-from moefy.types import LayerSpec, MoefyError
+from moefy.types import LayerSpec
 
 # Packing empties a layer's parameters and unpacking fills them: one thread at a time, since several may make the first
 # call of a model at once. A fork waits until nobody is at it.

@@ -12,11 +12,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from moefy.construct import CONSTRUCTIONS
 from moefy.construct.sharing import SHARING
-from moefy.errors import RecipeError
+from moefy.errors import MoefyError, RecipeError
 from moefy.recipe_text import read_yaml, sentence
 from moefy.routers import ROUTERS
 from moefy.slim import slim_spec
-from moefy.types import FFNWeights, LayerSpec, MoefyError
+from moefy.types import FFNWeights, LayerSpec
 
 _COUNTS = {"shared": 3, "active": 3}  # CMoE's S3A3, of 8 experts
 # The later word counts: what was in the recipe before and says the same, or would override it, gives way.

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from moefy.errors import RecipeError
+from moefy.errors import MoefyError, RecipeError
 from moefy.hf import bare_model, config_value
 from moefy.moe import MoEFFN, moe_layers
 from moefy.sites import base_model_type, config_by_module, config_path, find_sites, size_attributes
-from moefy.types import FFNWeights, LayerSpec, MoefyError
+from moefy.types import FFNWeights, LayerSpec
 
 # Inference engines quantise and multiply in blocks of 32 along a row (llama.cpp's Q4_0, Q8_0; its k-quants take 256).
 BLOCK = 32

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moefy.types import FFNWeights, MoefyError, Partition, linear, products
+from moefy.errors import MoefyError
+from moefy.types import FFNWeights, Partition, linear, products
 
 # One token in eight is held out where something is chosen by what it does on tokens it was not fitted to, in blocks:
 # a budget of 50 % whose thresholds were set on blocks of 256, 1,024 and 2,048 ran 53, 50 and 49 % of another document.

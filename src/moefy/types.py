@@ -16,8 +16,6 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
-from moefy.errors import MoefyError as MoefyError
-
 # Rows from which oneDNN's kernel is worth its call: below, products read weights and MKL is as good.
 _MANY_ROWS = 64
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from moefy.errors import MoefyError
 from moefy.recipe import DEFAULT, FINE, Recipe
-from moefy.types import MoefyError
 
 # Options of whoever wants to cut and route in a certain way: they count experts, as CMoE does.
 _COUNTING = {"experts", "shared", "construction", "router"}

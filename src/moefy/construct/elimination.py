@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moefy.errors import MoefyError
 from moefy.stats import NeuronStats
-from moefy.types import MoefyError
 
 # Neurons that go at a time: F / 96. On SmolLM2 blocks of 8 leave 0-3 % less error than one shot.
 BLOCKS = 96

@@ -15,6 +15,7 @@ from moefy.construct import construct
 from moefy.construct.sharing import SHARING
 from moefy.conversion.one_pass import Arrival
 from moefy.conversion.quality import Routing, RoutingTally
+from moefy.errors import MoefyError
 from moefy.moe import MoEFFN
 from moefy.recipe import Recipe
 from moefy.reconstruct import refit
@@ -22,7 +23,7 @@ from moefy.routers import ROUTERS
 from moefy.selection import held_out_parts, set_threshold
 from moefy.sites import Site
 from moefy.stats import NeuronStats, overflow
-from moefy.types import FFNWeights, LayerSpec, MoefyError, Partition
+from moefy.types import FFNWeights, LayerSpec, Partition
 
 # Tokens on which a layer's error is measured: the mean over 2,048 is within 1 % of that over 16k.
 ERROR_TOKENS = 2048

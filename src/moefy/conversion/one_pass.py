@@ -32,8 +32,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from moefy.calibrate import input_of, token_mask, without_cache
 from moefy.conversion.residuals import first_tensor
+from moefy.errors import MoefyError
 from moefy.sites import ExpertList, Site, token_rows
-from moefy.types import MoefyError
 
 # Below this a tensor is not worth a file: norms, masks and rotary tables of a window.
 SMALLEST_SPILLED = 1 << 18

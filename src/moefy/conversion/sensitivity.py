@@ -23,10 +23,9 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from moefy.calibrate import output_mask, row_mask, without_cache
 from moefy.conversion.one_pass import SMALLEST_SPILLED, not_spilled, spill_folder
-from moefy.errors import MoefyWarning
+from moefy.errors import MoefyError, MoefyWarning
 from moefy.kernels.native import return_freed_memory
 from moefy.sites import ExpertSite, Site
-from moefy.types import MoefyError
 
 _SPANS = ("start_logits", "end_logits")  # (N, L): a label is a place in the text
 _LOGITS = ("logits", *_SPANS)

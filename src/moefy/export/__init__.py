@@ -20,11 +20,11 @@ from transformers import PreTrainedModel
 
 from moefy.calibrate import rows_of
 from moefy.checkpoint import check_output
+from moefy.errors import MoefyError
 from moefy.export import directory, gguf
 from moefy.export.base import Exporter
 from moefy.export.glm4_moe import check, stock
 from moefy.moe import moe_layers
-from moefy.types import MoefyError
 
 #: By the name of the format.
 EXPORTERS: dict[str, Exporter] = {"transformers": directory.EXPORTER, "gguf": gguf.EXPORTER}

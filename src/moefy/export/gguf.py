@@ -18,9 +18,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from moefy.checkpoint import written_file
+from moefy.errors import MoefyError
 from moefy.export.base import Exporter
 from moefy.sources.gguf_file import is_gguf, read_gguf
-from moefy.types import MoefyError
 
 #: Types of matrices, by name: as GGUF calls the tensor's and the file's.
 TYPES = {

@@ -21,10 +21,11 @@ import torch
 from torch import Tensor
 from transformers import Glm4MoeConfig, Glm4MoeForCausalLM, PreTrainedModel
 
+from moefy.errors import MoefyError
 from moefy.moe import MoEFFN, moe_layers
 from moefy.routers.linear import LinearRouter
 from moefy.sites import base_model_type
-from moefy.types import FFNWeights, LayerSpec, MoefyError
+from moefy.types import FFNWeights, LayerSpec
 
 #: Architectures whose attention and norms Glm4Moe has too.
 SOURCES = ("llama", "mistral", "qwen2", "qwen3")

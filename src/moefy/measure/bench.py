@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 from moefy.calibrate import positions
+from moefy.errors import MoefyError
 from moefy.heads import head_of
 from moefy.kernels import native
 from moefy.moe import MoEFFN
-from moefy.types import MoefyError
 from moefy.usage import realised_fraction, usage
 from moefy.version import __version__
 

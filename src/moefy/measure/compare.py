@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from moefy.conversion.budgets import Sensitivity, measure
 from moefy.conversion.resume import digest
 from moefy.convert import convert
-from moefy.errors import RecipeError
+from moefy.errors import MoefyError, RecipeError
 from moefy.files import parse_json
 from moefy.heads import head_of
 from moefy.hf import versions
@@ -30,7 +30,6 @@ from moefy.recipe import DEFAULT, RECIPES, Recipe
 from moefy.routers import ROUTERS
 from moefy.sites import find_sites
 from moefy.slim import ordinary
-from moefy.types import MoefyError
 from moefy.usage import realised_fraction, usage
 from moefy.wanted import at_share
 

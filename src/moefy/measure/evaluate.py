@@ -15,9 +15,9 @@ from torch.nn import functional as F
 from moefy import kernels
 from moefy.calibrate import output_mask, row_mask, rows_of
 from moefy.conversion.quality import Routing, RoutingTally
+from moefy.errors import MoefyError
 from moefy.heads import head_of
 from moefy.moe import MoEFFN, moe_layers
-from moefy.types import MoefyError
 from moefy.usage import realised_fraction, usage
 
 Progress = Callable[[int, int], None]

@@ -12,8 +12,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from moefy.errors import MoefyError
 from moefy.heads import head_of
-from moefy.types import MoefyError
 
 
 def check_installed() -> None:

@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moefy.conversion.budgets import Sensitivity, allocate, measure
+from moefy.conversion.budgets import Sensitivity, measure
 from moefy.conversion.resume import Store
 from moefy.conversion.work import layer_work, measure_work, tokens_in
 from moefy.convert import Report, check_dense, convert, planned_shares, planned_specs
+from moefy.errors import MoefyError
 from moefy.heads import head_of
 from moefy.measure.evaluate import perplexity
 from moefy.recipe import Recipe
 from moefy.sites import Site, find_sites
-from moefy.types import MoefyError
 from moefy.usage import realised_fraction, usage
 from moefy.wanted import at_share
 
@@ -72,7 +72,7 @@ def smallest_budget(
     best: tuple[Any, Report] | None = None
     trials: list[Trial] = []
     while len(trials) < TRIALS and high - low > NEAR and low < LARGEST and high > least:
-        predicted = _predicted_budget(found, math.log1p(target) / scale) if found else high
+        predicted = _predicted_budget(sites, recipe, found, math.log1p(target) / scale) if found else high
         budget = _between(trials, low, high, target) or (predicted if low < predicted < high else (low + high) / 2)
         budget = max(least, min(LARGEST, budget))
         copied, wanted = copy.deepcopy(model), Recipe.of(recipe, budget=budget)
@@ -81,8 +81,8 @@ def smallest_budget(
         with usage(copied) as counted:
             loss = math.log(perplexity(copied, held_out, prefix).perplexity / dense)
         trials.append(Trial(budget, realised_fraction(copied, counted), math.expm1(loss)))
-        if found:
-            scale = max(loss, 1e-4) / max(found.predicted_loss(allocate(found.curves, budget)), 1e-9)
+        if report.predicted_loss is not None:
+            scale = max(loss, 1e-4) / max(report.predicted_loss, 1e-9)
         if trials[-1].rise <= target:
             high, best = budget, (copied, report)
         else:
@@ -161,12 +161,12 @@ def _between(trials: Sequence[Trial], low: float, high: float, target: float) ->
     return min(high - NEAR / 2, max(low + NEAR / 2, crossing))
 
 
-def _predicted_budget(found: Sensitivity, loss: float) -> float:
+def _predicted_budget(sites: Mapping[str, Site], recipe: Recipe, found: Sensitivity, loss: float) -> float:
     """The budget at which the predicted loss without routing is `loss` nats."""
     low, high = 0.1, 1.0
     for _ in range(12):
         middle = (low + high) / 2
-        too_much = found.predicted_loss(allocate(found.curves, middle)) > loss
+        too_much = found.predicted_loss(planned_shares(sites, Recipe.of(recipe, budget=middle), found)) > loss
         low, high = (middle, high) if too_much else (low, middle)
     return high
 

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from moefy.checkpoint import why_not_written
+from moefy.errors import MoefyError
 from moefy.report import plots
 from moefy.report.html import document, image, table, write_together
 from moefy.study.preferences import SIGNIFICANT
-from moefy.types import MoefyError
 
 # Rows of the tables of preferences, the strongest first.
 TOKENS_SHOWN, EXPERTS_SHOWN = 5, 6

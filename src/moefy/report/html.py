@@ -10,8 +10,8 @@ from html import escape
 from pathlib import Path
 
 from moefy.checkpoint import why_not_written
+from moefy.errors import MoefyError
 from moefy.files import put_in_place
-from moefy.types import MoefyError
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; }

@@ -6,7 +6,7 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
-from moefy.types import MoefyError
+from moefy.errors import MoefyError
 
 WIDTH, DPI = 8.0, 110
 _BLUE, _ORANGE = "#2f5d8a", "#d9822b"

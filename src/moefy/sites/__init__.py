@@ -8,14 +8,13 @@ from typing import Any
 
 from torch import nn
 
-from moefy.errors import MoefyWarning
+from moefy.errors import MoefyError, MoefyWarning
 from moefy.sites.experts import Expert, ExpertList, ExpertSite, expert_names, join_experts, token_rows
 from moefy.sites.families import FAMILIES, Family
 from moefy.sites.parts import base_model_type, config_by_module, config_path, text_config
 from moefy.sites.site import Site, fits, size_attributes
 from moefy.sites.trial import check_run_once, tried
 from moefy.sites.unknown import explain_unknown
-from moefy.types import MoefyError
 
 __all__ = [
     "FAMILIES",

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
+from moefy.errors import MoefyError
 from moefy.sites.families import EXPERT_COUNTS, FAMILIES, Family
 from moefy.sites.linears import assign, child, is_linear, rows
 from moefy.sites.parts import base_model_type
-from moefy.types import FFNWeights, MoefyError
+from moefy.types import FFNWeights
 
 
 @dataclass(frozen=True)

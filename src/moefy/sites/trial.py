@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from moefy.errors import MoefyError
 from moefy.sites.experts import Expert, ExpertList, ExpertSite, expert_names
 from moefy.sites.families import FAMILIES, LEFT_OUT, Family
 from moefy.sites.linears import child, is_linear, rows
 from moefy.sites.parts import base_model_type
 from moefy.sites.site import Site, fits, size_attributes
-from moefy.types import MoefyError
 
 # Spreads of what the activation is given: where it bends, as usual, and beyond any clamp (gpt-oss has one at 7).
 _SPREADS = (0.5, 2.0, 32.0)

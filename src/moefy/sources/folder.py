@@ -8,8 +8,8 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from moefy.errors import MoefyError
 from moefy.files import parse_json
-from moefy.types import MoefyError
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack")
 # Sizes in a config, by the names of several families, that are above 0 or not given.

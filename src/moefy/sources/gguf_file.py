@@ -15,7 +15,7 @@ from typing import Any
 import gguf
 import numpy as np
 
-from moefy.types import MoefyError
+from moefy.errors import MoefyError
 
 _loading = threading.RLock()
 

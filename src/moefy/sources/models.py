@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from moefy.errors import MoefyError
 from moefy.hf import MODEL_TYPE
 from moefy.moe import moe_layers
 from moefy.quiet import quiet_transformers
@@ -25,7 +26,6 @@ from moefy.sources import hub
 from moefy.sources.folder import adapter_error, check_directory, quantised_error
 from moefy.sources.gguf_file import alone, is_gguf, layers_of, read_gguf, read_once
 from moefy.sources.tokenizer import load_tokenizer
-from moefy.types import MoefyError
 
 # Quantisations that transformers undoes when it loads them without a GPU for them.
 _DEQUANTISED = ("fp8", "mxfp4")

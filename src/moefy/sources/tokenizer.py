@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from moefy.types import MoefyError
+from moefy.errors import MoefyError
 
 # Files without any of which transformers makes up a tokenizer of a handful of words, to which all else is unknown.
 _ANY = ("*token*", "*vocab*", "*merges*", "*.model", "*.spm", "*.codes", "*.tiktoken")

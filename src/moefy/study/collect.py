@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from moefy import kernels
 from moefy.calibrate import output_mask, real_tokens, row_mask, rows_of, token_mask
+from moefy.errors import MoefyError
 from moefy.moe import MoEFFN, moe_layers
 from moefy.sites import find_sites, join_experts, token_rows
 from moefy.sources.models import check_finite
 from moefy.stats import firing, normalised_rows
-from moefy.types import FFNWeights, MoefyError
+from moefy.types import FFNWeights
 
 # CMoE's K_a: the neurons that a token marks.
 MARKED = 10

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from moefy.calibrate import check_ids, ids_checked, spread
+from moefy.errors import MoefyError
 from moefy.heads import head_of
 from moefy.tasks.base import (
     Progress,
@@ -31,7 +32,6 @@ from moefy.tasks.classification import MNLI, MRPC, RTE, SST2
 from moefy.tasks.qa import SQUAD
 from moefy.tasks.rows import read_rows
 from moefy.tasks.text_to_text import TEXT_TO_TEXT
-from moefy.types import MoefyError
 
 __all__ = [
     "TASKS",

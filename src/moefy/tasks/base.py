@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from moefy.calibrate import positions
+from moefy.errors import MoefyError
 from moefy.sources.models import LOAD_ERRORS, check_finite, reason
 from moefy.tasks.rows import Row
-from moefy.types import MoefyError
 
 Progress = Callable[[int, int], None]
 Inputs = dict[str, Tensor]

@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 
+from moefy.errors import MoefyError
 from moefy.heads import head_of
 from moefy.sources.models import check_finite
 from moefy.tasks.base import Progress, Task, collate, longest_input, pad_id, refuse_head
 from moefy.tasks.likelihood import log_likelihoods
 from moefy.tasks.pairs import encode_pairs
 from moefy.tasks.rows import PlacedRow, Row, column, label_text, place_of, text_of
-from moefy.types import MoefyError
 
 
 @dataclass(frozen=True)

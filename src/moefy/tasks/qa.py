@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 
+from moefy.errors import MoefyError
 from moefy.heads import head_of
 from moefy.sources.models import check_finite
 from moefy.tasks.base import Progress, Task, longest_input, refuse_head
 from moefy.tasks.pairs import encode_pairs
 from moefy.tasks.rows import PlacedRow, Row, column, place_of, text_of
 from moefy.tasks.text_to_text import generate
-from moefy.types import MoefyError
 
 WINDOW, STRIDE, LONGEST_ANSWER = 384, 128, 30
 

@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from moefy.errors import MoefyError
 from moefy.sources.texts import decoded, hub_rows, is_text
-from moefy.types import MoefyError
 
 Row = dict[str, Any]
 FORMATS = (".tsv", ".csv", ".jsonl", ".json", ".txt")

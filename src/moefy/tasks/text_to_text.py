@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
+from moefy.errors import MoefyError
 from moefy.heads import head_of
 from moefy.tasks.base import Progress, Task, by_length, greedy, longest_input, pad_id, padded, refuse_head
 from moefy.tasks.pairs import encode_pair, encode_pairs, prompt_ids
 from moefy.tasks.rows import Row, column, place_of, text_of
-from moefy.types import MoefyError
 
 INPUTS, TARGETS = ("input", "source", "inputs", "text", "question"), ("target", "output", "targets", "label", "answer")
 

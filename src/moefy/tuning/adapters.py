@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from moefy.errors import MoefyError
 from moefy.moe import moe_layers
-from moefy.types import MoefyError
 
 # What an adapter's product is multiplied by, whatever its rank: CMoE's alpha of 32 at rank 8.
 SCALING = 4.0

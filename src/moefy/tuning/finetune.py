@@ -29,9 +29,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from moefy.conversion.resume import fingerprint
+from moefy.errors import MoefyError
 from moefy.files import claimed_folder, parse_json, put_in_place
 from moefy.tasks.base import by_answers, collate, longest_of
-from moefy.types import MoefyError
 
 Progress = Callable[[int, int], None]
 # Batches among whose examples those of like length are put together: 5 % of SST-2's tokens are then padding.

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moefy.calibrate import output_mask, without_cache
+from moefy.errors import MoefyError
 from moefy.heads import head_of
-from moefy.types import MoefyError
 
 Batch = Mapping[str, Any]
 

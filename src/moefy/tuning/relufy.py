@@ -17,6 +17,7 @@ import torch
 from moefy.calibrate import check_ids
 from moefy.checkpoint import check_output, mend_generation, written
 from moefy.convert import check_dense
+from moefy.errors import MoefyError
 from moefy.heads import head_of
 from moefy.older import say_for_older
 from moefy.quiet import quiet_transformers
@@ -25,7 +26,6 @@ from moefy.sources.models import LOAD_ERRORS, load_source, local_path, reason
 from moefy.tasks import named, task_examples
 from moefy.tasks.base import Task, pad_id, padding, sequences_of
 from moefy.tuning.finetune import Progress, Schedule, Trained, check_positive, finetune
-from moefy.types import MoefyError
 
 
 def with_relu(model: Any) -> Any:

@@ -25,12 +25,12 @@ from torch import Tensor
 from moefy.calibrate import CalibrationInfo, check_batches, spread, tokens_of
 from moefy.conversion.resume import fingerprint
 from moefy.convert import check_no_adapters
+from moefy.errors import MoefyError
 from moefy.moe import moe_layers
 from moefy.tuning.adapters import Adapters
 from moefy.tuning.balance import Gates
 from moefy.tuning.finetune import Progress, Schedule, Trained, check_positive, train
 from moefy.tuning.losses import teacher_loss, text_loss
-from moefy.types import MoefyError
 
 Loss = Callable[[Any, Mapping[str, Any]], Tensor]
 # Batches at most that the loss is measured on before and after, and one in how many; they are not trained on.
