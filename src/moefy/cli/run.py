@@ -28,7 +28,7 @@ def generate(
 
     from moefy.calibrate import check_ids
     from moefy.sources.texts import is_text
-    from moefy.tasks.base import greedy
+    from moefy.tasks.base import greedy, pad_id
 
     if not is_text(prompt):
         raise MoefyError("The prompt is no valid text (it is not UTF-8, or holds half a character); write it in UTF-8.")
@@ -54,7 +54,7 @@ def generate(
         attention_mask=inputs["attention_mask"],
         max_new_tokens=tokens,
         streamer=streamer,
-        pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+        pad_token_id=pad_id(tokenizer),
     )
     if streamer is None:
         print(tokenizer.decode(ids[0], skip_special_tokens=True))

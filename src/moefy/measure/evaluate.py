@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moefy import kernels
-from moefy.calibrate import output_mask, row_mask, rows_of
+from moefy.calibrate import output_mask, row_mask, rows_of, special_prefix
 from moefy.conversion.quality import Routing, RoutingTally
 from moefy.errors import MoefyError
 from moefy.heads import head_of
@@ -293,8 +293,6 @@ def _language_figures(
     step: Callable[[], None],
 ) -> tuple[dict[str, Any], Agreement | None]:
     """Perplexities and, on the first windows, the agreement with the dense model, in one pass of each."""
-    from moefy.calibrate import special_prefix
-
     widths = {batch["input_ids"].shape[1] for batch in batches}
     if len(widths) != 1:
         raise MoefyError(f"Perplexity is over windows of one width, and these are {sorted(widths)}; pad them to one.")
