@@ -87,6 +87,7 @@ def test_a_log_is_told_what_takes_its_time_while_it_does(show, monkeypatch, caps
     with show("Slow[/b]"):
         shown, end = "", time.monotonic() + 60
         while not shown and time.monotonic() < end:
+            time.sleep(0.2)  # what is written while it is read may be lost
             shown = capsys.readouterr().err
         assert shown == "Slow[/b]\n"
     assert not capsys.readouterr().err

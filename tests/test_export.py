@@ -376,3 +376,12 @@ def test_transformers_4_finds_rotary_positions_and_a_tokenizer(rope, recipe, tmp
         wanted, got = (each(input_ids=IDS).logits for each in (model, again))
     assert (got - wanted).norm() < 0.01 * wanted.norm()
     assert tf.AutoTokenizer.from_pretrained(tmp_path / "out")("abs").input_ids == tokenizer("abs").input_ids
+
+
+def test_what_is_copied_from_is_not_written_over(like, tmp_path):
+    file = tmp_path / "dense.gguf"
+    file.write_bytes(like.read_bytes())
+    before = file.read_bytes()
+    with pytest.raises(MoefyError, match="is the source"):
+        export(converted("llama"), file, None, IDS, form="gguf", like=file, overwrite=True)
+    assert file.read_bytes() == before

@@ -64,3 +64,10 @@ def _best(model, tokenizer, question):
         logs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
         found.append(sum(float(logs[i - 1, ids[i]]) for i in range(start, len(ids))))
     return found.index(max(found))
+
+
+@pytest.mark.parametrize("change", [("{{{{answer}}}}", "{{{{nope}}}}"), ("metric: acc", "metric: unheard_of")])
+def test_a_task_file_with_a_mistake_is_a_sentence(change, tasks, tmp_path):
+    (tasks / "jumping.yaml").write_text(TASK.replace(*change).format(data=tmp_path / "data.jsonl"))
+    with pytest.raises(moefy.MoefyError, match=r"lm-evaluation-harness (cannot run|knows no task)"):
+        harness.run(tiny.tiny("llama"), words.tokenizer(), ["jumping"], include=tasks)

@@ -307,3 +307,17 @@ def _rows(path):
     from moefy.tasks.rows import read_rows
 
     return read_rows(path)
+
+
+def test_an_encoder_is_not_trained_to_write_what_it_sees(tmp_path):
+    (tmp_path / "t.txt").write_text("IN: w1 w2 OUT: w3 w4\n" * 4)
+    with pytest.raises(moefy.MoefyError, match="needs a model that writes, and not an encoder"):
+        relufy(encoder(tmp_path / "bare"), tmp_path / "out", "t2t", tmp_path / "t.txt")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("steps", [1, 5, 15, 16, 100])
+def test_no_rate_is_above_the_highest(steps):
+    rates = [Schedule(steps, 1, 2e-3).rate_at(step) for step in range(steps)]
+    assert min(rates) > 0
+    assert max(rates) <= 2e-3

@@ -380,3 +380,8 @@ def test_thresholds_may_leave_every_expert_out():
     found = measures.between_inputs(none, torch.arange(4).repeat_interleave(5), 4)
     assert set(found.values()) == {0.0}
     assert preferences(none, torch.arange(20) % 2, ["a", "b"], None, 4)["significant"] == 0
+
+
+def test_a_page_with_a_name_that_is_no_text_is_written(tmp_path):
+    write_together({tmp_path / "page.html": "b\udcff.txt"})
+    assert (tmp_path / "page.html").read_text() == "b\\udcff.txt"

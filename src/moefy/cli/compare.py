@@ -96,8 +96,9 @@ def _bodies(calibration: str, texts: Sequence[str] | None) -> tuple[str, dict[st
     first, second = halves(whole)
     bodies: dict[str, str] = {}
     for source in dict.fromkeys(texts or [calibration]):
-        name = source if len(source) <= 200 else f"{source[:40]}…"
-        name = Path(name).name if Path(name).name not in bodies else name
+        name = source if len(source) <= 200 else f"{' '.join(source.split())[:40]}…"
+        short = Path(source).name if name == source else name
+        name = (short if short not in bodies else name).encode(errors="backslashreplace").decode()
         text = whole if source == calibration else read_text(source)
         bodies[name] = second if text == whole else text  # by its words: a file has many paths
     return first if second in bodies.values() else whole, bodies

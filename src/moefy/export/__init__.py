@@ -76,7 +76,8 @@ def export(
     if form not in EXPORTERS:
         raise MoefyError(f"There is no format {form!r}; use one of {', '.join(EXPORTERS)}.")
     check(model)
-    out = check_place(path, form, overwrite)
+    asked = {name: value for name, value in options.items() if name in EXPORTERS[form].options}
+    out = check_place(path, form, overwrite, EXPORTERS[form].check(**asked))
     with torch.inference_mode():
         with _router_spreads(model) as spreads:
             wanted = model(input_ids=ids, use_cache=False).logits.float()

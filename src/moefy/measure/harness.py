@@ -58,9 +58,9 @@ def run(
         found = simple_evaluate(
             adapter, tasks=list(tasks), task_manager=manager, limit=limit, num_fewshot=shots, bootstrap_iters=0
         )
-    except (OSError, ValueError, ConnectionError) as error:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise MoefyError(f"lm-evaluation-harness cannot run {', '.join(tasks)}: {first}.") from None
+    except Exception as error:  # a task file is a program: Jinja, metrics by name, data of any kind
+        why = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '').rstrip('.')}"
+        raise MoefyError(f"lm-evaluation-harness cannot run {', '.join(tasks)} ({why}).") from None
     return {
         task: {k: v for k, v in values.items() if isinstance(v, float)} for task, values in found["results"].items()
     }

@@ -67,7 +67,7 @@ def write_together(texts: Mapping[Path, str]) -> None:
     partials = {path: path.with_name(f".{path.name}.partial-{os.getpid()}") for path in texts}
     try:
         for path, partial in partials.items():
-            partial.write_text(texts[path], encoding="utf-8")
+            partial.write_text(texts[path], encoding="utf-8", errors="backslashreplace")  # names may be no text
         for path, partial in partials.items():
             put_in_place(partial, path)
     except OSError as error:

@@ -63,7 +63,7 @@ class Schedule:
 
     def rate_at(self, step: int) -> float:
         done, warm = step / self.steps, max(self.warmup, 1e-9)
-        return self.rate * min((done + 1 / self.steps) / warm, (1 - done) / max(1 - self.warmup, 1e-9))
+        return self.rate * min(1.0, (done + 1 / self.steps) / warm, (1 - done) / max(1 - self.warmup, 1e-9))
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import MODEL_FOR_MASKED_LM_MAPPING
 
 from moefy.calibrate import check_ids
 from moefy.checkpoint import check_output, mend_generation, written
@@ -24,7 +25,7 @@ from moefy.quiet import quiet_transformers
 from moefy.sites import find_sites
 from moefy.sources.models import LOAD_ERRORS, load_source, local_path, reason
 from moefy.tasks import named, task_examples
-from moefy.tasks.base import Task, pad_id, padding, sequences_of
+from moefy.tasks.base import Task, pad_id, padding, refuse_head, sequences_of
 from moefy.tuning.finetune import Progress, Schedule, Trained, check_positive, finetune
 
 
@@ -82,6 +83,8 @@ def load_for_task(source: str | os.PathLike[str], task: Task, *, remote_code: bo
         except LOAD_ERRORS as error:
             why = reason(error).rstrip(".")
             raise MoefyError(f"{os.fspath(source)} cannot be given a head for {task.name}: {why}.") from None
+    if head_of(made) == "causal" and type(made.config) in MODEL_FOR_MASKED_LM_MAPPING and not made.config.is_decoder:
+        raise refuse_head(task.name, model, "a model that writes, and not an encoder, which would see what to write")
     return made, tokenizer
 
 

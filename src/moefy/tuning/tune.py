@@ -199,6 +199,8 @@ def _train(
             undo.pop_all()
             gates.keep()
             adapters.merge()
+            if any(p.dtype != torch.float32 for p in model.parameters()):  # which rounds what is merged
+                after = _measured(model, held_out, loss)
     return trained, sum(p.numel() for p in parameters.values()), after
 
 

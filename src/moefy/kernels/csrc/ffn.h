@@ -202,6 +202,9 @@ struct Kernels {
                float* weight);
 };
 
+// Steps of the up phase that many rows make in one go with tiles of several panels.
+int up_steps();
+
 // Names of what this build and this machine can run, the fastest last; null for a name that it cannot.
 int instruction_sets(const char** names, int capacity);
 const Kernels* kernels(const char* name);

@@ -14,8 +14,11 @@ using namespace moefy;
 // (AVX-512), L1 is too small for them and for rows of x; but L2 feeds such tiles as well, and rows are read in long
 // streams: the up phase takes 7-8 % less than with 128 steps (AVX2, Zen 3), 2-6 % (AVX-512, Zen 4). Fewer rows wait for
 // DRAM, and with four panels the weights of the first tile are few with 128 steps, and the others' asked for in time:
-// up to 16 % less at 24 rows and below.
-constexpr int chunk_of(int rows) { return rows > 24 ? 512 : 512 / max_panels(max_rows()); }
+// up to 16 % less at 24 rows and below. Intel's cores read four panels faster than L2 gives them (dispatch.cpp).
+inline int chunk_of(int rows) {
+  constexpr int panels = max_panels(max_rows());
+  return rows <= 24 ? 512 / panels : panels > 1 ? up_steps() : 512;
+}
 
 // A tile of few rows waits for DRAM and, where it has one or two panels, reads as many streams. Four panels in turns,
 // 1 KB of each, are four: 16 tokens take 8-15 % less in the up phase with AVX2 (fp32; bf16 weights, all of a call, 2-9 %;
