@@ -115,7 +115,8 @@ def evaluate(
     from moefy.sources import texts
 
     if task or data or limit:
-        refuse_with_task({"--text": text, "--window": window, "--windows": windows})
+        if task:
+            refuse_with_task({"--text": text, "--window": window, "--windows": windows})
         tasks.evaluate_task(model, task, data, limit, against, int8, dtype, as_json, trust_remote_code)
         return
     body = texts.read_text(PYDOC if text is None else text)

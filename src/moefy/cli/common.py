@@ -38,7 +38,8 @@ def refuse_with_task(options: Mapping[str, object]) -> None:
     """MoefyError if one of these options, None where it was not given, was: a task has no use for it."""
     given = [name for name, value in options.items() if value is not None]
     if given:
-        raise MoefyError(f"{' and '.join(given)} {'is' if len(given) == 1 else 'are'} not for a --task; leave it out.")
+        verb, it = ("is", "it") if len(given) == 1 else ("are", "them")
+        raise MoefyError(f"{' and '.join(given)} {verb} not for a --task; leave {it} out.")
 
 
 def load_any(name: str, dtype: str, remote_code: bool, int8: bool = False) -> tuple[Any, Any]:

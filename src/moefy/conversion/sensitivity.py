@@ -186,15 +186,28 @@ class _Spilled:
     @classmethod
     def write(cls, tensor: Tensor, file: Path) -> _Spilled:
         plain = tensor.resolve_conj().resolve_neg()
-        once = plain[tuple(slice(1 if stride == 0 else None) for stride in tensor.stride())]  # of an expanded one
+        plain = plain if _lies_apart(plain) else plain.contiguous()
+        once = plain[tuple(slice(1 if stride == 0 else None) for stride in plain.stride())]  # of an expanded one
         save_file({"bytes": once.contiguous().flatten().view(torch.uint8)}, file)
-        return cls(file, tensor.dtype, tensor.shape, tensor.stride())
+        return cls(file, plain.dtype, plain.shape, plain.stride())
 
     def read(self) -> Tensor:
         # A copy: products round differently on memory that does not start on a cache line, as mapped files do not.
         once = [1 if stride == 0 else size for size, stride in zip(self.shape, self.strides, strict=True)]
         plain = load_file(self.file)["bytes"].clone().view(self.dtype).view(once)
         return torch.empty_strided(once, self.strides, dtype=self.dtype).copy_(plain).expand(self.shape)
+
+
+def _lies_apart(tensor: Tensor) -> bool:
+    """Whether each element has a place of its own, but along expanded dimensions, in little more memory than it takes:
+    not Longformer's overlapping windows, nor a column of a large matrix."""
+    reach, count = 0, 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if stride and size > 1:
+            if stride <= reach:
+                return False
+            reach, count = reach + (size - 1) * stride, count * size
+    return reach < 2 * count
 
 
 @contextmanager

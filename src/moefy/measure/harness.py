@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,10 @@ from moefy.heads import head_of
 
 def check_installed() -> None:
     """MoefyError if the harness is not there."""
-    if find_spec("lm_eval") is None:
-        raise MoefyError("lm-evaluation-harness is not installed: pip install lm-eval datasets.")
+    try:
+        import lm_eval.models.huggingface  # noqa: F401 - whether it is there, with what it needs
+    except ImportError:
+        raise MoefyError("lm-evaluation-harness is not installed: pip install lm-eval datasets.") from None
 
 
 def run(
@@ -58,6 +59,8 @@ def run(
         found = simple_evaluate(
             adapter, tasks=list(tasks), task_manager=manager, limit=limit, num_fewshot=shots, bootstrap_iters=0
         )
+    except MoefyError:
+        raise
     except Exception as error:  # a task file is a program: Jinja, metrics by name, data of any kind
         why = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '').rstrip('.')}"
         raise MoefyError(f"lm-evaluation-harness cannot run {', '.join(tasks)} ({why}).") from None
