@@ -8,6 +8,7 @@ are needed, and every model with logits has it: language models, classifiers, en
 from __future__ import annotations
 
 import itertools
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -186,7 +187,7 @@ class _Spilled:
     @classmethod
     def write(cls, tensor: Tensor, file: Path) -> _Spilled:
         plain = tensor.resolve_conj().resolve_neg()
-        plain = plain if _lies_apart(plain) else plain.contiguous()
+        plain = plain.contiguous() if _is_scattered(plain) else plain
         once = plain[tuple(slice(1 if stride == 0 else None) for stride in plain.stride())]  # of an expanded one
         save_file({"bytes": once.contiguous().flatten().view(torch.uint8)}, file)
         return cls(file, plain.dtype, plain.shape, plain.stride())
@@ -198,16 +199,10 @@ class _Spilled:
         return torch.empty_strided(once, self.strides, dtype=self.dtype).copy_(plain).expand(self.shape)
 
 
-def _lies_apart(tensor: Tensor) -> bool:
-    """Whether each element has a place of its own, but along expanded dimensions, in little more memory than it takes:
-    not Longformer's overlapping windows, nor a column of a large matrix."""
-    reach, count = 0, 1
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if stride and size > 1:
-            if stride <= reach:
-                return False
-            reach, count = reach + (size - 1) * stride, count * size
-    return reach < 2 * count
+def _is_scattered(tensor: Tensor) -> bool:
+    """Whether it reaches over far more memory than it fills, as a column of a large matrix does."""
+    places = [(size, stride) for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride]
+    return sum((size - 1) * stride for size, stride in places) >= 2 * math.prod(size for size, _ in places)
 
 
 @contextmanager
