@@ -118,7 +118,6 @@ def _left_out(name, head, **changes):
 @pytest.mark.parametrize(
     ("make", "sentence"),
     [
-        (lambda: _left_out("Albert", "Model", embedding_size=8), "'albert': its layers share one FFN"),
         (lambda: _left_out("BitNet", "ForCausalLM"), "'bitnet': it has a norm between"),
         (lambda: _left_out("SqueezeBert", "Model", embedding_size=32), "'squeezebert' has no FFNs of two or three"),
         (

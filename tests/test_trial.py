@@ -185,14 +185,6 @@ def test_what_a_norm_is_made_from_is_none():
     assert len(moe_layers(model)) == 2
 
 
-def test_layers_that_share_an_ffn_are_refused():
-    model = Odd(MLP, layers=3, shared=True)
-    ids = torch.randint(0, 99, (8, 12))
-    with pytest.raises(moefy.MoefyError, match=r"layers.0.ffn runs 3 times in a pass, for layers that share it"):
-        moefy.convert(model, moefy.Recipe(experts=6, shared=2, active=2, top_activated=4), [{"input_ids": ids}])
-    assert not moe_layers(model)
-
-
 def test_an_architecture_that_only_a_checkpoint_s_own_code_has():
     class Own(OddConfig):
         model_type = "moefy-test-own"
@@ -233,14 +225,3 @@ def test_slim_of_an_architecture_without_a_row(tmp_path):
     assert [site.read().neurons for site in find_sites(again)] == [32, 32]
     feed = tiny.inputs("granite_swa")
     assert torch.allclose(tiny.output(again, feed), tiny.output(model, feed), atol=1e-5)
-
-
-def test_a_layer_that_others_share_is_refused_in_known_families_too():
-    model = tiny.tiny("llama")
-    model.model.layers[1].mlp = model.model.layers[0].mlp
-    with pytest.raises(moefy.MoefyError, match=r"layers.0.mlp runs 2 times in a pass, for layers that share it"):
-        moefy.convert(model, "cmoe", [tiny.inputs("llama")])
-    sizes = {"block_sizes": [1, 1], "block_repeats": [1, 3], "num_decoder_layers": 1}
-    config = tf.FunnelConfig(vocab_size=97, d_model=32, n_head=4, d_head=8, d_inner=64, **sizes)
-    with pytest.raises(moefy.MoefyError, match=r"blocks.1.0.ffn runs 3 times in a pass"):
-        moefy.convert(tf.FunnelForMaskedLM(config), "cmoe", [{"input_ids": torch.randint(97, (2, 64))}])

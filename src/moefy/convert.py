@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moefy import slim
-from moefy.calibrate import CalibrationInfo, check_batches, real_tokens, without_cache
+from moefy.calibrate import CalibrationInfo, check_batches, real_tokens
 from moefy.conversion.budgets import Sensitivity, allocate, measure
 from moefy.conversion.convert_layer import LayerReport, as_it_is, convert_layer, whole_layer
-from moefy.conversion.one_pass import Arrival, OnePass, in_one_piece
+from moefy.conversion.one_pass import Arrival, OnePass
 from moefy.conversion.residuals import find_residuals
 from moefy.conversion.resume import Store
 from moefy.conversion.work import layer_work, measure_work, tokens_in
@@ -33,7 +33,7 @@ from moefy.errors import MoefyError
 from moefy.hf import mark_converted
 from moefy.moe import MoEFFN, moe_layers
 from moefy.recipe import Recipe
-from moefy.sites import ExpertSite, Site, check_run_once, find_sites, join_experts
+from moefy.sites import ExpertSite, Site, find_sites, join_experts
 from moefy.types import LayerSpec
 
 Progress = Callable[[int, int, str], None]
@@ -146,8 +146,6 @@ def convert(
     was_training = model.training
     model.eval()
     try:
-        with in_one_piece(model):
-            check_run_once(sites.values(), lambda: model(**without_cache(model, batches[0])))
         plan = Plan(model, sites, specs, recipe, batches, hold_bytes, {})
         before = 0
         if recipe.allocation == "sensitivity":

@@ -103,7 +103,7 @@ def measure(
                 curve, count = _curve(sites[name].read().to(torch.float32), arrival, chunk, metrics.get(name))
                 known = store.put(f"curve.{name}", {"loss": curve.loss}, {"size": curve.size, "tokens": count})
             curves[name], tokens[name] = Curve(known[0]["loss"], known[1]["size"]), known[1]["tokens"]
-            most = max(most, tokens[name], arrival.layer_tokens)
+            most = max(most, tokens[name] // arrival.runs, arrival.layer_tokens)
             done += curve_work(sites[name], seen)
             if progress:
                 progress(done, total, name)

@@ -32,6 +32,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from moefy.calibrate import input_of, token_mask, without_cache
 from moefy.conversion.residuals import first_tensor
+from moefy.conversion.runs import count_runs
 from moefy.errors import MoefyError
 from moefy.sites import ExpertList, Site, token_rows
 
@@ -44,13 +45,14 @@ EXPERT_TOKENS = 64
 class _Batch:
     """One calibration batch: its greenlet, what it waits for, and the storages it keeps alive."""
 
-    def __init__(self, number: int, run: Callable[[], object], dense: bool = False):
-        self.number, self.dense = number, dense
+    def __init__(self, number: int, run: Callable[[], object], runs: Mapping[str, int], dense: bool = False):
+        self.number, self.runs, self.dense = number, runs, dense
         self.greenlet = greenlet.greenlet(run)
         self.waiting_at: str | None = None
         self.inputs: Tensor | None = None
         self.residual: Tensor | None = None
         self.output: Tensor | None = None
+        self.earlier: dict[str, list[Tensor]] = {}
         self.rows: tuple[Tensor, int] | None = None
         self.held = 0
         self.storages: dict[int, weakref.ref] = {}
@@ -91,7 +93,8 @@ class Arrival:
     """All batches at one site. `inputs()` iterates over their inputs and `targets()` over what brings the converted
     model's residual stream back to the dense one's: FFN(x') + r' - r with the twin's x' and r' (None without twins,
     and where no residual stream is known). One (tokens, D) tensor a batch, without padding, as often as is asked.
-    Of the layer's `layer_tokens` an expert of a mixture gets `tokens`; every other FFN gets all.
+    Of the layer's `layer_tokens` an expert of a mixture gets `tokens`; every other FFN gets all. An FFN that layers
+    share has each token's input to all of them, `runs` a token.
     """
 
     name: str
@@ -99,6 +102,7 @@ class Arrival:
     targets: Rows | None = None
     tokens: int = 0
     layer_tokens: int = 0
+    runs: int = 1
 
     @property
     def suffices(self) -> bool:
@@ -152,9 +156,7 @@ class OnePass:
         self._done: set[str] = set()
         self._dense: dict[str, Callable[[Tensor], Tensor]] = {}
         todo = set(self.sites)
-        running = [_Batch(i, self._runner(b)) for i, b in enumerate(self.batches)]
-        if self.residuals:
-            running += [_Batch(i, self._runner(b), dense=True) for i, b in enumerate(self.batches)]
+        running = self._running()
         entries = [(name, site.entry) for name, site in self.sites.items()]  # first: it takes layers of experts apart
         lists = [(m, "visit_all", True) for m in self.model.modules() if isinstance(m, ExpertList)]
         with spill_folder() as self._folder, torch.no_grad(), in_one_piece(self.model), _changed(lists):
@@ -195,6 +197,20 @@ class OnePass:
                 f"give inputs that run the whole model (an encoder-decoder needs decoder_input_ids)."
             )
 
+    def _running(self) -> list[_Batch]:
+        """The batches, and where there are residuals their twins, at the start of the pass."""
+        kinds = {frozenset(b): b for b in self.batches}  # those with the same inputs come by the same FFNs
+        with in_one_piece(self.model):
+            runs = {keys: count_runs(self.model, self.sites, self._runner(b)) for keys, b in kinds.items()}
+        # What the layers before an FFN have lost is another thing for each layer that shares it.
+        shared = {name for found in runs.values() for name, count in found.items() if count > 1}
+        self.residuals = {name: stream for name, stream in self.residuals.items() if name not in shared}
+        return [
+            _Batch(i, self._runner(b), runs[frozenset(b)], dense)
+            for dense in (False, True)[: 1 + bool(self.residuals)]
+            for i, b in enumerate(self.batches)
+        ]
+
     def _runner(self, batch: Mapping[str, Any]) -> Callable[[], object]:
         return lambda: self.model(**without_cache(self.model, batch))
 
@@ -210,7 +226,12 @@ class OnePass:
         def forward(*args: Any, **kwargs: Any) -> Any:
             batch = self._track.batch
             if batch is not None and name not in self._done:
-                batch.inputs = input_of(args, kwargs)
+                x, earlier = input_of(args, kwargs), batch.earlier.setdefault(name, [])
+                if len(earlier) + 1 < batch.runs[name]:  # other layers that share it are still to come
+                    earlier.append(x.reshape(-1, x.shape[-1]).clone())
+                    return dense_forward(*args, **kwargs)
+                batch.inputs = torch.cat([*earlier, x.reshape(-1, x.shape[-1])]) if earlier else x
+                earlier.clear()
                 batch.rows, batch.waiting_at = self._untracked(token_rows(self.model, name)), name
                 self._root.switch()
             if batch is not None and batch.dense:
@@ -255,7 +276,7 @@ class OnePass:
         inputs = partial(self._inputs, batches, name)
         targets = partial(self._targets, batches, twins, name) if known else None
         if all(batch.rows is None for batch in batches):
-            return Arrival(name, inputs, targets)
+            return Arrival(name, inputs, targets, runs=max(batch.runs[name] for batch in batches))
         kept = [(self._kept(name, batch, 0), *batch.rows) for batch in batches if batch.rows is not None]
         tokens = sum(len(rows) if keep is None else int(keep[rows].sum()) for keep, rows, _ in kept)
         return Arrival(
@@ -288,7 +309,9 @@ class OnePass:
 
     def _kept(self, name: str, batch: _Batch, tokens: int) -> Tensor | None:
         """The mask (tokens,) of a batch's real tokens, None if all of them are or the mask is of other tokens."""
-        return token_mask(self.keep(name, self.batches[batch.number]), batch.rows[1] if batch.rows else tokens)
+        runs = max(1, batch.runs[name])
+        one = token_mask(self.keep(name, self.batches[batch.number]), batch.rows[1] if batch.rows else tokens // runs)
+        return one if one is None or runs == 1 else one.repeat(runs)
 
     def _spill(self, batches: list[_Batch]) -> None:
         """Move the activations of parked batches to disk, the longest parked first, until the rest fits."""

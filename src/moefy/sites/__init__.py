@@ -13,7 +13,7 @@ from moefy.sites.experts import Expert, ExpertList, ExpertSite, expert_names, jo
 from moefy.sites.families import FAMILIES, Family
 from moefy.sites.parts import base_model_type, config_by_module, config_path, text_config
 from moefy.sites.site import Site, fits, size_attributes
-from moefy.sites.trial import check_run_once, tried
+from moefy.sites.trial import tried
 from moefy.sites.unknown import explain_unknown
 
 __all__ = [
@@ -23,7 +23,6 @@ __all__ = [
     "Family",
     "Site",
     "base_model_type",
-    "check_run_once",
     "config_by_module",
     "config_path",
     "find_sites",

@@ -88,7 +88,7 @@ _BERT_LIKE = (
     *("dpr", "yolos", "convbert", "roc_bert", "mra", "yoso", "visual_bert", "bros", "lilt", "git", "vilt", "dpt"),
     *("timesformer", "sew-d", "lxmert", "align_text_model", "altclip", "altclip_text_model", "blip_text_model"),
     *("bridgetower", "bridgetower_text_model", "chinese_clip", "chinese_clip_text_model", "clap", "clap_text_model"),
-    *("flava", "flava_text_model", "flava_image_model", "flava_multimodal_model"),
+    *("flava", "flava_text_model", "flava_image_model", "flava_multimodal_model", "mobilebert"),
 )
 _BART_LIKE = (
     *("whisper", "bart", "mbart", "m2m_100", "marian", "pegasus", "pegasus_x", "bigbird_pegasus", "blenderbot"),
@@ -206,6 +206,8 @@ FAMILIES: tuple[Family, ...] = (
         bypass=("activation_function", "linear_2"),
         sizes=("d_inner",),
     ),
+    # All its layers, or those of a group, share one.
+    Family(("albert",), up="ffn", down="ffn_output", mount="ffn", bypass=("activation", "ffn_output")),
     # The FFN on the layout, narrower by a ratio that the config has.
     Family(
         ("lilt",),
@@ -295,7 +297,6 @@ FAMILIES: tuple[Family, ...] = (
 
 # Why architectures have no row that look as if they could have one.
 LEFT_OUT: dict[str, str] = {
-    "albert": "its layers share one FFN, and the calibration would see the first layer's tokens only",
     "gemma3n_text": "its first layers keep only the gate's highest values, a sparsity of their own",
     "bitnet": "it has a norm between the neurons and the down-projection, and weights of three values",
     "dbrx": "its experts keep their matrices the other way round in one long table",
@@ -303,6 +304,5 @@ LEFT_OUT: dict[str, str] = {
     "llama4_text": "its experts keep their matrices the other way round",
     "falcon_h1": "it multiplies the gate and the output by constants",
     "mllama_text_model": "the layers that look at images do not run on text",
-    "mobilebert": "it has several FFNs a layer behind bottlenecks",
     "xlnet": "it keeps its tokens in another order than its masks",
 }

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -19,7 +18,6 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from moefy.errors import MoefyError
 from moefy.sites.experts import Expert, ExpertList, ExpertSite, expert_names
 from moefy.sites.families import FAMILIES, LEFT_OUT, Family
 from moefy.sites.linears import child, is_linear, rows
@@ -81,31 +79,6 @@ def _above(name: str) -> list[str]:
     """The names of the modules that hold a module."""
     parts = name.split(".")
     return [".".join(parts[:i]) for i in range(1, len(parts))]
-
-
-def check_run_once(sites: Iterable[Site], run: Callable[[], object]) -> None:
-    """MoefyError if `run()`, a pass of the model, comes more than once by an FFN: a calibration would see the tokens of
-    the first time only.
-
-    Layers share it then: ALBERT's, blocks that Funnel repeats.
-    """
-    names = {site.layer_name if isinstance(site, ExpertSite) else site.name: site for site in sites}
-    calls: Counter[str] = Counter()
-    hooks = [
-        site.model.get_submodule(name).register_forward_pre_hook(lambda module, args, name=name: calls.update([name]))
-        for name, site in names.items()
-    ]
-    try:
-        run()
-    finally:
-        for hook in hooks:
-            hook.remove()
-    for name, count in calls.items():
-        if count > 1:
-            raise MoefyError(
-                f"moefy cannot convert this model: {name} runs {count} times in a pass, for layers that share it, and "
-                f"would be calibrated on the first of them."
-            )
 
 
 def _sites(model: nn.Module, name: str, module: nn.Module, row: Family, config: Any) -> list[Site]:

@@ -42,7 +42,8 @@ class Stream:
 class Layer:
     """Counts of one FFN. `active` is the share of neurons that each token fires; `chosen` (T, K) its experts.
 
-    `places` (T,) are the places of its tokens in their stream, for an expert of a mixture, which does not get all.
+    `places` (T,) are the places of its tokens in their stream where it does not see each of them once: for an expert
+    of a mixture, and for an FFN that layers share. Else it is empty.
     """
 
     name: str
@@ -94,8 +95,7 @@ def collect(
             rows = rows_of(args, kwargs)
             keep = row_mask(model, name, batch, len(rows))
             rows = rows if keep is None else rows[keep]
-            if token_rows(model, name) is not None:
-                layer.places.append(_places(model, name, batch, streams[layer.stream]))
+            layer.places.append(_places(model, name, batch, streams[layer.stream], len(rows)))
             check_finite(model, rows.abs())
             layer.count(read().to(torch.float32), rows, moe)  # in float32 for one layer at a time
             if step:
@@ -118,18 +118,21 @@ def collect(
         join_experts(model)
     if not streams or not any(layer.tokens for layer in layers.values()):
         raise MoefyError("There is nothing to study; give some text.")
+    for layer in layers.values():
+        if layer.tokens == sum(map(len, streams[layer.stream].ids)):
+            layer.places.clear()
     # No token came by some of a mixture's experts.
     return {name: layer for name, layer in layers.items() if layer.tokens}, streams
 
 
-def _places(model: Any, name: str, batch: Mapping[str, Any], stream: Stream) -> Tensor:
-    """The places in the stream of the real tokens that an expert of a mixture is given at this moment."""
-    found = token_rows(model, name)
-    assert found is not None
+def _places(model: Any, name: str, batch: Mapping[str, Any], stream: Stream, given: int) -> Tensor:
+    """The places in the stream of the `given` real tokens that an FFN sees at this moment: an expert not all."""
+    found, before = token_rows(model, name), sum(map(len, stream.ids[:-1]))
+    if found is None:
+        return torch.arange(before, before + given)
     rows, count = found
     keep = token_mask(real_tokens(model, name, batch), count)
     keep = torch.ones(count, dtype=torch.bool) if keep is None else keep
-    before = sum(len(ids) for ids in stream.ids[:-1])
     return (keep.cumsum(0) - 1 + before)[rows[keep[rows]]]
 
 
