@@ -10,9 +10,9 @@ import pytest
 
 import command
 import moefy
-import moefy_cli
 from moefy import kernels
 from moefy.cli.app import app
+from moefy_cli import stops
 from native_problem import needs_native
 
 QUICK = [
@@ -63,7 +63,7 @@ def test_a_stop_while_a_command_starts_is_a_sentence(module, stop, dense):
     )
     done = python(source, "eval", str(dense))
     assert (done.returncode, done.stdout) == (130, "")
-    assert done.stderr.endswith(f"{moefy_cli.INTERRUPTED}\n")
+    assert done.stderr.endswith(f"{stops.INTERRUPTED}\n")
     assert "Traceback" not in done.stderr
 
 
@@ -115,20 +115,21 @@ def test_ctrl_c_at_any_moment(dense):
         running.send_signal(signal.SIGINT)
         shown = running.communicate(timeout=120)[1]
         assert running.returncode == 130, shown
-        assert shown.endswith(f"{moefy_cli.INTERRUPTED}\n")
+        assert shown.endswith(f"{stops.INTERRUPTED}\n")
         assert "Traceback" not in shown
 
 
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
 def test_a_stop_is_heard_where_python_would_lose_it(stop):
     source = (
-        "import signal, time, moefy_cli\n"
+        "import signal, time\n"
+        "from moefy_cli import stops\n"
         "class Collected:\n"
         "    def __del__(self):\n"
         f"        signal.raise_signal({int(stop)})\n"
         "        time.sleep(0)\n"
         f"if {stop is signal.SIGTERM}: signal.signal(signal.SIGINT, signal.SIG_IGN)\n"  # under nohup
-        "moefy_cli.raise_on_stop()\n"
+        "stops.raise_on_stop()\n"
         "Collected()\n"
         "print('lost')\n"
         "try: time.sleep(60)\n"

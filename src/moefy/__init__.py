@@ -14,7 +14,7 @@ def _command_starts() -> bool:
     """Whether this is the command line before it knows what to do, by its script or by `python -m moefy`."""
     given = sys.orig_argv
     as_module = getattr(sys, "argv", [])[:1] == ["-m"] and "-m" in given  # while Python looks for the module to run
-    return getattr(sys.modules.get("moefy_cli"), "starting", False) or (
+    return getattr(sys.modules.get("moefy_cli.starting"), "now", False) or (
         as_module and given[given.index("-m") + 1 :][:1] == ["moefy"]
     )
 

@@ -16,7 +16,6 @@ from typing import Annotated, Any
 import typer
 
 import moefy
-import moefy_cli
 from moefy.cli import compare, convert, export, run, tasks, tune
 from moefy.cli.common import (
     PYDOC,
@@ -32,6 +31,7 @@ from moefy.cli.common import (
 )
 from moefy.errors import MoefyError, MoefyWarning
 from moefy.version import __version__
+from moefy_cli import starting, stops
 
 # Help is plain text: read as rich's markup, "hf:DATASET[/CONFIG]" is a tag that nothing opened.
 app = typer.Typer(
@@ -74,10 +74,10 @@ def whole(command: Callable[..., None]) -> Callable[..., None]:
         if not moefy._is_whole:
             from moefy.cli import console
 
-            moefy_cli.starting = False
+            starting.now = False
             with console.err.status("Starting"):  # in a log that is no news
                 importlib.reload(moefy)
-        moefy_cli.raise_on_stop()  # from here on what is temporary has to go
+        stops.raise_on_stop()  # from here on what is temporary has to go
         from moefy import kernels
 
         kernels.check()
@@ -178,7 +178,7 @@ def main() -> None:
     except (KeyboardInterrupt, SystemExit) as stop:
         if isinstance(stop, SystemExit) and stop.code != 130:  # what typer makes of Ctrl-C, without a word
             raise
-        print(moefy_cli.INTERRUPTED, file=sys.stderr)
+        print(stops.INTERRUPTED, file=sys.stderr)
         sys.exit(130)
     except MemoryError:
         _fail(NO_MEMORY)
