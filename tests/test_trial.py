@@ -175,6 +175,27 @@ def test_what_fails_beside_others_is_told():
         assert found(model) == BOTH[:1]
 
 
+def test_the_layers_of_gemma_3n_that_are_sparse_already_stay(tmp_path):
+    """They keep only the gate's highest values."""
+    sparse = {"activation_sparsity_pattern": [0.95, 0.0, 0.0], "intermediate_size": [NEURONS] * 3}
+    small = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCAB, "altup_num_inputs": 2}
+    kinds = ["sliding_attention", "full_attention", "full_attention"]
+    config = tf.Gemma3nTextConfig(
+        **{**TEXT, **sparse, **small, "num_hidden_layers": 3, "layer_types": kinds},
+        num_key_value_heads=2,
+        head_dim=8,
+        laurel_rank=4,
+        num_kv_shared_layers=1,
+    )
+    torch.manual_seed(0)
+    model, ids = tf.Gemma3nForCausalLM(config).eval(), torch.randint(3, VOCAB, (8, 12))
+    with pytest.warns(moefy.errors.MoefyWarning, match=r"computes something else stays as it is: model.layers.0.mlp\.$"):
+        report = moefy.convert(model, moefy.Recipe.of("reconstructed", budget=0.5, expert_size=2), [{"input_ids": ids}])
+    assert [layer.name for layer in report.layers] == ["model.layers.1.mlp", "model.layers.2.mlp"]
+    moefy.save(model, tmp_path / "out")
+    assert torch.equal(moefy.load(tmp_path / "out")(ids).logits, model(ids).logits)
+
+
 def test_what_a_norm_is_made_from_is_none():
     cls = voxtral.VoxtralRealtimeTextModel  # with the row's matrices in its norms, which the time goes through
     model = cls(cls.config_class(**TEXT, num_key_value_heads=2, head_dim=8)).eval()

@@ -297,7 +297,6 @@ FAMILIES: tuple[Family, ...] = (
 
 # Why architectures have no row that look as if they could have one.
 LEFT_OUT: dict[str, str] = {
-    "gemma3n_text": "its first layers keep only the gate's highest values, a sparsity of their own",
     "bitnet": "it has a norm between the neurons and the down-projection, and weights of three values",
     "dbrx": "its experts keep their matrices the other way round in one long table",
     "gpt_oss": "its experts have biases, and clamp and scale what their gates and up rows give",
