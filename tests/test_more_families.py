@@ -8,6 +8,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import moefy
 import tiny
+from moefy.conversion.sensitivity import output_metrics
 from moefy.moe import moe_layers
 from moefy.sites import FAMILIES, find_sites
 from moefy.tuning.relufy import with_relu
@@ -24,7 +25,19 @@ NO_SLIM = {
 }
 # One of each way to say the width: with None for a default, two attributes, a part's own config, a copied config.
 SLIMMED = (
-    *("starcoder2", "gptj", "xglm", "lfm2", "apertus", "modernbert", "esm", "roberta-prelayernorm", "funnel", "led"),
+    *(
+        "starcoder2",
+        "falcon_h1",
+        "gptj",
+        "xglm",
+        "lfm2",
+        "apertus",
+        "modernbert",
+        "esm",
+        "roberta-prelayernorm",
+        "funnel",
+        "led",
+    ),
     *("prophetnet", "longt5", "vit_mae", "clip", "wav2vec2", "reformer", "ctrl", "cpmant", "patchtst", "videomae"),
     *("musicgen_decoder", "altclip", "t5gemma2", "dia", *SEEING),
 )
@@ -129,6 +142,33 @@ def _left_out(name, head, **changes):
 def test_what_is_left_out_says_so(make, sentence):
     with pytest.raises(moefy.MoefyError, match=sentence):
         find_sites(make())
+
+
+def test_what_the_model_multiplies_by_is_in_the_weights():
+    """Falcon-H1 with numbers beside its gate and output, and the same model with these in its matrices."""
+    model, feed = tiny.tiny("falcon_h1"), tiny.inputs("falcon_h1")
+    folded = tiny.tiny("falcon_h1")
+    for layer, other in zip(model.model.layers, folded.model.layers, strict=True):
+        other.feed_forward.gate_multiplier, other.feed_forward.down_multiplier = 1.0, 1.0
+        other.feed_forward.gate_proj.weight.data = layer.feed_forward.gate_proj.weight * 0.5
+        other.feed_forward.down_proj.weight.data = layer.feed_forward.down_proj.weight * 4.0
+    folded.config.mlp_multipliers = [1.0, 1.0]
+    assert model.config.mlp_multipliers == [0.5, 4.0]
+    assert close(tiny.output(folded, feed), tiny.output(model, feed))
+    found = []
+    for one in (model, folded):
+        sites = {site.entry_name: site for site in find_sites(one)}
+        found.append(output_metrics(one, sites, [feed]))
+    for name, metric in found[0].items():
+        torch.testing.assert_close(metric, found[1][name], rtol=1e-3, atol=1e-5 * float(metric.abs().max()))
+    before = tiny.output(model, feed)
+    moefy.convert(model, moefy.Recipe.of("shared-only", budget=1.0), [feed])
+    assert close(tiny.output(model, feed), before)
+    dense = moefy.to_dense(model)
+    torch.testing.assert_close(
+        dense.model.layers[0].feed_forward.down_proj.weight * 4, folded.model.layers[0].feed_forward.down_proj.weight
+    )
+    assert close(tiny.output(dense, feed), before)
 
 
 def test_fused_and_gated_ffns_are_named():

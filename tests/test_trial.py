@@ -189,7 +189,9 @@ def test_the_layers_of_gemma_3n_that_are_sparse_already_stay(tmp_path):
     )
     torch.manual_seed(0)
     model, ids = tf.Gemma3nForCausalLM(config).eval(), torch.randint(3, VOCAB, (8, 12))
-    with pytest.warns(moefy.errors.MoefyWarning, match=r"computes something else stays as it is: model.layers.0.mlp\.$"):
+    with pytest.warns(
+        moefy.errors.MoefyWarning, match=r"computes something else stays as it is: model.layers.0.mlp\.$"
+    ):
         report = moefy.convert(model, moefy.Recipe.of("reconstructed", budget=0.5, expert_size=2), [{"input_ids": ids}])
     assert [layer.name for layer in report.layers] == ["model.layers.1.mlp", "model.layers.2.mlp"]
     moefy.save(model, tmp_path / "out")

@@ -210,6 +210,16 @@ DECODERS = {
     "mpt": _gpt("Mpt", d_model=12, n_heads=4, n_layers=2, max_seq_len=64),
     "xglm": _gpt("XGLM", d_model=WIDTH, ffn_dim=NEURONS, num_layers=2, attention_heads=4, max_position_embeddings=64),
     "biogpt": _encoder("BioGpt", "ForCausalLM"),
+    "falcon_h1": _decoder(
+        "FalconH1",
+        head_dim=8,
+        mamba_d_ssm=32,
+        mamba_n_heads=4,
+        mamba_d_head=8,
+        mamba_d_state=8,
+        mamba_chunk_size=16,
+        mlp_multipliers=[0.5, 4.0],  # so that they come out of the weights without a rounding
+    ),
     "modernbert-decoder": _encoder("ModernBertDecoder", "ForCausalLM"),
     "bert-generation": _encoder("BertGeneration", "Decoder", is_decoder=True),
 }

@@ -12,8 +12,8 @@ from __future__ import annotations
 import copy
 import ctypes
 import mmap
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields, replace
 from functools import cache
 from pathlib import Path
@@ -126,8 +126,17 @@ def model_class(base: Any, config: Any) -> Any:
         _initialise(self)  # transformers has done so for what was there before
 
     def initialize_weights(self: PreTrainedModel) -> None:
-        super(made, self).initialize_weights()
+        try:
+            super(made, self).initialize_weights()
+        except AttributeError:  # BridgeTower's looks for the matrices of FFNs
+            with _as_custom_code(self):
+                super(made, self).initialize_weights()
         _initialise(self)
+
+    def is_custom_code(cls: Any) -> bool:
+        """As of the dense class: of custom code transformers initialises no module without tensors of its own, such as
+        Falcon-H1's body, which fills buffers of its layers that no file has."""
+        return bool(getattr(base, "is_custom_code", bool)())
 
     def from_pretrained(cls: Any, *args: Any, **kwargs: Any) -> Any:
         loaded = super(made, cls).from_pretrained(*args, **kwargs)
@@ -155,6 +164,7 @@ def model_class(base: Any, config: Any) -> Any:
         "save_pretrained": save_pretrained,
         "__init__": __init__,
         "initialize_weights": initialize_weights,
+        "is_custom_code": classmethod(is_custom_code),
         "from_pretrained": classmethod(from_pretrained),
         "__module__": __name__,
         "config_class": config,
@@ -162,6 +172,15 @@ def model_class(base: Any, config: Any) -> Any:
     made = type(f"Moefy{_known(base).__name__}", (base,), members)
     _share_renamings(base, made)
     return made
+
+
+@contextmanager
+def _as_custom_code(model: Any) -> Iterator[None]:
+    model.is_custom_code = lambda: True
+    try:
+        yield
+    finally:
+        del model.is_custom_code
 
 
 @torch.no_grad()

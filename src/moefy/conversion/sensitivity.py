@@ -99,7 +99,7 @@ class _Sums:
     """Sums of ggᵀ over the real tokens of each layer of FFNs, and of |g|² and tokens of each FFN."""
 
     def __init__(self, model: nn.Module, sites: Mapping[str, Site]):
-        self.model = model
+        self.model, self.sites = model, sites
         self.batch: Mapping[str, Any] = {}  # that runs
         self.groups = {name: site.layer_name if isinstance(site, ExpertSite) else name for name, site in sites.items()}
         self.products: dict[str, Tensor] = {}
@@ -107,10 +107,10 @@ class _Sums:
 
     def probe(self, name: str) -> Callable[..., Tensor]:
         """A forward hook of one FFN's down-projection, which sees gradients though the weights are frozen."""
-        group = self.groups[name]
+        group, factor = self.groups[name], self.sites[name].multipliers[1]
 
         def add(gradient: Tensor) -> None:
-            rows = gradient.reshape(-1, gradient.shape[-1]).float()
+            rows = gradient.reshape(-1, gradient.shape[-1]).float() / factor  # of the output, not of what makes it
             product = rows.t() @ rows
             self.products[group] = self.products.get(group, 0) + product
             self.squares[name] += product.trace().item()

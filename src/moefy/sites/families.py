@@ -24,7 +24,8 @@ class Family:
     encoder-decoder may have two, the encoder's and the decoder's; none if the config has no such count); `fused`
     means that `up` holds the gate's rows and then the up rows in one matrix, `up_first` that it holds them the other
     way round; `activate_up` is Bamboo's
-    relu(gate) * relu(up). Modules below a child that `stays_dense` names are left alone.
+    relu(gate) * relu(up); `multipliers` names the attribute that holds two numbers, by which the model multiplies what
+    the gate's rows give and what the FFN gives. Modules below a child that `stays_dense` names are left alone.
     Where a module has parameters (E, ...) and no children by these paths, they are E experts (`experts.py`).
     """
 
@@ -37,6 +38,7 @@ class Family:
     fused: bool = False
     up_first: bool = False
     activate_up: bool = False
+    multipliers: str | None = None
     mount: str = ""
     bypass: tuple[str, ...] = ()
     sizes: tuple[str, ...] = ("intermediate_size",)
@@ -123,6 +125,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(("lfm2_moe",), gate="w1", up="w3", down="w2", fixed_activation="silu", sizes=()),
     Family(("nemotron_h",), up="up_proj", down="down_proj", activation="mlp_hidden_act", sizes=()),
     Family(("bamboo",), **_GATED, activate_up=True),
+    Family(("falcon_h1",), **_GATED, multipliers="mlp_multipliers"),
     Family(
         ("gemma2", "gemma3_text", "gemma4_text", "vaultgemma", "t5gemma2", "t5gemma2_text", "t5gemma2_decoder"),
         **_GATED,
@@ -301,7 +304,6 @@ LEFT_OUT: dict[str, str] = {
     "dbrx": "its experts keep their matrices the other way round in one long table",
     "gpt_oss": "its experts have biases, and clamp and scale what their gates and up rows give",
     "llama4_text": "its experts keep their matrices the other way round",
-    "falcon_h1": "it multiplies the gate and the output by constants",
     "mllama_text_model": "the layers that look at images do not run on text",
     "xlnet": "it keeps its tokens in another order than its masks",
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -50,6 +50,13 @@ class Site:
     def owner_dtype(self) -> torch.dtype:
         return child(self.owner, self.family.up).weight.dtype  # type: ignore[union-attr,return-value]
 
+    @property
+    def multipliers(self) -> tuple[float, float]:
+        """What the model multiplies the gate's rows and the output by; `read` has it in the weights."""
+        name = self.family.multipliers
+        gate, down = getattr(self.config, name) if name else (1.0, 1.0)
+        return gate, down
+
     def read(self) -> FFNWeights:
         """The FFN's weights, neuron-major; views of the model's memory where the layout allows it."""
         family, owner = self.family, self.owner
@@ -67,7 +74,7 @@ class Site:
             gate, gate_bias = rows(owner.get_submodule(family.gate))
         down_rows, down_bias = rows(down)
         self._check_types(up, down_rows)
-        return FFNWeights(
+        found = FFNWeights(
             up=up,
             down=down_rows.t(),
             gate=gate,
@@ -78,6 +85,7 @@ class Site:
             activate_up=family.activate_up,
             activation_state=self._activation_state(),
         )
+        return _multiplied(found, *self.multipliers)
 
     def _check_types(self, up: Tensor, down: Tensor) -> None:
         """MoefyError for a T5 in float16, whose down-projections transformers keeps in float32."""
@@ -92,6 +100,7 @@ class Site:
     def write(self, ffn: FFNWeights) -> None:
         """Put weights back into the dense modules (the inverse of `read`); meta tensors are materialised."""
         family, owner = self.family, self.owner
+        ffn = _multiplied(ffn, *(1 / factor for factor in self.multipliers))
         if family.fused:
             assert ffn.gate is not None
             order = slice(None, None, -1 if family.up_first else 1)
@@ -164,6 +173,17 @@ def size_attributes(config: Any) -> tuple[str, ...]:
     several = any(getattr(config, name, None) for name in EXPERT_COUNTS)
     usual = not several and isinstance(getattr(config, "intermediate_size", None), int)
     return ("intermediate_size",) if usual else ()
+
+
+def _multiplied(ffn: FFNWeights, gate_by: float, down_by: float) -> FFNWeights:
+    """An FFN whose gate's rows, before the activation, and whose output are multiplied by numbers."""
+    factors = {"gate": gate_by, "gate_bias": gate_by, "down": down_by, "down_bias": down_by}
+    changed = {
+        name: getattr(ffn, name) * factor
+        for name, factor in factors.items()
+        if factor != 1 and getattr(ffn, name) is not None
+    }
+    return replace(ffn, **changed) if changed else ffn
 
 
 def _identity(x: Tensor) -> Tensor:
