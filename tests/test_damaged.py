@@ -1,7 +1,9 @@
 """Files with a bit turned over, hostile ones and names that no file should have: a sentence, or the work done anew."""
 
 import json
+from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 from gguf import GGUFReader
@@ -10,6 +12,7 @@ import moefy
 import tiny
 from moefy.conversion.resume import Store
 from moefy.measure.compare import Journal
+from moefy.moe import moe_layers
 from moefy.recipe import Recipe
 from moefy.sources.models import load_source
 from moefy.tuning.finetune import _Run
@@ -180,3 +183,34 @@ def test_lines_as_they_are_written_are_read(line, tmp_path):
     path = tmp_path / "compare.jsonl"
     path.write_text(SETTINGS + json.dumps(line) + "\n")
     assert Journal(path, {"texts": {"wiki": {}}}).lines[1] == line
+
+
+def test_a_tokenizer_without_a_vocabulary_names_what_is_missing(tmp_path):
+    folder = saved(tmp_path / "source")
+    pydoc_tokenizer().save_pretrained(folder)
+    (folder / "tokenizer.json").unlink()
+    said = refused(load_source, folder)
+    assert "beside tokenizer_config.json is no tokenizer.json" in said
+    assert said.endswith("copy or download that too.")
+
+
+def test_a_gguf_whose_merges_make_no_token_is_a_sentence(tmp_path):
+    """The tokenizers library raises Exception itself for it."""
+    path = write_gguf(tmp_path / "m.gguf", merges=["a q"])
+    said = refused(load_source, path)
+    assert said.startswith(f"The tokenizer in the GGUF file {path} cannot be loaded (")
+    assert said.endswith("start from the model in safetensors.")
+
+
+def test_ffns_that_are_too_wide_for_the_memory_are_refused_before_the_work(monkeypatch):
+    model, feed = tiny.tiny("llama"), tiny.inputs("llama")
+    asked = []
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=asked.append(1) or 0))
+    monkeypatch.setattr(psutil, "swap_memory", lambda: SimpleNamespace(free=4 * 8 * tiny.NEURONS**2 - 1))
+    for changes in ({}, {"allocation": "uniform"}):
+        recipe = moefy.Recipe.of("reconstructed", budget=0.5, expert_size=2, **changes)
+        assert f"FFNs of {tiny.NEURONS} neurons take 0 GiB" in refused(moefy.convert, model, recipe, [feed])
+    assert not moe_layers(model)
+    assert len(asked) == 2
+    moefy.convert(model, "cmoe", [feed])
+    assert len(asked) == 2

@@ -111,6 +111,19 @@ def test_routing_reports_recall_and_load():
         assert 1 <= r.imbalance <= 5
 
 
+def test_rows_of_logits_are_looked_at_in_pieces(monkeypatch):
+    model, other = tiny.tiny("llama"), tiny.tiny("llama")
+    for parameter in other.parameters():
+        parameter.data += 0.01
+    windows = torch.randint(3, tiny.VOCAB, (3, 24))
+    found = []
+    for rows in (1000, 5):
+        monkeypatch.setattr("moefy.measure.evaluate._ROWS", rows)
+        near = agreement(model, other, [{"input_ids": windows}])
+        found.append((perplexity(model, windows).perplexity, near.error, near.top1, near.kl))
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
 def test_evaluation_of_models_without_perplexity():
     model, dense = converted("bert"), tiny.tiny("bert")
     figures = evaluate_model(model, dense, [tiny.inputs("bert")], None)

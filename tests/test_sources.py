@@ -177,7 +177,7 @@ def test_what_is_whole_still_loads(what, tmp_path):
     assert type(load_source(folder)[0]).__name__ == expected
 
 
-def write_gguf(path, leave_out=(), layers=2):
+def write_gguf(path, leave_out=(), layers=2, merges=None):
     """The tiny llama and a tokenizer of single letters as GGUF, less some tensors."""
     model, writer = tiny.tiny("llama"), GGUFWriter(path, "llama")
     config = model.config
@@ -190,7 +190,9 @@ def write_gguf(path, leave_out=(), layers=2):
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
     writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_model("gpt2" if merges else "llama")
+    if merges:
+        writer.add_token_merges(merges)
     writer.add_token_list([b"<unk>", b"<s>", b"</s>", *(chr(33 + i).encode() for i in range(config.vocab_size - 3))])
     writer.add_token_scores([0.0] * config.vocab_size)
     writer.add_token_types([2, 3, 3, *[1] * (config.vocab_size - 3)])

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 
 from moefy import slim
 from moefy.calibrate import CalibrationInfo, check_batches, real_tokens
+from moefy.construct.elimination import check_room
 from moefy.conversion.budgets import Sensitivity, allocate, measure
 from moefy.conversion.convert_layer import LayerReport, as_it_is, convert_layer, whole_layer
 from moefy.conversion.one_pass import Arrival, OnePass
@@ -139,6 +140,8 @@ def convert(
     sites = {site.entry_name: site for site in find_sites(model)}
     recipe = recipe.fitting(site.read().neurons for site in sites.values())
     specs = {name: _checked_specs(site, recipe) for name, site in sites.items()}
+    if recipe.sharing == "reconstruction" and any(spec.shared for shapes in specs.values() for spec in shapes):
+        check_room(max(shapes[0].neurons for shapes in specs.values()))
     if recipe.slim:
         slim.config_sizes(model, {name: spec for name, (spec,) in specs.items()})  # refused now, not when it is saved
     batches = _needed(batches, recipe, specs)

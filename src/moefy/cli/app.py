@@ -43,8 +43,8 @@ app = typer.Typer(
 )
 
 NO_MEMORY = (
-    "There is not enough memory for that; use a smaller model, fewer or smaller windows, smaller batches, or a smaller "
-    "--rank or --memory."
+    "There is not enough memory for that; use a smaller model, fewer or smaller windows, smaller batches, a smaller "
+    "--rank or --memory, or for wide FFNs --recipe cmoe."
 )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -22,6 +23,8 @@ BLOCKS = 96
 DAMPING = 1e-4
 # Rows of neurons that are gone are cut out of the matrices when they are more than this share of them.
 SPARSE = 0.25
+# Of float64 matrices: the Gram's, its inverse and two of their size at a time.
+_BYTES = 4 * 8
 
 
 @dataclass(frozen=True)
@@ -33,8 +36,18 @@ class Elimination:
     cost: Tensor
 
 
+def check_room(neurons: int) -> None:
+    """MoefyError if there is less memory than `eliminate` takes; Linux ends a process without a word."""
+    needed, free = _BYTES * neurons**2, psutil.virtual_memory().available + psutil.swap_memory().free
+    if needed > free:
+        raise MoefyError(
+            f"FFNs of {neurons:,} neurons take {needed / 2**30:.0f} GiB for this recipe, and {free / 2**30:.0f} GiB of "
+            f"memory are free; use the recipe cmoe, which makes no matrix of neurons by neurons, or a larger machine."
+        )
+
+
 def eliminate(stats: NeuronStats) -> Elimination:
-    """Remove every neuron of an FFN, a block at a time. F³ multiply-adds in float64, 4·8·F² bytes."""
+    """Remove every neuron of an FFN, a block at a time. F³ multiply-adds in float64, _BYTES·F² bytes."""
     inverse = _inverse(stats.gram)
     left, w = torch.arange(stats.ffn.neurons), _in_metric(stats.ffn.down.to(torch.float64, copy=True), stats.metric)
     block, spent = max(1, stats.ffn.neurons // BLOCKS), 0.0

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from moefy.calibrate import real_tokens, spread
-from moefy.construct.elimination import eliminate
+from moefy.construct.elimination import check_room, eliminate
 from moefy.conversion.one_pass import Arrival, OnePass
 from moefy.conversion.resume import Store, digest
 from moefy.conversion.sensitivity import Metrics, output_metrics
@@ -81,6 +81,7 @@ def measure(
     `chunk` tokens are worked on at a time; `progress(done, total, name)` counts as `moefy.conversion.work` does. What
     is in `store`, of the same model and batches, is not measured again.
     """
+    check_room(max(site.read().neurons for site in sites.values()))
     store = (store or Store(None)).below({"chunk": chunk})
     some, total = spread(batches, METRIC_BATCHES), measure_work(sites, batches)
     step = (lambda done: progress(metric_work(sites, some[:done]), total, "the loss")) if progress else None

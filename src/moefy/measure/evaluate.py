@@ -46,6 +46,10 @@ class Perplexity:
         )
 
 
+# Rows of logits that are worked on at a time: of a vocabulary of 250,000 all of a window of 2,048 are 2 GB, and copies.
+_ROWS = 256
+
+
 class _Loss:
     """Adds up the negative log-likelihood of windows, (N, window) in all, by one model's logits."""
 
@@ -60,7 +64,8 @@ class _Loss:
         logits = _causal_logits(self.model, ids[None], None if real.all() else real[None])
         counted = (real.bool() & (real.cumsum(0) > self.first))[1:]
         targets = ids[1:].masked_fill(~counted, NO_TARGET).to(logits.device)
-        self.loss += F.cross_entropy(logits[0, :-1].float(), targets, ignore_index=NO_TARGET, reduction="sum").item()
+        for rows, aims in zip(logits[0, :-1].split(_ROWS), targets.split(_ROWS), strict=True):
+            self.loss += F.cross_entropy(rows.float(), aims, ignore_index=NO_TARGET, reduction="sum").item()
         self.count += int(counted.sum())
         return logits
 
@@ -149,10 +154,11 @@ class _Near:
         if isinstance(mask, Tensor) and mask.shape == ours.shape[:-1]:
             ours, theirs = ours[mask.bool()], theirs[mask.bool()]
         ours, theirs = ours.reshape(-1, ours.shape[-1]), theirs.reshape(-1, theirs.shape[-1])
-        self.lost += (ours - theirs).square().sum().item()
-        self.total += theirs.square().sum().item()
-        self.top1 += (ours.argmax(-1) == theirs.argmax(-1)).sum().item()
-        self.kl += F.kl_div(ours.log_softmax(-1), theirs.log_softmax(-1), log_target=True, reduction="sum").item()
+        for a, b in zip(ours.split(_ROWS), theirs.split(_ROWS), strict=True):
+            self.lost += (a - b).square().sum().item()
+            self.total += b.square().sum().item()
+            self.top1 += (a.argmax(-1) == b.argmax(-1)).sum().item()
+            self.kl += F.kl_div(a.log_softmax(-1), b.log_softmax(-1), log_target=True, reduction="sum").item()
         self.rows += len(ours)
         self.has_logits = are_logits
 

@@ -16,7 +16,7 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 from moefy.errors import MoefyError
 from moefy.hf import MODEL_TYPE
@@ -25,7 +25,7 @@ from moefy.quiet import quiet_transformers
 from moefy.sources import hub
 from moefy.sources.folder import adapter_error, check_directory, quantised_error
 from moefy.sources.gguf_file import alone, is_gguf, layers_of, read_gguf, read_once
-from moefy.sources.tokenizer import load_tokenizer
+from moefy.sources.tokenizer import gguf_tokenizer, load_tokenizer
 
 # Quantisations that transformers undoes when it loads them without a GPU for them.
 _DEQUANTISED = ("fp8", "mxfp4")
@@ -273,10 +273,13 @@ def _load_gguf(path: Path, dtype: str) -> tuple[Any, Any]:
     try:
         with alone(path) as folder, read_once(folder / path.name, reader):
             model, info = weights_of(AutoModelForCausalLM, folder, dtype=kind, **options)
-            tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+            tokenizer = gguf_tokenizer(folder, path, **options)
         model.name_or_path = model.config.name_or_path = tokenizer.name_or_path = str(path.parent)
     except LOAD_ERRORS as error:
-        raise MoefyError(f"The GGUF file {path} cannot be loaded: {reason(error)}") from None
+        why = reason(error).rstrip(".")
+        raise MoefyError(
+            f"The GGUF file {path} cannot be loaded: {why}; start from the model in safetensors, or download it again."
+        ) from None
     check_complete(model, info, f"The GGUF file {path}", "metadata")
     read = getattr(model.config.get_text_config(), "num_hidden_layers", layers)
     if read < layers:  # transformers does not look at the layers above the count
