@@ -71,6 +71,12 @@ def test_work_that_is_not_counted_is_a_percentage(capsys):
     assert capsys.readouterr().err.startswith("Sorting: 33%, 0:00:00, about ")
 
 
+def test_work_that_nobody_counts_has_no_count(capsys):
+    with console.progress("Writing"):
+        pass
+    assert capsys.readouterr().err == "Writing: 0:00:00\n"
+
+
 def test_a_bar_where_there_is_a_terminal(monkeypatch, capsys):
     monkeypatch.setattr(console, "err", Console(stderr=True, force_terminal=True, markup=False))
     with console.progress("Sorting [b]", 2) as update:

@@ -194,6 +194,24 @@ def test_a_tokenizer_without_a_vocabulary_names_what_is_missing(tmp_path):
     assert said.endswith("copy or download that too.")
 
 
+@pytest.mark.parametrize("name", ["model.fp16.safetensors", "model-00001-of-00002.safetensors"])
+def test_weights_by_a_name_that_nobody_reads_are_a_sentence(name, tmp_path):
+    folder = saved(tmp_path / "source")
+    (folder / "model.safetensors").rename(folder / name)
+    assert f"holds {name}, and what is read is model.safetensors or the files" in refused(load_source, folder)
+
+
+def test_directories_of_something_else_say_what_to_give(tmp_path):
+    (tmp_path / "model_index.json").write_text("{}")
+    assert f"give the directory of one, such as {tmp_path / 'text_encoder'}." in refused(load_source, tmp_path)
+    (tmp_path / "model_index.json").unlink()
+    path = write_gguf(tmp_path / "m.gguf")
+    for config in (None, "{}"):
+        if config:
+            (tmp_path / "config.json").write_text(config)
+        assert refused(load_source, tmp_path).endswith(f"; give the GGUF file in it, such as {path}.")
+
+
 def test_a_gguf_whose_merges_make_no_token_is_a_sentence(tmp_path):
     """The tokenizers library raises Exception itself for it."""
     path = write_gguf(tmp_path / "m.gguf", merges=["a q"])

@@ -69,6 +69,8 @@ def _progress_lines(what: str, total: int | None, counted: bool, brief: bool) ->
     last, shown_last = (what, 0, total), False
 
     def line(label: str, done: int, of: int | None, seconds: float) -> str:
+        if not of and not done:  # nobody has counted yet
+            return f"{label}: {_clock(seconds)}"
         left = f", about {_clock(seconds / done * (of - done))} left" if of and 0 < done < of else ""
         shown = f"{done}{f' of {of}' if of else ''}" if counted or not of else f"{done / of:.0%}"
         return f"{label}: {shown}, {_clock(seconds)}{left}"

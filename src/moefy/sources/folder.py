@@ -27,7 +27,11 @@ def check_directory(path: Path) -> dict[str, Any]:
             raise MoefyError(
                 f"{path} holds an adapter and no model; merge it into its base model first (peft's merge_and_unload)."
             )
-        raise MoefyError(f"{path} has no config.json, so it is not a model directory.")
+        if (path / "model_index.json").is_file():
+            raise MoefyError(
+                f"{path} is a pipeline of models; give the directory of one, such as {path / 'text_encoder'}."
+            )
+        raise MoefyError(f"{path} has no config.json, so it is not a model directory{_but_gguf(path)}.")
     if (path / "adapter_config.json").is_file():  # transformers would apply it without a word
         raise adapter_error(str(path))
     files = sorted(path.glob("*.safetensors"))
@@ -38,7 +42,7 @@ def check_directory(path: Path) -> dict[str, Any]:
                 f"{path} holds its weights as {pickles[0]}, a format that can run code when loaded; "
                 f"convert it to safetensors first (transformers' save_pretrained writes them)."
             )
-        raise MoefyError(f"{path} has no weights (*.safetensors).")
+        raise MoefyError(f"{path} has no weights (*.safetensors){_but_gguf(path)}.")
     names: set[str] = set()
     quantised: set[str] = set()
     for file in files:
@@ -49,13 +53,24 @@ def check_directory(path: Path) -> dict[str, Any]:
         except (SafetensorError, OSError) as error:
             raise MoefyError(f"{file} is truncated or corrupt ({error}); copy or download it again.") from None
     index = path / "model.safetensors.index.json"
-    if index.exists() and not (path / "model.safetensors").exists():  # else nobody reads it
+    if not (path / "model.safetensors").exists():  # else nobody reads the index
+        if not index.exists():
+            raise MoefyError(
+                f"{path} holds {files[0].name}, and what is read is model.safetensors or the files that {index.name} "
+                f"lists; rename it, or copy or download that index too."
+            )
         _check_index(index)
     config = read_config(path)
     _check_layers(config, len(names), path)
     if quantised and not any("quantization_config" in part for part in (config, config.get("text_config") or {})):
         raise quantised_error(str(path), f"as {min(quantised)} is, by what config.json does not say")
     return config
+
+
+def _but_gguf(path: Path) -> str:
+    """Which GGUF file of a directory to give instead of it, as the end of a sentence; empty if there is none."""
+    found = sorted(path.glob("*.gguf"))
+    return f"; give the GGUF file in it, such as {found[0]}" if found else ""
 
 
 def _has_other_type(name: str, weight: Any) -> bool:
