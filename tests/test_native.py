@@ -147,6 +147,20 @@ def test_nan_and_infinity_stay_in_their_token(isa: str, precision: str, M: int, 
 
 
 @pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("precision", WEIGHTS)
+def test_a_large_bias_does_not_swallow_small_contributions(isa: str, precision: str) -> None:
+    S, D = 4096, 16
+    none = torch.zeros(0, 8, D)
+    shared = {"shared_up": torch.full((S, D), 1 / 16), "shared_down": torch.ones(S, D), "down_bias": torch.ones(D)}
+    packed = native.PackedFFN(
+        experts_up=none, experts_down=none, **shared, activation="linear", precision=precision, isa=isa
+    )
+    for tokens in (1, 40):  # each adds less than half of the last place of 1, all of them 1e-4
+        y = packed.forward(torch.full((tokens, D), 2.5e-8))
+        assert (y - (1 + S * 2.5e-8)).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("isa", ISAS)
 def test_large_and_infinite_inputs_of_bf16_weights(isa: str) -> None:
     """Where fp32 inputs become sums of bf16 values, none of them overflows and infinity stays infinity."""
     up = torch.tensor([[1.0, 0.5, 0.0], [1.0, 2.0, 0.0]])
@@ -307,6 +321,22 @@ def test_mistakes_are_told(routing: dict, message: str) -> None:
         routing = {"top_k": 1} | routing
     with pytest.raises(ValueError, match=message):
         problem.packed.forward(torch.zeros(2, 36), **routing)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int64, torch.float32])
+def test_chosen_of_any_type(dtype: torch.dtype) -> None:
+    problem, chosen = Problem(), torch.tensor([[0, 3], [2, 1]])
+    x = torch.randn(2, 36)
+    assert torch.equal(problem.packed.forward(x, chosen=chosen.to(dtype)), problem.packed.forward(x, chosen=chosen))
+    with pytest.raises(ValueError, match="does not exist"):
+        problem.packed.forward(x, chosen=torch.tensor([[0, 3], [2, 100]]).to(dtype))
+
+
+def test_scores_as_a_negative_view() -> None:
+    problem, x, scores = Problem(), torch.randn(2, 36), torch.randn(2, 5)
+    expected = problem.packed.forward_with_chosen(x, scores=-scores, top_k=2)
+    got = problem.packed.forward_with_chosen(x, scores=torch._neg_view(scores), top_k=2)
+    assert all(map(torch.equal, got, expected))
 
 
 def test_other_mistakes() -> None:

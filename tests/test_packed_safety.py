@@ -1,5 +1,6 @@
 """Weights are never lost or stale: what is stopped amid packing, other threads, modes and processes, new `.data`."""
 
+import contextlib
 import copy
 import threading
 
@@ -269,6 +270,43 @@ def test_values_for_parameters_that_are_released_are_refused():
     assert len(whole) > len(vector)
     torch.nn.utils.vector_to_parameters(whole / 2, moe.parameters())
     assert not torch.allclose(moe(x), expected)
+
+
+@torch.no_grad()
+def test_a_router_whose_data_comes_back_to_the_same_address():
+    spec = LayerSpec(512, 16, 32, 4, 4, "linear", "silu", True)
+    moe, x = MoEFFN(spec).eval(), torch.randn(8, 512)
+    for parameter in moe.parameters():
+        parameter.copy_(torch.randn(parameter.shape) / 16)
+    moe(x)
+    weight = moe.router.weight
+    before = weight.data_ptr()
+    weight.data = weight.data * -1
+    for _ in range(50):  # freed memory is given again after one or two; that of the packed weights is kept
+        weight.data = weight.data * 1.0
+        if weight.data_ptr() == before:
+            break
+    got = moe(x)
+    with kernels.using("torch"):
+        close(got, moe(x))
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("experts_up", torch.bfloat16), ("shared_down", torch.bfloat16), ("experts_up_bias", torch.float64)],
+)
+@torch.no_grad()
+def test_weights_of_several_types_are_not_rounded(name, dtype):
+    moe, x = build()
+    getattr(moe, name).data = getattr(moe, name).data.to(dtype)
+    before = {key: tensor.clone() for key, tensor in moe.state_dict().items()}
+    with pytest.raises(moefy.MoefyError, match=r"and torch.float.* cannot be packed as they are"):
+        moe.pack()
+    with contextlib.suppress(RuntimeError):  # torch's, of a product of two types
+        moe(x)
+    assert all(torch.equal(moe.state_dict()[key], tensor) for key, tensor in before.items())
+    moe.pack("bf16")
+    assert torch.isfinite(moe(x)).all()
 
 
 @torch.no_grad()

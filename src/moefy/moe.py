@@ -14,7 +14,7 @@ from moefy import kernels
 from moefy.errors import MoefyError
 from moefy.kernels import native
 from moefy.kernels.bound import Bound
-from moefy.packed import LOCK, Graphs, Packed, check_not_recorded, is_alone, keeps
+from moefy.packed import LOCK, Graphs, Packed, check_not_recorded, check_types, is_alone, keeps, type_of
 from moefy.routers import ROUTERS, Router
 from moefy.routers.base import without_autocast
 from moefy.selection import above, highest
@@ -219,7 +219,7 @@ class MoEFFN(nn.Module):
             not self.training
             and self._parameters.keys() >= _OWN  # not where pruning has put a plain tensor
             and not self._graphs.alive()
-            and self.experts_up.dtype in native.PRECISIONS
+            and type_of(self._parameters) is not None
             and is_alone(self)
         )
 
@@ -277,10 +277,10 @@ class MoEFFN(nn.Module):
         if not native.supports(self.spec.activation):
             why = native.why_not() or f"it has no activation {self.spec.activation}"
             raise MoefyError(f"Only the native kernel packs weights, and {why}.")
-        if precision is None and self.experts_up.dtype not in native.PRECISIONS:
-            raise MoefyError(f"Weights in {self.experts_up.dtype} cannot be packed as they are; name a precision.")
         self.unpack()
         self._check_there()
+        if precision is None:
+            check_types(self._parameters)
         if any(p.is_meta for p in self.parameters()):
             raise MoefyError("Weights that are offloaded cannot be packed; load the model without device_map.")
         if precision == "fp16":

@@ -6,7 +6,7 @@ import os
 import sys
 import threading
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from operator import attrgetter
 from typing import Any
@@ -74,9 +74,9 @@ def _counts(tensor: Tensor) -> bool:
         return False
 
 
-def _memory(module: nn.Module) -> list[int]:
-    """Where a module's own parameters are."""
-    return [p.data_ptr() for p in module._parameters.values() if p is not None]
+def _memory(tensors: Iterable[Tensor | None]) -> list[int]:
+    """Where tensors are."""
+    return [t.data_ptr() for t in tensors if t is not None]
 
 
 class _Graph:
@@ -149,16 +149,33 @@ def keeps(fn: Any, dtype: torch.dtype) -> bool:
     return after.dtype == dtype and after.device.type == "cpu"
 
 
+def type_of(parameters: Mapping[str, nn.Parameter | None]) -> torch.dtype | None:
+    """The one type of a layer's matrices, which the kernel keeps as it is; None if it cannot, or they have several."""
+    given = {name: p for name, p in parameters.items() if p is not None}
+    found = {p.dtype for name, p in given.items() if p.numel() and not name.endswith("bias")}
+    dtype = found.pop() if found else given["experts_up"].dtype
+    known = all(p.dtype in native.PRECISIONS for p in given.values())  # biases are kept in fp32
+    return dtype if known and not found else None
+
+
+def check_types(parameters: Mapping[str, nn.Parameter | None]) -> None:
+    """MoefyError if the kernel cannot keep a layer's weights as they are."""
+    if type_of(parameters) is None:
+        types = " and ".join(sorted({str(p.dtype) for p in parameters.values() if p is not None}))
+        raise MoefyError(f"Weights in {types} cannot be packed as they are; name a precision.")
+
+
 class Packed:
     """The packed weights of a layer, whose parameters (in `parameters`) `empty` releases, and of its router."""
 
     def __init__(self, parameters: Mapping[str, nn.Parameter | None], spec: LayerSpec, precision: str | None):
         own: dict[str, Any] = {name: p for name, p in parameters.items() if p is not None}
+        dtype = type_of(parameters)
         self.ffn = native.PackedFFN(
             **own,
             activation=spec.activation,
             activate_up=spec.activate_up,
-            precision=precision or native.PRECISIONS[own["experts_up"].dtype],
+            precision=precision or native.PRECISIONS[dtype],  # type: ignore[index]
         )
         self._parameters = {name: p for name, p in own.items() if p.numel()}  # what is empty keeps its shape
         self._snapshot = Snapshot(parameters)
@@ -166,6 +183,7 @@ class Packed:
         self.router: native.PackedRouter | None = None
         self._router: Router | None = None
         self._router_snapshot = Snapshot({})
+        self._router_tensors: list[Tensor] = []
         self._router_memory: list[int] = []
         self._threshold: Tensor | None = None
         self.bound: Bound | None = None
@@ -200,7 +218,10 @@ class Packed:
         plain = router is not None and not hasattr(router, "parametrizations")
         self.router = router.packed() if router is not None and plain else None
         self._router, self._router_snapshot = router, Snapshot(router._parameters if router is not None else {})
-        self._router_memory = _memory(router) if router is not None else []
+        # Held: memory that is freed may be given to a later `.data`, which would pass for the packed one.
+        parameters = router._parameters.values() if router is not None else ()
+        self._router_tensors = [p.data for p in parameters if p is not None]
+        self._router_memory = _memory(self._router_tensors)
         self._threshold = router.threshold if router is not None else None
 
     def is_from(self, router: Router) -> bool:
@@ -209,7 +230,11 @@ class Packed:
         if self._router is not router or router._buffers.get("threshold", self._threshold) is not self._threshold:
             return False
         # A new `.data` is other memory; what is written into the old one through `.data` is not seen.
-        return known.same(router._parameters) and known.unchanged() and _memory(router) == self._router_memory
+        return (
+            known.same(router._parameters)
+            and known.unchanged()
+            and _memory(router._parameters.values()) == self._router_memory
+        )
 
     def bind(self, dtype: torch.dtype, top_k: int, most: int) -> None:
         """Prepare the calls that follow on inputs of this type."""

@@ -53,7 +53,7 @@ def own_memory(tensor: Tensor) -> Tensor:
 
 
 def plain(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if tensor is None else tensor.detach().to("cpu", dtype).contiguous()
+    return None if tensor is None else tensor.detach().to("cpu", dtype).resolve_neg().contiguous()
 
 
 def _check_shapes(up: Tensor, matrices: list[Tensor], biases: tuple[Tensor | None, Tensor | None]) -> None:

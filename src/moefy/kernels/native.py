@@ -118,7 +118,8 @@ class PackedFFN:
             self._stored = smallest_exact(ups), smallest_exact(downs)
         # Half of a tile is empty where an expert has no more than 8 columns, and fp32 x fills it three times:
         # 256 tokens of 512 such experts take 12.1 ms through AMX and 7.5 ms through AVX-512. x has the type of weights.
-        half_empty = experts_gate is None and experts_up.shape[1] <= 8 and experts_up.dtype != torch.bfloat16
+        few = self.experts and experts_up.shape[1] <= 8
+        half_empty = few and experts_gate is None and experts_up.dtype != torch.bfloat16
         tiled = EXTENSION.tiled(self.isa) and not half_empty
         self._columns = size_of_columns(downs) if precision == "int8" else None
 
@@ -215,7 +216,7 @@ class PackedFFN:
         if routed:
             self._check_routing(tokens, router, scores, chosen, gate_weights, expert_scale)
         if chosen is not None and not chosen.is_floating_point():
-            chosen = chosen.clamp(-1, self.experts)  # what int32 cannot hold would be another expert
+            chosen = chosen.long().clamp(-1, self.experts)  # what int32 cannot hold would be another expert
         chosen, scores = plain(chosen, torch.int32), plain(scores, torch.float32)
         gate_weights, expert_scale = plain(gate_weights, torch.float32), plain(expert_scale, torch.float32)
         self._check_added("counts", counts, self.experts)

@@ -222,12 +222,12 @@ void add_to_y(const DownTask& task, const Blocks& blocks, const Pending& from) {
   for (int i = 0; i < from.blocks; ++i) {
     const int first = blocks.first(from.block + i), end = first + blocks.size;
     const int64_t column = from.panel * kLanes;
-    const float (*sums)[kLanes] = from.sums[i * G] - first;
+    const float (*sums)[kLanes] = from.sums[i * G];
     for (int r = blocks.fresh(from.block + i); r < end; ++r) {
       float* y = task.y[r] + column;
 #pragma GCC unroll 2
       for (int g = 0; g < G; ++g)
-        (Lanes::load(y + g * kLanes) + Lanes::load(sums[g * kTileRows + r])).store(y + g * kLanes);
+        (Lanes::load(y + g * kLanes) + Lanes::load(sums[g * kTileRows + r - first])).store(y + g * kLanes);
     }
   }
 }

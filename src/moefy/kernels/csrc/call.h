@@ -60,7 +60,7 @@ class Run {
   void add_joined(int thread, float* y, int64_t stride, int token0, int token1, int panel0, int panel1);
   void clear_joined(Tokens tile, int job);
   char* hidden_of(const Bank& bank, int expert, int pair, int token) const;
-  void scale_y(float* y, int64_t stride, int rows, int column0, int column1);
+  void finish_y(float* y, int64_t stride, int rows, int column0, int column1);
   void write_y(Tokens tile, const float* y, int64_t stride, int token0, int token1, int column0, int column1);
 
   float* thread_sums(int thread) { return ws_.threads.as<float>() + thread * thread_floats_; }

@@ -44,14 +44,17 @@ void Run::copy_x(Tokens tile, int job) {
   for (int t = job * kChunk; t < std::min(tile.count, (job + 1) * kChunk); ++t) {
     const int64_t at = (tile.first + t) * c_.x_row;
     const uint16_t* from16 = static_cast<const uint16_t*>(c_.x) + at;
-    float* row = ws_.x32.as<float>() + t * x_stride_;
-    if (copy32_ && c_.bf16) copy_row(from16, c_.x_column, c_.width, x_stride_, row);
-    if (copy32_ && !c_.bf16) copy_row(static_cast<const float*>(c_.x) + at, c_.x_column, c_.width, x_stride_, row);
+    if (copy32_) {
+      float* row = ws_.x32.as<float>() + t * x_stride_;
+      if (c_.bf16)
+        copy_row(from16, c_.x_column, c_.width, x_stride_, row);
+      else
+        copy_row(static_cast<const float*>(c_.x) + at, c_.x_column, c_.width, x_stride_, row);
+    }
+    if (!copy16_) continue;
     uint16_t* row16 = ws_.x16.as<uint16_t>() + t * x_stride_;
-    if (copy16_ && tiled_)
-      for (int i = 0; i < c_.width; ++i) row16[i] = from16[i * c_.x_column];
-    else if (copy16_)
-      copy_row_swapped(from16, c_.x_column, c_.width, x_stride_, row16);
+    if (!tiled_) copy_row_swapped(from16, c_.x_column, c_.width, x_stride_, row16);
+    for (int i = 0; tiled_ && i < c_.width; ++i) row16[i] = from16[i * c_.x_column];
   }
 }
 

@@ -1,7 +1,7 @@
 // Routing, sorting by expert, and the two phases:
 //   up    hidden[pair] = act(x[token] . up[expert])     pieces of (expert, <= 48 rows, units), taken one by one;
 //                                                       of a single token several small experts at once
-//   down  y[:, columns] = bias + sum hidden . down      slices of columns, all experts in order: no reduction, no race
+//   down  y[:, columns] = sum hidden . down + bias      slices of columns, all experts in order: no reduction, no race
 // Every value is computed by one thread in one order (tiles.h), so the number of threads changes no bit.
 //
 // Threads do not meet at barriers. The work is a row of steps made of jobs; whoever ends the last job of a step opens
@@ -215,12 +215,7 @@ void Run::down(Tokens tile, int slice, int thread) {
   const int column0 = panel0 * kLanes, column1 = std::min(panel1 * kLanes, c_.width);
   const int64_t stride = y_stride(panel1 - panel0), columns = (panel1 - panel0) * kLanes;
   float* y = thread_y(thread);
-  for (int t = 0; t < token1 - token0; ++t) {
-    if (c_.down_bias && !c_.y_scale)
-      std::memcpy(y + t * stride, c_.down_bias + column0, columns * 4);
-    else
-      std::memset(y + t * stride, 0, columns * 4);
-  }
+  for (int t = 0; t < token1 - token0; ++t) std::memset(y + t * stride, 0, columns * 4);
 
   char* scratch = reinterpret_cast<char*>(thread_sums(thread));
   // Whether a row is the only one is asked of the tile, since slices depend on the threads.
@@ -241,15 +236,20 @@ void Run::down(Tokens tile, int slice, int thread) {
     }
     if (first < end) add_down(*c_.routed, e, first, end - first, alone, y, stride, token0, panel0, panel1, next, scratch);
   }
-  if (c_.y_scale) scale_y(y, stride, token1 - token0, column0, column1);
+  if (c_.y_scale || c_.down_bias) finish_y(y, stride, token1 - token0, column0, column1);
   write_y(tile, y, stride, token0, token1, column0, column1);
 }
 
-// Where down's columns were divided by a scale, that of y; with it the bias, which was not.
-void Run::scale_y(float* y, int64_t stride, int rows, int column0, int column1) {
-  const float *scale = c_.y_scale + column0, *bias = c_.down_bias ? c_.down_bias + column0 : nullptr;
-  for (int r = 0; r < rows; ++r, y += stride)
-    for (int i = 0; i < column1 - column0; ++i) y[i] = y[i] * scale[i] + (bias ? bias[i] : 0.f);
+// The scale of y where down's columns were divided by one, then the bias: last, since sums that began at a large bias
+// would lose small contributions one by one.
+void Run::finish_y(float* y, int64_t stride, int rows, int column0, int column1) {
+  const float* scale = c_.y_scale ? c_.y_scale + column0 : nullptr;
+  const float* bias = c_.down_bias ? c_.down_bias + column0 : nullptr;
+  const int columns = column1 - column0;
+  for (int r = 0; r < rows; ++r, y += stride) {
+    for (int i = 0; scale && i < columns; ++i) y[i] *= scale[i];
+    for (int i = 0; bias && i < columns; ++i) y[i] += bias[i];
+  }
 }
 
 void Run::write_y(Tokens tile, const float* y, int64_t stride, int token0, int token1, int column0, int column1) {
