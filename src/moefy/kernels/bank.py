@@ -94,14 +94,18 @@ def smallest_exact(matrices: Iterable[Tensor | None]) -> str:
 
 
 def _holds(dtype: torch.dtype, values: Tensor) -> bool:
+    if values.dtype == dtype:
+        return True
     exact = values.float()
-    return values.dtype == dtype or torch.equal(values.to(dtype).float().view(torch.int32), exact.view(torch.int32))
+    return torch.equal(values.to(dtype).float().view(torch.int32), exact.view(torch.int32))
 
 
 def check_fits_fp16(matrices: Iterable[Tensor]) -> None:
     """MoefyError if a matrix (..., D) holds what fp16 rounds to infinity."""
     for rows in (part for m in matrices if m.dtype != torch.float16 for part in m.detach().flatten(0, -2).split(1024)):
-        if (rows.isfinite() & (rows.abs() >= 65520)).any():
+        low, high = rows.aminmax() if rows.numel() else (0, 0)
+        inside = low > -65520 and high < 65520  # a NaN is not, and with it nothing is known of the others
+        if not inside and (rows.isfinite() & (rows.abs() >= 65520)).any():
             raise MoefyError("Some weights are too large for fp16, which ends at 65,504; pack them as bf16.")
 
 

@@ -1,5 +1,6 @@
-// The phases for banks that are `tiled`, and the scores of bf16 inputs: rows of x are gathered into tiles, multiplied (amx_tiles.h, or amx_row.h for a
-// single row) and finished as everywhere. Other banks go to kernels.h. Included by isa_amx.cpp after its lanes.
+// The phases for banks that are `tiled`, and the scores of bf16 inputs: rows of x are gathered into tiles, multiplied
+// (amx_tiles.h, or amx_row.h for a single row) and finished as everywhere. Other banks go to kernels.h. Included by
+// isa_amx.cpp after its lanes.
 #pragma once
 #include "amx_split.h"
 

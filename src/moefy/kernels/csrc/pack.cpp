@@ -1,6 +1,8 @@
 #include "pack.h"
 
+#include <algorithm>
 #include <cmath>
+#include <type_traits>
 
 #include "small_floats.h"
 #include "team.h"
@@ -8,30 +10,73 @@
 namespace moefy {
 namespace {
 
-float value(Source source, size_t i) {
-  if (source.type == Weights::f32) return static_cast<const float*>(source.data)[i];
-  const uint16_t half = static_cast<const uint16_t*>(source.data)[i];
-  return source.type == Weights::bf16 ? from_bf16(half) : from_f16(half);
+int8_t rounded(float v) {  // a scale that is denormal can be less than it should be, or 0
+  constexpr float whole = 0x1.8p23f;  // added, it leaves no place for a fraction; lrintf is a call, 3 ns a weight
+  return v == v ? int8_t((v > 127 ? 127 : v < -127 ? -127 : v) + whole - whole) : 0;
 }
 
-// Where the value of neuron n of a panel and input k is, in elements from the start of the panel. A block holds 8
-// neurons x 2 k; bf16 puts k, k+1 in the low halves and k+2, k+3 in the high halves.
-size_t in_panel(const Bank& bank, int n, int k) {
-  const int depth = block_depth(bank.up_type), group = 2 * depth, r = k % group;
-  return size_t(k / group) * kLanes * depth + size_t(2 * n + r % 2) * depth + r / 2;
+// The types of weights, for loops that are compiled for each: one weight takes 1 ns so, and 4 where every one asks.
+struct F32 {
+  using Stored = float;
+  static float value(float stored) { return stored; }
+  static float made(float value, float) { return value; }
+};
+struct Bf16 {
+  using Stored = uint16_t;
+  static float value(uint16_t stored) { return from_bf16(stored); }
+  static uint16_t made(float value, float) { return to_bf16(value); }
+};
+struct F16 {
+  using Stored = uint16_t;
+  static float value(uint16_t stored) { return from_f16(stored); }
+  static uint16_t made(float value, float) { return to_f16(value); }
+};
+struct I8 {
+  using Stored = int8_t;
+  static int8_t made(float value, float scale) { return rounded(value / scale); }
+};
+
+// run(type) with the type of a source, which is no int8
+template <class Run>
+void with_source(Weights type, const Run& run) {
+  if (type == Weights::f32) return run(F32());
+  if (type == Weights::bf16) return run(Bf16());
+  run(F16());
 }
 
-// The same from the start of the expert; tiled panels of an even and an odd number share rows.
-size_t up_position(const Bank& bank, int panel, int n, int k) {
+template <class Run>
+void with_type(Weights type, const Run& run) {
+  if (type == Weights::i8) return run(I8());
+  with_source(type, run);
+}
+
+// Where a neuron's weights are in its panel, in elements: block by block, of a few successive inputs each.
+struct Places {
+  size_t first, block;  // the first one, and from block to block
+  int depth;            // a block is 2 * depth inputs
+
+  // visit(k, element). A block holds 8 neurons x 2 k; bf16 puts k, k+1 in the low halves and k+2, k+3 in the high halves.
+  template <int Depth, class Visit>
+  MOEFY_INLINE void each_of(int width, const Visit& visit) const {
+    size_t at = first;
+    int k = 0;
+    for (; k + 2 * Depth <= width; k += 2 * Depth, at += block)
+      for (int r = 0; r < 2 * Depth; ++r) visit(k + r, at + r % 2 * Depth + r / 2);
+    for (int r = 0; k + r < width; ++r) visit(k + r, at + r % 2 * Depth + r / 2);
+  }
+  template <class Visit>
+  MOEFY_INLINE void each(int width, const Visit& visit) const {
+    depth == 1 ? each_of<1>(width, visit) : each_of<2>(width, visit);
+  }
+};
+
+// Those of neuron n of a panel, from the start of the expert; tiled panels of an even and an odd number share rows.
+Places places(const Bank& bank, int panel, int n) {
   const size_t values = bank.up_panel_bytes() / value_bytes(bank.up_type);
-  if (!bank.tiled) return panel * values + in_panel(bank, n, k);
+  const int depth = block_depth(bank.up_type);
+  if (!bank.tiled) return {panel * values + size_t(2 * n) * depth, size_t(kLanes) * depth, depth};
   const int first = panel & ~1, columns = first + 1 < bank.up_panels() ? 2 * kNeurons : kNeurons;
-  return first * values + (size_t(k / 2) * columns + (panel - first) * kNeurons + n) * 2 + k % 2;
-}
-
-size_t down_position(const Bank& bank, int n, int column) {
-  const int depth = block_depth(bank.down_type);
-  return size_t(n / depth) * kLanes * depth + size_t(column) * depth + n % depth;
+  return {first * values + size_t((panel - first) * kNeurons + n) * 2, size_t(columns) * 2, 1};
 }
 
 // visit(expert, neuron, k, element of bank.up) for every weight of the gate or of the up matrix
@@ -44,45 +89,45 @@ void each_up(const Bank& bank, Matrix which, int threads, const Visit& visit) {
     const int e = int(i / groups), group = int(i % groups);
     const int panel = group * step + first;
     for (int n = group * kNeurons; n < bank.neurons && n < (group + 1) * kNeurons; ++n)
-      for (int k = 0; k < bank.width; ++k) visit(e, n, k, e * elements + up_position(bank, panel, n % kNeurons, k));
+      places(bank, panel, n % kNeurons).each(bank.width, [&](int k, size_t at) { visit(e, n, k, e * elements + at); });
   });
 }
 
 template <class Visit>
 void each_down(const Bank& bank, int threads, const Visit& visit) {
-  const size_t elements = size_t(bank.down_steps()) * kLanes * block_depth(bank.down_type);
-  const int panels = bank.down_panels();
+  const int depth = block_depth(bank.down_type), panels = bank.down_panels();
+  const size_t elements = size_t(bank.down_steps()) * kLanes * depth;
   parallel(threads, int64_t(bank.experts) * panels, [&](int64_t i) {
     const int e = int(i / panels), p = int(i % panels), first = bank.joined ? e * bank.neurons : 0;
+    const int columns = std::min(kLanes, bank.width - p * kLanes);
     const size_t panel = size_t(bank.joined ? p : i) * elements;
-    for (int n = 0; n < bank.neurons; ++n)
-      for (int c = 0; c < kLanes && p * kLanes + c < bank.width; ++c)
-        visit(e, n, p * kLanes + c, panel + down_position(bank, first + n, c));
+    for (int n = 0; n < bank.neurons; ++n) {
+      const size_t at = panel + size_t((first + n) / depth) * kLanes * depth + (first + n) % depth;
+      for (int c = 0; c < columns; ++c) visit(e, n, p * kLanes + c, at + size_t(c) * depth);
+    }
   });
 }
 
-int8_t rounded(float v) {  // a scale that is denormal can be less than it should be, or 0
-  return v == v ? int8_t(std::lrintf(v > 127 ? 127 : v < -127 ? -127 : v)) : 0;
+// each(visit) with what writes a weight in another type: visit(expert, neuron, k, element) of `to`. scale(expert,
+// neuron, k) is for int8 alone.
+template <class Each, class Scale>
+void convert(const Bank& bank, Source source, Weights type, char* out, const Scale& scale, const Each& each) {
+  with_source(source.type, [&](auto from) {
+    with_type(type, [&](auto to) {
+      using From = decltype(from);
+      using To = decltype(to);
+      const auto* weights = static_cast<const typename From::Stored*>(source.data);
+      auto* packed = reinterpret_cast<typename To::Stored*>(out);
+      each([&, weights, packed](int e, int n, int k, size_t element) {
+        const auto weight = weights[(size_t(e) * bank.neurons + n) * bank.width + k];
+        if constexpr (std::is_same_v<From, To>)
+          packed[element] = weight;  // every bit of a NaN too
+        else
+          packed[element] = To::made(From::value(weight), std::is_same_v<To, I8> ? scale(e, n, k) : 1.f);
+      });
+    });
+  });
 }
-
-struct Put {  // writes one weight in the bank's format
-  Weights type;
-  char* to;
-  Source from;
-  void operator()(size_t element, size_t index, float scale) const {
-    uint16_t* halves = reinterpret_cast<uint16_t*>(to);
-    if (type == from.type && type != Weights::f32) {
-      halves[element] = static_cast<const uint16_t*>(from.data)[index];
-      return;
-    }
-    switch (type) {
-      case Weights::f32: reinterpret_cast<float*>(to)[element] = value(from, index); break;
-      case Weights::bf16: halves[element] = to_bf16(value(from, index)); break;
-      case Weights::f16: halves[element] = to_f16(value(from, index)); break;
-      case Weights::i8: reinterpret_cast<int8_t*>(to)[element] = rounded(value(from, index) / scale); break;
-    }
-  }
-};
 
 }  // namespace
 
@@ -93,7 +138,7 @@ PackedBank::PackedBank(const Shape& shape, Source gate, Source up, Source down, 
   b.gated = gate.data != nullptr, b.act = shape.act, b.activate_up = shape.activate_up;
   b.absolute = shape.absolute, b.up_type = shape.up, b.down_type = shape.down, b.tiled = shape.tiled && b.is_bf16();
   b.joined = b.tiled && down.data && b.experts > 1 && b.neurons <= kJoinedNeurons;
-  if (b.up_type == Weights::i8) find_scales(gate, up, down, columns);
+  if (b.up_type == Weights::i8) find_scales(gate, up, down, columns, threads);
   pack_bias(up_bias, b.up_bias, up_bias_);
   pack_bias(gate_bias, b.gate_bias, gate_bias_);
 
@@ -101,11 +146,9 @@ PackedBank::PackedBank(const Shape& shape, Source gate, Source up, Source down, 
   b.up = up_.as<char>();
   up_.clear();
   const size_t stride = b.hidden_stride();
-  const auto pack_up = [&](Matrix which, Source from, const float* scale) {
-    const Put put{b.up_type, b.up, from};
-    each_up(b, which, threads, [&](int e, int n, int k, size_t element) {
-      put(element, (size_t(e) * b.neurons + n) * b.width + k, scale ? scale[e * stride + n] : 1.f);
-    });
+  const auto pack_up = [&](Matrix which, Source from, const float* scales) {
+    const auto scale = [=](int e, int n, int) { return scales[e * stride + n]; };
+    convert(b, from, b.up_type, b.up, scale, [&](const auto& put) { each_up(b, which, threads, put); });
   };
   pack_up(Matrix::up, up, b.up_scale);
   if (b.gated) pack_up(Matrix::gate, gate, b.gate_scale);
@@ -114,11 +157,8 @@ PackedBank::PackedBank(const Shape& shape, Source gate, Source up, Source down, 
   down_ = Memory(b.down_bytes());
   b.down = down_.as<char>();
   down_.clear();
-  const Put put{b.down_type, b.down, down};
-  each_down(b, threads, [&](int e, int n, int k, size_t element) {
-    const float scale = (b.down_scale ? b.down_scale[e * stride + n] : 1.f) * (columns ? columns[k] : 1.f);
-    put(element, (size_t(e) * b.neurons + n) * b.width + k, scale);
-  });
+  const auto scale = [&](int e, int n, int k) { return b.down_scale[e * stride + n] * (columns ? columns[k] : 1.f); };
+  convert(b, down, b.down_type, b.down, scale, [&](const auto& put) { each_down(b, threads, put); });
 }
 
 float* PackedBank::rows(Memory& memory) {
@@ -134,21 +174,31 @@ void PackedBank::pack_bias(const float* from, float*& to, Memory& memory) {
     std::memcpy(to + size_t(e) * bank_.hidden_stride(), from + size_t(e) * bank_.neurons, bank_.neurons * sizeof(float));
 }
 
-void PackedBank::find_scales(Source gate, Source up, Source down, const float* columns) {
-  const auto find = [&](Source from, const float* over, float*& to, Memory& memory) {
-    if (!from.data) return;
+// A weight that is no number has to be seen: in down by its column (`over`), elsewhere by its neuron. As bits, of which
+// the compiler makes a maximum of many at a time; those of a NaN are the largest.
+template <class From>
+static float largest(const void* weights, size_t row, int width, const float* over) {
+  const auto* from = static_cast<const typename From::Stored*>(weights) + row;
+  const uint32_t infinite = 0x7f800000;
+  uint32_t most = 0;
+  for (int k = 0; !over && k < width; ++k) most = std::max(most, bits_of(From::value(from[k])) & 0x7fffffff);
+  for (int k = 0; over && k < width; ++k) {
+    const uint32_t size = bits_of(From::value(from[k]) / over[k]) & 0x7fffffff;
+    most = std::max(most, size > infinite ? 0 : size);
+  }
+  return float_of(most);
+}
+
+void PackedBank::find_scales(Source gate, Source up, Source down, const float* columns, int threads) {
+  const auto find = [&](Source source, const float* over, float*& to, Memory& memory) {
+    if (!source.data) return;
     to = rows(memory);
-    for (int e = 0; e < bank_.experts; ++e)
-      for (int n = 0; n < bank_.neurons; ++n) {
-        float most = 0;
-        const size_t row = (size_t(e) * bank_.neurons + n) * bank_.width;
-        for (int k = 0; k < bank_.width; ++k) {  // no fmax: GCC 12 for Arm stops with an internal error
-          const float size = std::fabs(value(from, row + k)) / (over ? over[k] : 1.f);
-          // A weight that is no number has to be seen: in down by its column, elsewhere by its neuron.
-          if (size > most || (size != size && !over)) most = size;
-        }
-        to[size_t(e) * bank_.hidden_stride() + n] = most == 0 ? 1 : most / 127;
-      }
+    with_source(source.type, [&](auto from) {
+      parallel(threads, int64_t(bank_.experts) * bank_.neurons, [&, to](int64_t i) {
+        const float most = largest<decltype(from)>(source.data, size_t(i) * bank_.width, bank_.width, over);
+        to[i / bank_.neurons * bank_.hidden_stride() + i % bank_.neurons] = most == 0 ? 1 : most / 127;
+      });
+    });
   };
   find(gate, nullptr, bank_.gate_scale, gate_scale_);
   find(up, nullptr, bank_.up_scale, up_scale_);
@@ -163,24 +213,22 @@ size_t PackedBank::bytes() const {
 
 void PackedBank::unpack(Matrix which, void* out, int threads) const {
   const Bank& b = bank_;
-  const char* from = which == Matrix::down ? b.down : b.up;
-  const float* scale = which == Matrix::down ? b.down_scale : which == Matrix::gate ? b.gate_scale : b.up_scale;
-  const auto get = [&](int e, int n, int k, size_t element) {
-    const size_t index = (size_t(e) * b.neurons + n) * b.width + k;
-    switch (which == Matrix::down ? b.down_type : b.up_type) {
-      case Weights::f32: static_cast<float*>(out)[index] = reinterpret_cast<const float*>(from)[element]; break;
-      case Weights::bf16:
-      case Weights::f16: static_cast<uint16_t*>(out)[index] = reinterpret_cast<const uint16_t*>(from)[element]; break;
-      case Weights::i8:
-        static_cast<float*>(out)[index] =
-            float(reinterpret_cast<const int8_t*>(from)[element]) * scale[size_t(e) * b.hidden_stride() + n];
-        break;
-    }
-  };
-  if (which == Matrix::down)
-    each_down(b, threads, get);
-  else
-    each_up(b, which, threads, get);
+  const bool is_down = which == Matrix::down;
+  const float* scale = is_down ? b.down_scale : which == Matrix::gate ? b.gate_scale : b.up_scale;
+  with_type(is_down ? b.down_type : b.up_type, [&](auto type) {
+    using Type = decltype(type);
+    using Out = std::conditional_t<std::is_same_v<Type, I8>, float, typename Type::Stored>;
+    const auto* packed = reinterpret_cast<const typename Type::Stored*>(is_down ? b.down : b.up);
+    const auto get = [&, packed](int e, int n, int k, size_t element) {
+      const float factor = std::is_same_v<Type, I8> ? scale[size_t(e) * b.hidden_stride() + n] : 1.f;
+      Out* to = static_cast<Out*>(out) + (size_t(e) * b.neurons + n) * b.width + k;
+      if constexpr (std::is_same_v<Type, I8>)
+        *to = float(packed[element]) * factor;
+      else
+        *to = packed[element];
+    };
+    is_down ? each_down(b, threads, get) : each_up(b, which, threads, get);
+  });
 }
 
 bool PackedBank::unpack_bias(Matrix which, float* out) const {

@@ -34,7 +34,7 @@ class PackedBank {
  private:
   float* rows(Memory& memory);
   void pack_bias(const float* from, float*& to, Memory& memory);
-  void find_scales(Source gate, Source up, Source down, const float* columns);
+  void find_scales(Source gate, Source up, Source down, const float* columns, int threads);
 
   Bank bank_;
   Memory up_, down_, up_bias_, gate_bias_, up_scale_, gate_scale_, down_scale_;
