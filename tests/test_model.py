@@ -7,6 +7,7 @@ import torch
 
 import moefy
 import tiny
+from moefy.measure import evaluate
 from moefy.measure.evaluate import agreement, evaluate_model, perplexity, routing
 from moefy.moe import moe_layers
 from moefy.sites import find_sites
@@ -99,6 +100,28 @@ def test_agreement_of_a_model_with_itself_and_another():
     other = agreement(converted(), model, [feed])
     assert other.error > 0
     assert other.kl > 0
+
+
+@pytest.mark.parametrize("lowest", [torch.finfo(torch.float32).min, -torch.inf, torch.finfo(torch.float16).min])
+def test_logits_that_a_model_rules_out_are_no_outputs(lowest, monkeypatch):
+    model, dense, feed = converted(), tiny.tiny("llama"), tiny.inputs("llama")
+    output = evaluate._output
+
+    def without_images(each, batch):
+        logits, are_logits = output(each, batch)
+        return logits[..., :-2], are_logits
+
+    def ruled_out(each, batch):
+        logits, are_logits = output(each, batch)
+        logits[..., -2:] = lowest
+        return logits, are_logits
+
+    monkeypatch.setattr(evaluate, "_output", without_images)
+    expected = agreement(model, dense, [feed])
+    monkeypatch.setattr(evaluate, "_output", ruled_out)
+    found = agreement(model, dense, [feed])
+    assert found.top1 == expected.top1
+    assert (found.error, found.kl) == pytest.approx((expected.error, expected.kl), rel=1e-5)
 
 
 def test_routing_reports_recall_and_load():

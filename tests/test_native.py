@@ -63,7 +63,7 @@ def test_the_names_of_transformers() -> None:
     one = torch.ones(1, 1)
     for name in native.ACTIVATIONS:
         ffn = native.PackedFFN(experts_up=one[None], experts_down=one[None], activation=name)
-        y = ffn.forward(a[:, None], chosen=torch.zeros(len(a), 1))[:, 0]
+        y = ffn.forward(a[:, None], chosen=torch.zeros(len(a), 1, dtype=torch.int64))[:, 0]
         torch.testing.assert_close(y, ACT2FN[name](a), rtol=2e-6, atol=2e-6, msg=name)
 
 
@@ -92,7 +92,7 @@ def test_shapes_without_experts_or_width(isa: str) -> None:
     Problem(E=0, isa=isa).check(Problem(E=0).x(3), torch.zeros(3, 0), top_k=2)
     Problem(E=0, S=0, isa=isa).check(Problem(E=0).x(3), torch.zeros(3, 0), top_k=2)
     problem = Problem(D=0, isa=isa)
-    assert problem.packed.forward(torch.empty(4, 0), chosen=torch.zeros(4, 1)).shape == (4, 0)
+    assert problem.packed.forward(torch.empty(4, 0), chosen=torch.zeros(4, 1, dtype=torch.int64)).shape == (4, 0)
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -168,7 +168,7 @@ def test_large_and_infinite_inputs_of_bf16_weights(isa: str) -> None:
     x = torch.tensor([[3.4e38, 0, 1], [math.inf, 0, 1], [-math.inf, 0, 1], [1 + 2**-23, 2**-100, 1]])
     want = torch.relu(x[:, :2] @ up[:, :2].T) @ up[:, :2]
     for T in (1, 4):
-        y = torch.cat([ffn.forward(part, chosen=torch.zeros(len(part), 1)) for part in x.split(T)])
+        y = torch.cat([ffn.forward(part, chosen=torch.zeros(len(part), 1).long()) for part in x.split(T)])
         assert torch.equal(y[:, :2], want)
 
 
@@ -302,13 +302,20 @@ def test_half_precision_goes_through_fp32() -> None:
     [
         ({}, "experts come from"),
         ({"chosen": torch.full((2, 1), 5)}, "does not exist"),
+        ({"chosen": torch.full((2, 1), 1.7)}, "integers"),
+        ({"chosen": torch.ones(2, 5, dtype=torch.bool)}, "integers"),
+        ({"chosen": torch.full((2, 1), 1), "top_k": 1}, "one of chosen, top_k and threshold"),
+        ({"scores": torch.zeros(2, 5), "top_k": 1, "threshold": 0.0}, "one of chosen, top_k and threshold"),
+        ({"scores": torch.zeros(2, 5), "top_k": None}, "none is given"),
+        ({"scores": torch.zeros(2, 5), "top_k": -3}, "top_k must not be negative"),
+        ({"scores": torch.zeros(2, 5), "top_k": None, "threshold": 0.0, "least": 3, "most": 2}, "least is more"),
         ({"chosen": torch.tensor([[1, -1, 2], [1, 2, 1]])}, "twice"),
         ({"chosen": torch.tensor([[1, -1, 2], [0, 2**32 + 1, 2]])}, "does not exist"),
-        ({"chosen": torch.zeros(3, 1)}, "chosen must be"),
+        ({"chosen": torch.zeros(3, 1, dtype=torch.int64)}, "chosen must be"),
         ({"scores": torch.zeros(2, 4), "top_k": 1}, "scores"),
         ({"router": "wrong", "top_k": 1}, "router must be"),
         ({"scores": torch.zeros(2, 5), "top_k": 1, "gate_weights": torch.zeros(2, 1)}, "gate_weights"),
-        ({"chosen": torch.zeros(2, 1), "expert_scale": torch.zeros(5)}, "expert_scale"),
+        ({"chosen": torch.zeros(2, 1, dtype=torch.int64), "expert_scale": torch.zeros(5)}, "expert_scale"),
         ({"scores": torch.zeros(2, 5), "top_k": 1, "counts": torch.zeros(5)}, "counts"),
         ({"scores": torch.zeros(2, 5), "top_k": 1, "phases": torch.zeros(5, dtype=torch.int64)}, "phases must be"),
     ],
@@ -323,7 +330,7 @@ def test_mistakes_are_told(routing: dict, message: str) -> None:
         problem.packed.forward(torch.zeros(2, 36), **routing)
 
 
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int64, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int64])
 def test_chosen_of_any_type(dtype: torch.dtype) -> None:
     problem, chosen = Problem(), torch.tensor([[0, 3], [2, 1]])
     x = torch.randn(2, 36)
@@ -352,6 +359,33 @@ def test_other_mistakes() -> None:
     assert not native.supports("mish")
     assert not native.supports("silu", device="meta")
     assert native.supports("silu", torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ({"experts_down": None}, "experts_down are needed"),  # and no crash in the call
+        ({"shared_up": torch.zeros(7, 18)}, "shared_down are needed"),
+        ({"shared_down": torch.zeros(7, 18)}, "shared_up and"),
+        ({"shared_up_bias": torch.zeros(7)}, "shared_up and"),
+        ({"shared_up": torch.zeros(18), "shared_down": torch.zeros(18)}, "shared_up must fit"),
+        (
+            {"shared_up": torch.zeros(7, 18), "shared_down": torch.zeros(7, 18), "shared_gate": torch.zeros(7, 18)},
+            "both",
+        ),
+        ({"experts_down": torch.zeros(6, 18, 5)}, "experts_down must fit"),
+        ({"experts_up_bias": torch.zeros(6, 6)}, "experts_up_bias must fit"),
+        ({"experts_gate_bias": torch.zeros(6, 5)}, "needs experts_gate"),
+        ({"experts_up": torch.zeros(6, 5, 18, device="meta")}, "with memory"),
+        ({"experts_up": torch.zeros(6, 5, 18).to_sparse()}, "a dense tensor"),
+        ({"experts_up": torch.zeros(6, 5, 18, dtype=torch.complex64)}, "of real numbers"),
+        ({"down_bias": torch.zeros(18, device="meta")}, "with memory"),
+    ],
+)
+def test_weights_that_do_not_belong_together(parts: dict, message: str) -> None:
+    whole = {"experts_up": torch.zeros(6, 5, 18), "experts_down": torch.zeros(6, 5, 18)}
+    with pytest.raises(ValueError, match=message):
+        native.PackedFFN(**(whole | parts), activation="silu")
 
 
 def test_isa_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,7 +29,7 @@ def test_every_value_of_16_bits_is_read_as_it_is(isa: str, precision: str) -> No
     for name, tensor in packed.unpack().items():
         assert torch.equal(tensor.view(torch.int16), weights[name].view(torch.int16))
     for T in (1, 7):
-        y = packed.forward(x[:T], chosen=torch.zeros(T, 1))
+        y = packed.forward(x[:T], chosen=torch.zeros(T, 1).long())
         torch.testing.assert_close(y, values.float().expand(T, -1), rtol=0, atol=0, equal_nan=True)
     many = native.PackedFFN(  # the same through the up phase, 2 values a neuron
         experts_up=values.nan_to_num(0, 0, 0).view(1, -1, 2),
@@ -41,7 +41,7 @@ def test_every_value_of_16_bits_is_read_as_it_is(isa: str, precision: str) -> No
     rows = torch.tensor([[2.0**-13, 0.0], [0.0, 2.0**-13]])
     if precision == "fp16":
         expected = torch.stack([u.double().clamp(min=0).sum() for u in many.unpack()["experts_up"][0].T]) * 2**-19
-        y = many.forward(rows, chosen=torch.zeros(2, 1))
+        y = many.forward(rows, chosen=torch.zeros(2, 1).long())
         torch.testing.assert_close(y, expected.float()[:, None].expand(2, 2), rtol=1e-5, atol=0)
 
 

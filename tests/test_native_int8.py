@@ -45,7 +45,7 @@ def test_int8_with_weights_that_are_no_numbers_or_nearly_none() -> None:
     assert (unpacked["experts_down"] - tiny).abs().max() < 0.01
     assert (unpacked["experts_down"] * tiny >= 0).all()
     for wrong in ({"experts_down": torch.zeros(0, 4, 8)}, {"shared_up": tiny[0], "shared_down": torch.zeros(2, 2)}):
-        with pytest.raises(ValueError, match="width"):
+        with pytest.raises(ValueError, match="must fit"):
             native.PackedFFN(
                 **{"experts_up": torch.zeros(0, 4, 3), "experts_down": torch.zeros(0, 4, 3)} | wrong,
                 activation="relu",
@@ -58,7 +58,7 @@ def test_int8_keeps_what_shares_a_row_or_a_column_with_one_huge_weight(outlier: 
     problem = Problem(E=1, M=1536, D=64, S=0, activation="relu", gated=False, bias=False)
     down = problem.weights["experts_down"]
     down[0, 7, 3] = outlier * down.abs().max()
-    x, chosen = problem.x(128), torch.zeros(128, 1)
+    x, chosen = problem.x(128), torch.zeros(128, 1).long()
     exact, int8 = (
         native.PackedFFN(
             experts_up=problem.weights["experts_up"], experts_down=down, activation="relu", precision=precision

@@ -11,6 +11,7 @@ import tiny
 from moefy.calibrate import real_tokens, without_cache
 from moefy.conversion.one_pass import OnePass
 from moefy.conversion.residuals import find_residuals
+from moefy.conversion.sensitivity import output_metrics
 from moefy.moe import moe_layers
 from moefy.sites import find_sites
 
@@ -155,6 +156,19 @@ def test_ffns_that_run_in_chunks_arrive_whole():
     expected, got = (moefy.convert(model, RECIPE, [tiny.inputs("bert")]) for model in (whole, chunked))
     assert [layer.error for layer in got.layers] == [layer.error for layer in expected.layers]
     assert {layer.chunk_size_feed_forward for layer in layers} == {2}
+
+
+def test_padding_of_ffns_that_run_in_chunks_does_not_count_in_what_an_error_costs():
+    found = []
+    for size in (0, 2):
+        model = tiny.tiny("bert")
+        for module in model.modules():
+            if hasattr(module, "chunk_size_feed_forward"):
+                module.chunk_size_feed_forward = size
+        sites = {site.name: site for site in find_sites(model)}
+        found.append(output_metrics(model, sites, [tiny.inputs("bert")]))
+    for name, matrix in found[0].items():
+        torch.testing.assert_close(found[1][name], matrix)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from moefy import kernels
 from moefy.construct import construct
 from moefy.moe import MoEFFN, moe_layers
 from moefy.routers import ROUTERS, logistic
-from moefy.selection import above, held_out_parts, set_threshold
+from moefy.selection import _threshold, above, held_out_parts, set_threshold
 from moefy.usage import realised_fraction, usage
 from native_problem import needs_native
 from test_construct import make_stats
@@ -86,6 +86,19 @@ def test_no_expert_and_every_expert(kernel):
         moe.router.threshold.fill_(-float("inf"))
         assert moe.spec.most == moe.spec.experts
         torch.testing.assert_close(moe(x), stats.ffn.forward(x), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-20, 1e20])
+def test_a_threshold_is_exact(scale):
+    scores = (torch.randn(64, 9) * scale).float()
+    threshold = _threshold(scores, 3, 9)
+    assert (scores > threshold).sum() <= 3 * 64
+    assert threshold in scores.flatten().tolist()  # a float32 below, one more would be above
+    below = torch.tensor(threshold).nextafter(torch.tensor(-torch.inf))
+    assert (scores > below).sum() > 3 * 64
+    equal = torch.full((4, 9), -2.0 * scale)
+    assert (equal > _threshold(equal, 3, 9)).sum() == 0
+    assert (equal > _threshold(equal, 9, 9)).all()
 
 
 def test_the_threshold_is_saved_and_loaded(tmp_path):

@@ -61,9 +61,11 @@ def set_threshold(routers: Mapping[int, Router], stats: NeuronStats, weights: Mo
 
 
 def _threshold(scores: Tensor, mean: int, most: int) -> float:
-    low, high = float(scores.min()) - 1.0, float(scores.max())
-    for _ in range(60):  # bisection: exact to the last bits of float32 from any range of scores
-        middle = (low + high) / 2
+    """The least float32 threshold that no more than `mean` experts a token are above, of a token's at most `most`."""
+    low, high = scores.min().nextafter(torch.tensor(-torch.inf)).item(), scores.max().item()
+    if mean >= min(most, scores.shape[1]):
+        return low
+    while low < (middle := torch.tensor((low + high) / 2).item()) < high:  # bisection, 20 to 40 times
         found = (scores > middle).sum(1).clamp_max(most).double().mean().item()
         low, high = (middle, high) if found > mean else (low, middle)
     return high

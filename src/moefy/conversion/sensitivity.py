@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from moefy.calibrate import output_mask, row_mask, without_cache
-from moefy.conversion.one_pass import SMALLEST_SPILLED, not_spilled, spill_folder
+from moefy.conversion.one_pass import SMALLEST_SPILLED, in_one_piece, not_spilled, spill_folder
 from moefy.errors import MoefyError, MoefyWarning
 from moefy.kernels.native import return_freed_memory
 from moefy.sites import ExpertSite, Site
@@ -80,7 +80,7 @@ def output_metrics(
         for done, batch in enumerate(batches, 1):
             sums.batch = batch
             with torch.enable_grad(), spilled(hold_bytes, model.parameters()):
-                with _quick_products(model):
+                with _quick_products(model), in_one_piece(model):  # of a chunk nobody knows which tokens are padding
                     out = model(**without_cache(model, batch))
                 of_loss = of_loss and any(name in out for name in _LOGITS)
                 _loss(model, out, batch, generator).backward()

@@ -76,6 +76,32 @@ def _one(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor[None]
 
 
+def _check_plain(name: str, tensor: Tensor | None) -> None:
+    if tensor is not None and not (
+        tensor.is_floating_point() and tensor.layout == torch.strided and not tensor.is_meta
+    ):
+        raise ValueError(f"{name} must be a dense tensor of real numbers, with memory: {tensor.dtype}")
+
+
+def _check_parts(
+    group: str, dims: tuple[int, int], matrices: dict[str, Tensor | None], biases: dict[str, Tensor | None]
+) -> None:
+    """ValueError unless the parts of the routed ("experts") or of the shared neurons belong together. `dims`: of
+    matrices and of biases."""
+    given = {f"{group}_{part}": m for part, m in matrices.items() if m is not None}
+    given |= {f"{group}_{part}_bias": b for part, b in biases.items() if b is not None}
+    for name, tensor in given.items():
+        _check_plain(name, tensor)
+    up, down = matrices["up"], matrices["down"]
+    if (up is None) != (down is None) or (up is None and given):
+        raise ValueError(f"{group}_up and {group}_down are needed: given are {', '.join(given)}")
+    for name, tensor in given.items():
+        if tensor.ndim != dims[name.endswith("bias")] or tensor.shape != up.shape[: tensor.ndim]:  # type: ignore[union-attr]
+            raise ValueError(f"{name} must fit {group}_up: {tuple(tensor.shape)}, {tuple(up.shape)}")  # type: ignore[union-attr]
+    if matrices["gate"] is None and biases["gate"] is not None:
+        raise ValueError(f"{group}_gate_bias needs {group}_gate")
+
+
 class PackedFFN:
     """A conditional FFN in packed memory: routed experts, shared neurons, output bias.
 
@@ -106,10 +132,15 @@ class PackedFFN:
         precision: str = "fp32",
         isa: str | None = None,
     ) -> None:
-        self.experts, self.width, self.precision = experts_up.shape[0], experts_up.shape[-1], precision
-        self.isa = isa or (default_isa() if available() else "")
+        self.precision, self.isa = precision, isa or (default_isa() if available() else "")
+        self._check_machine()
+        rows = {"up": experts_up, "down": experts_down, "gate": experts_gate}
+        _check_parts("experts", (3, 2), rows, {"up": experts_up_bias, "gate": experts_gate_bias})
+        rows = {"up": shared_up, "down": shared_down, "gate": shared_gate}
+        _check_parts("shared", (2, 1), rows, {"up": shared_up_bias, "gate": shared_gate_bias})
+        self.experts, self.width = experts_up.shape[0], experts_up.shape[-1]
+        self._check_together(experts_up, experts_gate, shared_up, shared_gate, down_bias)
         downs = [m for m in (experts_down, shared_down) if m is not None]
-        self._check(experts_up, shared_up, downs, down_bias)
         # Half the bytes, the same values; the sums are those of fp32, bit for bit where nothing is tiled. `down` on its
         # own: conversion makes it anew, in fp32 if the model was loaded so.
         self._stored = precision, precision
@@ -137,19 +168,22 @@ class PackedFFN:
         bias = plain(down_bias, torch.float32)
         self._bias = None if bias is None else F.pad(bias, (0, -self.width % 16))
 
-    def _check(self, up: Tensor, shared_up: Tensor | None, downs: list[Tensor], down_bias: Tensor | None) -> None:
+    def _check_machine(self) -> None:
         if not available():
             raise RuntimeError(f"there is no native kernel: {why_not()}")
         if self.isa not in instruction_sets():
             raise ValueError(f"no instruction set {self.isa!r} here; there are {', '.join(instruction_sets())}")
-        if up.ndim != 3:
-            raise ValueError(f"experts_up must be (E, M, D): {tuple(up.shape)}")
+
+    def _check_together(
+        self, up: Tensor, gate: Tensor | None, shared_up: Tensor | None, shared_gate: Tensor | None, bias: Tensor | None
+    ) -> None:
         if shared_up is not None and shared_up.shape[1] != self.width:
             raise ValueError(f"shared width {shared_up.shape[1]} is not the experts' {self.width}")
-        if any(m.shape[-1] != self.width for m in downs):
-            raise ValueError(f"down matrices must have width {self.width}: {[tuple(m.shape) for m in downs]}")
-        if down_bias is not None and down_bias.shape != (self.width,):
-            raise ValueError(f"down_bias must be ({self.width},): {tuple(down_bias.shape)}")
+        if up.numel() and shared_up is not None and shared_up.numel() and (gate is None) != (shared_gate is None):
+            raise ValueError("shared and routed experts must both have gates, or neither")
+        if bias is not None and bias.shape != (self.width,):
+            raise ValueError(f"down_bias must be ({self.width},): {tuple(bias.shape)}")
+        _check_plain("down_bias", bias)
 
     @property
     def nbytes(self) -> int:
@@ -175,8 +209,10 @@ class PackedFFN:
         K is `top_k`, `most` or the columns of `chosen`.
 
         Experts come from one of
-        - `chosen` (T, K), no expert twice in a row, entries below 0 are none; `gate_weights` (T, K) weights them;
+        - `chosen` (T, K), integers, no expert twice in a row, below 0 is none; `gate_weights` (T, K) weights them;
         - `scores` (T, E) or `router`, and then `top_k`, or `threshold` with `least` and `most`.
+        ValueError for more than one of `chosen`, `top_k` and `threshold`, for none where there are routed experts, and
+        for what does not fit.
         `expert_scale` (E,) weights an expert with 1 + softmax(scores) * scale, as CMoE does; it needs scores
         or a router. `counts` (E,) int64 has the tokens of each expert added to it, `phases` (6,) int64 the
         nanoseconds that all threads together spent in each of PHASES.
@@ -184,6 +220,20 @@ class PackedFFN:
         chosen: list[Tensor] = []
         y = self._run(x, chosen, **routing)
         return y, chosen[0]
+
+    def _check_rule(self, chosen: Tensor | None, **rule: float | None) -> None:
+        """ValueError unless there is one rule by which experts are chosen."""
+        given = [name for name in ("top_k", "threshold") if rule[name] is not None]
+        given += [] if chosen is None else ["chosen"]
+        if len(given) > 1 or (self._routed and not given):
+            raise ValueError(f"give one of chosen, top_k and threshold: {' and '.join(given) or 'none is given'}")
+        negative = [name for name in ("top_k", "least", "most") if (rule[name] or 0) < 0]
+        if negative:
+            raise ValueError(f"{negative[0]} must not be negative: {rule[negative[0]]}")
+        if rule["most"] is not None and rule["least"] > rule["most"]:  # type: ignore[operator]
+            raise ValueError(f"least is more than most: {rule['least']} and {rule['most']}")
+        if chosen is not None and (chosen.is_floating_point() or chosen.is_complex() or chosen.dtype == torch.bool):
+            raise ValueError(f"chosen must be (T, K) numbers of experts, in a type of integers: {chosen.dtype}")
 
     def _capacity(self, chosen: Tensor | None, top_k: int | None, threshold: float | None, most: int | None) -> int:
         if chosen is not None:
@@ -211,11 +261,12 @@ class PackedFFN:
     ) -> Tensor:
         dtype, x = x.dtype, self._input(x)
         tokens = x.shape[0]
+        self._check_rule(chosen, top_k=top_k, threshold=threshold, least=least, most=most)
         capacity = self._capacity(chosen, top_k, threshold, most)
         routed = self._routed if capacity else None
         if routed:
             self._check_routing(tokens, router, scores, chosen, gate_weights, expert_scale)
-        if chosen is not None and not chosen.is_floating_point():
+        if chosen is not None:
             chosen = chosen.long().clamp(-1, self.experts)  # what int32 cannot hold would be another expert
         chosen, scores = plain(chosen, torch.int32), plain(scores, torch.float32)
         gate_weights, expert_scale = plain(gate_weights, torch.float32), plain(expert_scale, torch.float32)
@@ -254,8 +305,10 @@ class PackedFFN:
     def _input(self, x: Tensor) -> Tensor:
         if x.ndim != 2 or x.shape[1] != self.width:
             raise ValueError(f"x must be (T, {self.width}): {tuple(x.shape)}")
-        if not readable(x):
-            raise ValueError("x must be a plain tensor on the CPU, in no mode that differentiates forward")
+        if not readable(x) or not x.is_floating_point():
+            raise ValueError(
+                "x must be a plain tensor of real numbers on the CPU, in no mode that differentiates forward"
+            )
         if x.requires_grad and torch.is_grad_enabled():
             raise RuntimeError("the native kernel has no gradients; use torch.no_grad() or the torch kernel")
         return x if self._takes(x.dtype) else x.float()

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from moefy import kernels
 from moefy.calibrate import output_mask, row_mask, rows_of, special_prefix
+from moefy.conversion.one_pass import in_one_piece
 from moefy.conversion.quality import Routing, RoutingTally
 from moefy.errors import MoefyError
 from moefy.heads import head_of
@@ -136,6 +137,11 @@ class Agreement:
     kl: float | None = None
 
 
+# Logits below this are of tokens that a model rules out, by the lowest number of its type or by infinity, as Chameleon
+# does those of images: exp of them is 0, and they are no outputs to compare.
+_NEVER = -1e4
+
+
 class _Near:
     """Adds up how near the outputs of two models are."""
 
@@ -155,8 +161,11 @@ class _Near:
             ours, theirs = ours[mask.bool()], theirs[mask.bool()]
         ours, theirs = ours.reshape(-1, ours.shape[-1]), theirs.reshape(-1, theirs.shape[-1])
         for a, b in zip(ours.split(_ROWS), theirs.split(_ROWS), strict=True):
+            never = (a < _NEVER) & (b < _NEVER) if are_logits else torch.zeros((), dtype=torch.bool, device=a.device)
+            if never.any():
+                a, b = a.masked_fill(never, _NEVER), b.masked_fill(never, _NEVER)
             self.lost += (a - b).square().sum().item()
-            self.total += b.square().sum().item()
+            self.total += b.masked_fill(never, 0).square().sum().item()
             self.top1 += (a.argmax(-1) == b.argmax(-1)).sum().item()
             self.kl += F.kl_div(a.log_softmax(-1), b.log_softmax(-1), log_target=True, reduction="sum").item()
         self.rows += len(ours)
@@ -228,7 +237,10 @@ def routing(
 
     handles = [moe.register_forward_hook(watch(name), with_kwargs=True) for name, moe in layers.items()]
     try:
-        with kernels.using("torch"):  # the ground truths look at the weights, which the native kernel keeps packed
+        with (
+            in_one_piece(model),
+            kernels.using("torch"),
+        ):  # the ground truths look at the weights, which the native kernel keeps packed
             for batch in batches:
                 model(**batch)
                 step()

@@ -1,8 +1,8 @@
 """Extractive question answering: SQuAD, by exact match and F1 of the answer's words.
 
-Both figures are as in SQuAD's own script: lower case, punctuation and articles dropped, the best of the given
-answers (arXiv 1606.05250, section 6). A model with a span head points into overlapping windows of the context;
-a language model writes the answer after T5's prompt.
+Both figures are as in SQuAD 2.0's own script: lower case, punctuation and articles dropped, the best of the given
+answers, and two empty ones agree (arXiv 1606.05250, section 6). A model with a span head points into overlapping
+windows of the context; a language model writes the answer after T5's prompt.
 """
 
 from __future__ import annotations
