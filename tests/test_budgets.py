@@ -2,6 +2,7 @@
 
 import copy
 import errno
+from dataclasses import replace
 
 import pytest
 import torch
@@ -46,6 +47,15 @@ def test_the_cost_of_an_elimination_is_that_of_a_least_squares_fit(metric, bias)
         exact = best_loss(stats, x, found.order[gone:].sort().values)
         # The damping of 1e-4 adds a little to the cost.
         assert float(found.cost[gone - 1]) == pytest.approx(float(exact), rel=0.02)
+
+
+def test_the_order_and_the_costs_do_not_depend_on_the_units_of_activations():
+    stats, x = make_stats(activation="relu")
+    size = 10 ** (torch.rand(stats.ffn.neurons, generator=torch.Generator().manual_seed(0)) * 8 - 4)
+    other = replace(stats.ffn, up=stats.ffn.up * size[:, None], down=stats.ffn.down / size[:, None])
+    expected, found = eliminate(stats), eliminate(NeuronStats(other, lambda: iter([x])))
+    assert torch.equal(found.order, expected.order)
+    torch.testing.assert_close(found.cost, expected.cost, rtol=0.02, atol=0)
 
 
 def test_neurons_that_others_repeat_go_first():

@@ -15,11 +15,14 @@ import pytest
 import torch
 import transformers as tf
 
+import moefy as moefy_package
 import tiny
 from command import moefy
+from moefy.calibrate import token_windows
 from moefy.cli.app import main
 from moefy.kernels import native
-from moefy.sources.texts import builtin_text
+from moefy.measure.evaluate import perplexity
+from moefy.sources.texts import builtin_text, halves
 from words import pydoc_tokenizer
 
 
@@ -50,6 +53,10 @@ def test_eval_prints_every_figure(dense, converted):
         figures
     )
     assert "3 windows of 32 tokens" in figures["protocol"]
+    model, tokenizer = moefy_package.load(converted), tf.AutoTokenizer.from_pretrained(converted)
+    # What it is calibrated on by default is measured on by nobody who names no text.
+    expected = perplexity(model, token_windows(tokenizer, halves(builtin_text())[1], 32, 3))
+    assert figures["perplexity"] == pytest.approx(expected.perplexity, rel=1e-4)
     table = moefy("eval", converted, "--window", 32, "--windows", 3).stdout
     assert "perplexity" in table
     assert "3 windows of 32 tokens" in table

@@ -7,6 +7,7 @@ import psutil
 import pytest
 import torch
 from gguf import GGUFReader
+from safetensors.torch import load_file, save_file
 
 import moefy
 import tiny
@@ -166,6 +167,53 @@ def test_a_line_that_lacks_figures_is_no_comparison_s(line, tmp_path):
     path = tmp_path / "compare.jsonl"
     path.write_text(SETTINGS + json.dumps(line) + "\n")
     assert "not a comparison" in refused(Journal, path, {"texts": {"wiki": {}}})
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "message"),
+    [
+        ("router.threshold", float("nan"), "The threshold of .* is nan; the checkpoint is broken"),
+        ("router.threshold", float("inf"), "The threshold of .* is inf; the checkpoint is broken"),
+        ("neurons", 0, "The neurons of .* are no order of its neurons; the checkpoint is broken"),
+    ],
+)
+def test_a_converted_layer_with_another_order_or_threshold_is_damaged(part, value, message, tmp_path):
+    model = tiny.tiny("llama")
+    moefy.convert(model, "reconstructed", [tiny.inputs("llama")])
+    moefy.save(model, tmp_path / "out")
+    file = tmp_path / "out" / "model.safetensors"
+    tensors = load_file(file)
+    name = next(key for key in tensors if key.endswith(part))
+    save_file({**tensors, name: torch.full_like(tensors[name], value)}, file, {"format": "pt"})
+    with pytest.raises(moefy.MoefyError, match=message):
+        moefy.load(tmp_path / "out")
+
+
+@pytest.mark.parametrize("recipe", ["cmoe", "reconstructed"])
+@pytest.mark.parametrize(
+    ("family", "change", "message"),
+    [
+        ("llama", lambda ids: {"input_ids": ids + 900}, "token ids that the model's vocabulary does not have"),
+        ("llama", lambda ids: {"input_ids": ids - 900}, "token ids that the model's vocabulary does not have"),
+        ("llama", lambda ids: {"input_ids": ids.float()}, "are torch.float32; token ids are integers"),
+        ("llama", lambda ids: {"input_ids": ids, "attention_mask": torch.zeros_like(ids)}, "0 real tokens"),
+        ("llama", lambda ids: {"input_ids": ids[:1, :1]}, "1 real tokens"),
+        ("gpt2", lambda ids: {"input_ids": ids.repeat(1, 100)}, "than the model has positions for"),
+    ],
+)
+def test_tokens_that_the_model_cannot_take_are_a_sentence(family, change, message, recipe):
+    model = tiny.tiny(family)
+    with pytest.raises(moefy.MoefyError, match=message):
+        moefy.convert(model, recipe, [change(tiny.inputs(family)["input_ids"])])
+    assert not moe_layers(model)
+
+
+def test_a_model_made_in_inference_mode_is_converted_or_a_sentence():
+    with torch.inference_mode():
+        model = tiny.tiny("llama")
+    with pytest.raises(moefy.MoefyError, match=r"made in torch.inference_mode\(\)"):
+        moefy.convert(model, "reconstructed", [tiny.inputs("llama")])
+    moefy.convert(model, "cmoe", [tiny.inputs("llama")])
 
 
 @pytest.mark.parametrize("first", ['{"settings": null}\n', '{"settings": []}\n', DEEP + "\n"])

@@ -92,7 +92,8 @@ def test_stock_transformers_computes_the_same(family, written):
 def test_what_was_tuned_is_exported(family, option, tmp_path):
     model = converted(family)
     before = model(input_ids=IDS).logits
-    moefy.tune(model, [{"input_ids": IDS[i : i + 1]} for i in (0, 1)] * 6, rate=5e-3, **option)
+    # At 5e-3 two experts of one token score 3e-5 apart (of a spread of 2), too near for a sigmoid in float32.
+    moefy.tune(model, [{"input_ids": IDS[i : i + 1]} for i in (0, 1)] * 6, rate=4e-3, **option)
     moefy.save(model, tmp_path / "tuned")
     tuned = moefy.load(tmp_path / "tuned")
     done = export(tuned, tmp_path / "out", pydoc_tokenizer(), IDS)

@@ -34,6 +34,7 @@ if TYPE_CHECKING or _is_whole:
     from moefy.tuning.relufy import relufy
     from moefy.tuning.tune import Tuned, tune
     from moefy.types import FFNWeights, LayerSpec, MoEWeights, Partition
+    from moefy.wanted import at_share
 
     _hf.register()
 
@@ -49,6 +50,7 @@ __all__ = [
     "Report",
     "Tuned",
     "__version__",
+    "at_share",
     "convert",
     "evaluate_task",
     "load",

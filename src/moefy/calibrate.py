@@ -155,7 +155,26 @@ def check_batches(batches: Iterable[Mapping[str, Any]], what: str = "calibration
         ids = batch.get("input_ids")
         if ids is not None and (not isinstance(ids, Tensor) or not ids.numel()):
             raise MoefyError(f"{what.capitalize()} batch {i} has no tokens: its input_ids must be a tensor with some.")
+        if ids is not None and (ids.is_floating_point() or ids.dtype == torch.bool):
+            raise MoefyError(f"The input_ids of {what} batch {i} are {ids.dtype}; token ids are integers.")
+    tokens = sum(map(tokens_of, checked))
+    if tokens < 2 and all("input_ids" in batch for batch in checked):
+        raise MoefyError(f"The {what} has {tokens} real tokens, the rest is padding; give more text.")
     return checked
+
+
+@contextmanager
+def lookups_told(what: str) -> Iterator[None]:
+    """MoefyError where torch finds an index beyond a table: of token ids, or of positions."""
+    try:
+        yield
+    except IndexError as error:
+        if "index out of range" not in str(error):
+            raise
+        raise MoefyError(
+            f"The {what} has token ids that the model's vocabulary does not have, or more tokens in a row than the "
+            f"model has positions for; use the model's own tokenizer, or shorter windows."
+        ) from error
 
 
 def check_ids(model: Any, ids: Tensor | Sequence[int]) -> None:

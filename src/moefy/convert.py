@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moefy import slim
-from moefy.calibrate import CalibrationInfo, check_batches, real_tokens
+from moefy.calibrate import CalibrationInfo, check_batches, lookups_told, real_tokens
 from moefy.construct.elimination import check_room
 from moefy.conversion.budgets import Sensitivity, allocate, measure
 from moefy.conversion.convert_layer import LayerReport, as_it_is, convert_layer, whole_layer
@@ -106,6 +106,7 @@ class Plan:
     metrics: Mapping[str, Tensor]
 
 
+@lookups_told("calibration")
 @_float32_by_default()
 @_without_autocast()
 @torch.inference_mode(False)  # parameters made in that mode could not be trained, and sensitivities need gradients

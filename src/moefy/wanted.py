@@ -36,14 +36,18 @@ def chosen(recipe: str | None, **options: Any) -> Recipe:
     return Recipe.of(base, active=active, **options)
 
 
-def at_share(recipe: Recipe, share: float, **given: Any) -> Recipe:
+def at_share(recipe: Recipe | str, share: float, **given: Any) -> Recipe:
     """The recipe at a share, above 0 and at most 1, of the FFNs' multiply-adds, with the fields that are `given`.
+
+    `recipe` may be a name or a YAML file; the share is `--active` of the command line.
 
     A recipe with a budget, or with nothing routed, gets that budget; one with shared experts as many shared as
     active ones, as CMoE's S3A3E8; any other that share of active experts. The router comes on top where the recipe
     has no budget. Experts are counted in the coarsest steps that are within 1 % unless their count is given.
     """
-    experts = given.get("experts")
+    if not 0 < share <= 1:
+        raise MoefyError(f"A share of the FFNs' multiply-adds is above 0 and at most 1: {share}.")
+    recipe, experts = Recipe.of(recipe), given.get("experts")
     size = given.get("expert_size", None if experts else recipe.expert_size)
     if given.get("construction", recipe.construction) == "shared_only" and not experts:
         return Recipe.of(recipe, **{**given, "budget": share, "expert_size": size or FINE})

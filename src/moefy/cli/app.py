@@ -23,7 +23,6 @@ from moefy.cli.common import (
     Int8,
     RemoteCode,
     TaskName,
-    Text,
     load_any,
     number,
     refuse_with_task,
@@ -94,7 +93,13 @@ app.command()(whole(convert.convert))
 @whole
 def evaluate(
     model: Annotated[str, typer.Argument(help="A converted directory, or any dense model that convert takes.")],
-    text: Text = None,
+    text: Annotated[
+        str | None,
+        typer.Option(
+            help="Text to measure on, not that of the calibration; see convert --calibration.",
+            show_default="the second half of pydoc",
+        ),
+    ] = None,
     task: TaskName = None,
     data: Annotated[
         list[str] | None,
@@ -119,7 +124,8 @@ def evaluate(
             refuse_with_task({"--text": text, "--window": window, "--windows": windows})
         tasks.evaluate_task(model, task, data, limit, against, int8, dtype, as_json, trust_remote_code)
         return
-    body = texts.read_text(PYDOC if text is None else text)
+    # By default what `convert` is not calibrated on by default: its 48 windows are of the first half.
+    body = texts.halves(texts.builtin_text())[1] if text in (None, PYDOC) else texts.read_text(text)
     ours, tokenizer = load_any(model, dtype, trust_remote_code, int8)
     dense = load_any(against, dtype, trust_remote_code)[0] if against is not None else None
     batches = text_batches(ours, tokenizer, body, window or 1024, windows or 12)

@@ -39,7 +39,9 @@ def compare(
     active: Annotated[str, typer.Option(help="Shares of the FFNs' multiply-adds, with commas.")] = "0.75,0.5,0.25",
     seeds: Annotated[int, typer.Option(min=1, help="Conversions of each kind.")] = 3,
     windows: Annotated[int, typer.Option(min=1, help="Windows of each text to measure on, at most.")] = 12,
-    calibration_windows: Annotated[int, typer.Option(min=1, help="Windows that a seed is calibrated on.")] = 16,
+    calibration_windows: Annotated[
+        int, typer.Option(min=1, help="Windows that a seed is calibrated on (convert takes 48 where a recipe refits).")
+    ] = 16,
     window: Annotated[int, typer.Option(min=1, help="Tokens in a window.")] = 1024,
     rounds: Annotated[int, typer.Option(min=0, help="Rounds of timing beside the dense model; 0: no timing.")] = 3,
     dtype: Dtype = "auto",

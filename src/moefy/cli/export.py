@@ -20,7 +20,7 @@ def export(
     model: Annotated[str, typer.Argument(help="A converted directory (convert it with --recipe engine).")],
     output: Annotated[Path, typer.Argument(help="The directory to write, or a name that ends in .gguf.")],
     like: Annotated[
-        Path | None, typer.Option(help="For a GGUF: one of the dense model, whose tokenizer is copied.")
+        Path | None, typer.Option(help="A GGUF needs it: a GGUF of the dense model, whose tokenizer is copied.")
     ] = None,
     weights: Annotated[
         str | None,

@@ -28,7 +28,7 @@ def tune(
     gate_scale: Annotated[bool, typer.Option("--gate-scale", help="Train a weight for each expert (CMoE).")] = False,
     balance: Annotated[
         float,
-        typer.Option(help="Step of a bias that evens out how often experts run, in deviations of their scores."),
+        typer.Option(help="Step of a bias that evens out the experts' use, in standard deviations of their scores."),
     ] = 0.0,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the order of windows and of the adapters.")] = 0,
     seconds: Annotated[float | None, typer.Option(help="Stop after so long; repeat the command to go on.")] = None,

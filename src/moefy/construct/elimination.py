@@ -19,8 +19,12 @@ from moefy.stats import NeuronStats
 
 # Neurons that go at a time: F / 96. On SmolLM2 blocks of 8 leave 0-3 % less error than one shot.
 BLOCKS = 96
-# Relative to the Gram's mean diagonal: keeps it invertible with fewer tokens than neurons.
+# Relative to each neuron's mean square: keeps the Gram invertible with fewer tokens than neurons. Relative to the mean
+# of all it swamps neurons that fire weakly and have large weights in `down`, though only the product of both counts:
+# in SmolLM2's last layer the costs were 1.4 to 7.8 times what a refit without damping leaves, and are 1.01 to 1.13.
 DAMPING = 1e-4
+# Neurons whose mean square is less than this of the mean are as good as dead.
+DEAD = 1e-12
 # Rows of neurons that are gone are cut out of the matrices when they are more than this share of them.
 SPARSE = 0.25
 # Of float64 matrices: the Gram's, its inverse and two of their size at a time.
@@ -48,8 +52,11 @@ def check_room(neurons: int) -> None:
 
 def eliminate(stats: NeuronStats) -> Elimination:
     """Remove every neuron of an FFN, a block at a time. F³ multiply-adds in float64, _BYTES·F² bytes."""
-    inverse = _inverse(stats.gram)
-    left, w = torch.arange(stats.ffn.neurons), _in_metric(stats.ffn.down.to(torch.float64, copy=True), stats.metric)
+    squares = stats.gram.diagonal()
+    size = squares.clamp_min(DEAD * squares.mean() + 1e-300).sqrt()  # from here on activations are in units of it
+    inverse = _inverse(stats.gram, size)
+    w = _in_metric(stats.ffn.down.double() * size[:-1, None], stats.metric)
+    left = torch.arange(stats.ffn.neurons)
     block, spent = max(1, stats.ffn.neurons // BLOCKS), 0.0
     order: list[Tensor] = []
     cost: list[float] = []
@@ -74,12 +81,12 @@ def eliminate(stats: NeuronStats) -> Elimination:
     return Elimination(torch.cat(order), torch.tensor(cost, dtype=torch.float64))
 
 
-def _inverse(gram: Tensor) -> Tensor:
-    """The inverse of a Gram matrix, damped by as much as it takes: tokens that are all alike give it one direction."""
-    mean = gram.diagonal().mean()
+def _inverse(gram: Tensor, size: Tensor) -> Tensor:
+    """The inverse of a Gram matrix in units of `size`, damped by as much as it takes: tokens that are all alike give it
+    one direction."""
     for damping in (DAMPING, 100 * DAMPING, 1.0):
-        damped = gram.clone()
-        damped.diagonal().add_(damping * mean + 1e-30)
+        damped = (gram / size[:, None]).div_(size)
+        damped.diagonal().add_(damping)
         root, failed = torch.linalg.cholesky_ex(damped, out=(damped, torch.empty(0, dtype=torch.int32)))
         if not failed:
             return torch.cholesky_inverse(root)

@@ -69,6 +69,8 @@ def output_metrics(
     without logits is measured by random projections of its output, which makes layers comparable but is no loss.
     Raises MoefyError if real tokens get NaN or infinite logits, or if the temporary directory is full.
     """
+    if any(p.is_inference() for p in model.parameters()):
+        raise MoefyError("This model was made in torch.inference_mode(), where nothing has gradients; load it outside.")
     sums, of_loss = _Sums(model, sites), True
     generator = torch.Generator().manual_seed(seed)
     trained = [p for p in model.parameters() if p.requires_grad]

@@ -307,7 +307,7 @@ class PackedFFN:
             raise ValueError(f"x must be (T, {self.width}): {tuple(x.shape)}")
         if not readable(x) or not x.is_floating_point():
             raise ValueError(
-                "x must be a plain tensor of real numbers on the CPU, in no mode that differentiates forward"
+                "x must be a plain tensor on the CPU, of real numbers, in no mode that differentiates forward"
             )
         if x.requires_grad and torch.is_grad_enabled():
             raise RuntimeError("the native kernel has no gradients; use torch.no_grad() or the torch kernel")

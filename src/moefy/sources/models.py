@@ -141,12 +141,24 @@ def _listed(keys: Iterable[str]) -> str:
 
 
 def check_weights(model: nn.Module) -> None:
-    """Raise MoefyError if a weight is NaN or infinite."""
+    """Raise MoefyError if a weight is NaN or infinite, or a converted FFN's order or threshold is none."""
     for name, weight in model.named_parameters():
         stored = weight.is_floating_point() and weight.device.type != "meta"  # where a device_map left it on disk
         # Both are NaN if any element is. A sum in float64, for all that it is one number, copies the weight to float64.
         if stored and weight.numel() and not all(bound.isfinite() for bound in weight.aminmax()):
             raise MoefyError(f"The weight {name} holds NaN or infinite values; the checkpoint is broken.")
+    _check_converted(model)
+
+
+def _check_converted(model: nn.Module) -> None:
+    """Raise MoefyError if what the converted FFNs have beside weights is not what a conversion writes."""
+    for name, moe in moe_layers(model).items():
+        neurons: Any = moe.neurons
+        if not neurons.is_meta and not torch.equal(neurons.sort().values.long().cpu(), torch.arange(len(neurons))):
+            raise MoefyError(f"The neurons of {name} are no order of its neurons; the checkpoint is broken.")
+        threshold = getattr(moe.router, "threshold", None)
+        if isinstance(threshold, Tensor) and not threshold.is_meta and not threshold.isfinite().all():
+            raise MoefyError(f"The threshold of {name} is {threshold.tolist()}; the checkpoint is broken.")
 
 
 def check_finite(model: nn.Module, scores: Tensor) -> None:

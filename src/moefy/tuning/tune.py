@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moefy.calibrate import CalibrationInfo, check_batches, spread, tokens_of
+from moefy.calibrate import CalibrationInfo, check_batches, lookups_told, spread, tokens_of
 from moefy.conversion.resume import fingerprint
 from moefy.convert import check_no_adapters
 from moefy.errors import MoefyError
@@ -91,6 +91,7 @@ class Tuned:
         return {name: value for name, value in asdict(self).items() if name != "seconds"}
 
 
+@lookups_told("training data")
 @torch.inference_mode(False)
 def tune(
     model: Any,
