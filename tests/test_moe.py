@@ -300,3 +300,16 @@ def test_masking_is_not_reached_by_what_experts_overflow_to():
     assert y.isfinite().all()
     assert x.grad.isfinite().all()
     assert torch.equal(y, reference.moe_ffn(x, weights, chosen))
+
+
+@torch.no_grad()
+def test_the_grouped_kernel_says_what_it_cannot_run():
+    stats, x = make_stats(width=37)
+    moe = build(stats)
+    with (
+        kernels.using("grouped"),
+        pytest.raises(moefy.MoefyError, match=r"cannot run inputs .*37.*multiple of 16 bytes"),
+    ):
+        moe(x)
+    with kernels.using("torch"):
+        moe(x)

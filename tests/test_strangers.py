@@ -12,6 +12,7 @@ import moefy
 import tiny
 from command import moefy as command
 from moefy.calibrate import token_windows
+from moefy.errors import MoefyWarning
 from moefy.sources.models import load_source
 from moefy.sources.texts import read_text
 from test_sources import with_config, with_weights, write_gguf
@@ -179,3 +180,23 @@ def test_a_comparison_of_another_config(dense, tmp_path):
     done = command(*call)
     assert done.returncode == 2
     assert "other settings (config)" in " ".join(done.stderr.split())
+
+
+@pytest.mark.parametrize(
+    ("family", "path"), [("llama", "model.layers.0.mlp"), ("bert", "bert.encoder.layer.1.output.dense")]
+)
+def test_hooks_on_modules_that_are_replaced_are_not_lost_without_a_word(family, path):
+    model = tiny.tiny(family)
+    model.get_submodule(path).register_forward_hook(lambda module, args, out: out)
+    with pytest.warns(MoefyWarning, match=f"Hooks on {path} are lost"):
+        moefy.convert(model, "cmoe", [tiny.inputs(family)])
+
+
+def test_hooks_elsewhere_stay_and_nothing_is_said(recwarn):
+    model, seen = tiny.tiny("llama"), []
+    model.model.layers[0].register_forward_hook(lambda module, args, out: seen.append(1))
+    moefy.convert(model, "cmoe", [tiny.inputs("llama")])
+    assert not [w for w in recwarn if "Hooks" in str(w.message)]
+    seen.clear()
+    tiny.output(model, tiny.inputs("llama"))
+    assert seen == [1]

@@ -10,6 +10,7 @@ import os
 import resource
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -30,7 +31,7 @@ from moefy.conversion.one_pass import Arrival, OnePass
 from moefy.conversion.residuals import find_residuals
 from moefy.conversion.resume import Store
 from moefy.conversion.work import layer_work, measure_work, tokens_in
-from moefy.errors import MoefyError
+from moefy.errors import MoefyError, MoefyWarning
 from moefy.hf import mark_converted
 from moefy.moe import MoEFFN, moe_layers
 from moefy.recipe import Recipe
@@ -145,6 +146,7 @@ def convert(
         check_room(max(shapes[0].neurons for shapes in specs.values()))
     if recipe.slim:
         slim.config_sizes(model, {name: spec for name, (spec,) in specs.items()})  # refused now, not when it is saved
+    _warn_of_hooks(model, sites.values())
     batches = _needed(batches, recipe, specs)
     report, store = Report(recipe, CalibrationInfo.of(batches)), Store.of(state, model, batches)
     was_training = model.training
@@ -271,6 +273,26 @@ def check_dense(model: nn.Module) -> None:
     check_no_adapters(model)
     if getattr(model.config, "moefy", None):
         raise MoefyError("This model is converted already, if only in part; start from the dense model it came from.")
+
+
+def _warn_of_hooks(model: nn.Module, sites: Iterable[Site]) -> None:
+    """Say that hooks are lost which are on modules that a conversion replaces."""
+    found: list[str] = []
+    for site in sites:
+        whole = site.layer_name if isinstance(site, ExpertSite) else site.entry_name
+        for path in (whole, *(f"{site.name}.{path}" for path in site.family.bypass)):
+            for name, module in model.get_submodule(path).named_modules(prefix=path):
+                if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
+                    found.append(name)
+    if found:
+        names = list(dict.fromkeys(found))
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        warnings.warn(
+            f"Hooks on {names[0]}{more} are lost with the modules that a conversion replaces; register them again on "
+            f"what is there then.",
+            MoefyWarning,
+            stacklevel=3,
+        )
 
 
 def check_no_adapters(model: nn.Module) -> None:

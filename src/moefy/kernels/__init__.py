@@ -83,6 +83,11 @@ def using(name: str) -> Iterator[None]:
 def pick(x: Tensor, weights: MoEWeights) -> Kernel:
     """The kernel for this call."""
     check()
+    if _choice == "grouped" and weights.experts and not grouped.supports(x, weights):
+        raise MoefyError(
+            f"torch's grouped_mm cannot run inputs {tuple(x.shape)} in {x.dtype} through experts of "
+            f"{weights.expert_size}: rows must be a multiple of 16 bytes, in 16 or 32 bits; use another kernel."
+        )
     if _choice in KERNELS:
         return KERNELS[_choice]
     if has_tangents():  # which grouped_mm refuses
