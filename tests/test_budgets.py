@@ -2,7 +2,6 @@
 
 import copy
 import errno
-from dataclasses import replace
 
 import pytest
 import torch
@@ -49,15 +48,6 @@ def test_the_cost_of_an_elimination_is_that_of_a_least_squares_fit(metric, bias)
         assert float(found.cost[gone - 1]) == pytest.approx(float(exact), rel=0.02)
 
 
-def test_the_order_and_the_costs_do_not_depend_on_the_units_of_activations():
-    stats, x = make_stats(activation="relu")
-    size = 10 ** (torch.rand(stats.ffn.neurons, generator=torch.Generator().manual_seed(0)) * 8 - 4)
-    other = replace(stats.ffn, up=stats.ffn.up * size[:, None], down=stats.ffn.down / size[:, None])
-    expected, found = eliminate(stats), eliminate(NeuronStats(other, lambda: iter([x])))
-    assert torch.equal(found.order, expected.order)
-    torch.testing.assert_close(found.cost, expected.cost, rtol=0.02, atol=0)
-
-
 def test_neurons_that_others_repeat_go_first():
     stats, _ = make_stats(activation="gelu", tokens=600)
     ffn, half = stats.ffn, stats.ffn.neurons // 2
@@ -80,6 +70,13 @@ def test_a_budget_is_divided_where_it_costs_least():
         Metrics({}, {}), curves
     ).predicted_loss(uniform)
     assert set(allocate(curves, 1.0).values()) == {1.0}
+
+
+def test_what_no_layer_needs_of_a_budget_is_given_to_those_with_least():
+    grid = torch.linspace(0, 1, GRID, dtype=torch.float64)
+    dead = Curve((0.4 - grid).clamp_min(0), 100)  # the other neurons never fire
+    assert list(allocate({"a": dead, "b": dead}, 0.75).values()) == pytest.approx([0.75, 0.75])
+    assert allocate({"a": dead, "b": Curve((1 - grid) ** 2, 100)}, 0.75) == {"a": pytest.approx(0.5), "b": 1.0}
 
 
 def test_a_layer_that_is_dear_stays_dense_and_sizes_weigh():

@@ -1,10 +1,13 @@
-"""What losing an expert costs after repair, and the router that decides by it."""
+"""What losing neurons or an expert costs after repair, and the router that decides by it."""
+
+from dataclasses import replace
 
 import pytest
 import torch
 
 import moefy
 from moefy.construct import construct
+from moefy.construct.elimination import eliminate
 from moefy.routers import ROUTERS
 from moefy.stats import NeuronStats, contributions, unrepaired
 from moefy.types import linear, products
@@ -86,3 +89,12 @@ def test_activations_are_the_same_whether_they_are_held_or_computed_again(held, 
     held_out = torch.cat([held for _, held in stats.split_inputs()])
     assert torch.equal(held_out, torch.cat([held for *_, held in stats.split_activations()]))
     assert bool(stats._kept) == (held > 0)
+
+
+def test_the_order_and_the_costs_do_not_depend_on_the_units_of_activations():
+    stats, x = make_stats(activation="relu")
+    size = 10 ** (torch.rand(stats.ffn.neurons, generator=torch.Generator().manual_seed(0)) * 8 - 4)
+    other = replace(stats.ffn, up=stats.ffn.up * size[:, None], down=stats.ffn.down / size[:, None])
+    expected, found = eliminate(stats), eliminate(NeuronStats(other, lambda: iter([x])))
+    assert torch.equal(found.order, expected.order)
+    torch.testing.assert_close(found.cost, expected.cost, rtol=0.02, atol=0)

@@ -138,6 +138,15 @@ def loss_curve(stats: NeuronStats) -> Curve:
     return Curve(loss, stats.ffn.multiply_adds)
 
 
+def _filled(shares: Tensor, weights: Tensor, budget: float) -> Tensor:
+    """Shares of `budget` on average, of which the smallest are raised to one level."""
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        level = (low + high) / 2
+        low, high = (low, level) if float(weights @ shares.clamp_min(level)) > budget else (level, high)
+    return shares.clamp_min(low)
+
+
 def allocate(curves: Mapping[str, Curve], budget: float, least: Mapping[str, float] | None = None) -> dict[str, float]:
     """A share for each layer, `budget` on average over multiply-adds, at the least sum of predicted losses.
 
@@ -157,6 +166,9 @@ def allocate(curves: Mapping[str, Curve], budget: float, least: Mapping[str, flo
 
     scale = float(losses[losses.isfinite()].max().clamp_min(1e-30))  # of what a share more can save
     low, high = 1e-15 * scale, 1e6 * scale
+    needed = shares(low)
+    if float(weights @ needed) <= budget:  # the rest saves nothing without routing, but routing can use it
+        return dict(zip(curves, _filled(needed, weights, budget).tolist(), strict=True))
     for _ in range(100):
         price = (low * high) ** 0.5
         low, high = (price, high) if float(weights @ shares(price)) > budget else (low, price)
