@@ -158,7 +158,7 @@ def check_batches(batches: Iterable[Mapping[str, Any]], what: str = "calibration
         if ids is not None and (ids.is_floating_point() or ids.dtype == torch.bool):
             raise MoefyError(f"The input_ids of {what} batch {i} are {ids.dtype}; token ids are integers.")
     tokens = sum(map(tokens_of, checked))
-    if tokens < 2 and all("input_ids" in batch for batch in checked):
+    if tokens in (0, 1) and all("input_ids" in batch for batch in checked):  # masks that are added sum up to less
         raise MoefyError(f"The {what} has {tokens} real tokens, the rest is padding; give more text.")
     return checked
 

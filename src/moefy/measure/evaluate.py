@@ -237,10 +237,8 @@ def routing(
 
     handles = [moe.register_forward_hook(watch(name), with_kwargs=True) for name, moe in layers.items()]
     try:
-        with (
-            in_one_piece(model),
-            kernels.using("torch"),
-        ):  # the ground truths look at the weights, which the native kernel keeps packed
+        # The ground truths look at the weights, which the native kernel keeps packed.
+        with in_one_piece(model), kernels.using("torch"):
             for batch in batches:
                 model(**batch)
                 step()
