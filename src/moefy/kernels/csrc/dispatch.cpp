@@ -106,15 +106,13 @@ const int registered = pthread_atfork(nullptr, nullptr, [] { forked = true; });
 
 bool in_forked_child() { return forked.load(std::memory_order_relaxed) || registered != 0; }
 
-// A core of Intel's makes two products of 512 bits in a cycle, twice as many as one of Zen 4, and reads 21 bytes of
-// weights in each: with 64 KB of them at a time the up phase makes 147 to 151 GFLOP/s on a quiet core of an Emerald
-// Rapids, with 128 KB 131 to 133 (of 172 at most; D 2,048: 115 and 114), and 4 to 11 % more on a busy one.
-int up_steps() {
+bool two_products() {
 #ifdef MOEFY_X86
-  static const bool intel = __builtin_cpu_is("intel") != 0;
-  if (intel) return 256;
+  static const bool found = __builtin_cpu_is("intel") && has_avx512();
+  return found;
+#else
+  return false;
 #endif
-  return 512;
 }
 
 int instruction_sets(const char** names, int capacity) {

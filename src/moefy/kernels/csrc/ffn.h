@@ -187,6 +187,7 @@ struct Selection {
 
 struct Kernels {
   const char* name;
+  bool wide;     // has vectors of 512 bits
   bool has_dot;  // multiplies bf16 pairs in one instruction
   bool tiled;    // wants bf16 weights packed for AMX
   void (*up)(const UpTask&);
@@ -202,8 +203,9 @@ struct Kernels {
                float* weight);
 };
 
-// Steps of the up phase that many rows make in one go with tiles of several panels.
-int up_steps();
+// Whether a core makes two products of 512 bits in a cycle, twice as many as one of Zen 4: Intel's do, and want other
+// amounts at a time. (Zen 5's do too. Measured there was only what Zen 4 wants.)
+bool two_products();
 
 // Names of what this build and this machine can run, the fastest last; null for a name that it cannot.
 int instruction_sets(const char** names, int capacity);

@@ -4,5 +4,5 @@
 
 namespace moefy {
 extern const Kernels k_amx;
-const Kernels k_amx = {"amx", true, true, up_tiled, up_row_tiled, down_tiled, up_joined, down_joined, select, gate};
+const Kernels k_amx = {"amx", true, true, true, up_tiled, up_row_tiled, down_tiled, up_joined, down_joined, select, gate};
 }  // namespace moefy

@@ -8,7 +8,7 @@
 
 namespace {
 
-constexpr int kSparsePanels = Lanes::kTile >= 24 ? 8 : Lanes::kTile >= 6 ? 4 : 3;  // sums of a row, in registers
+constexpr int kSparsePanels = kWide ? 8 : Lanes::kTile >= 6 ? 4 : 3;  // sums of a row, in registers
 constexpr int kMaskBits = 64;  // inputs of a chunk: its weights are at most 32 KB of eight panels
 
 // Which of `count` inputs of a row from `first` on are not 0; rows end at a multiple of 16 values.
@@ -90,15 +90,18 @@ void add_chunk(const Product& job, int first, int count, const char* next) {
 
 // Whether leaving zeros out pays, by some of the rows. Setting up a row takes as long as one to three products, and weights
 // that are widened are so for every row: with experts of 32 and fp32 it pays below 60 % of values other than 0 (AVX2 46 %),
-// of 8 below 46 % (AVX2 17 %). Few rows wait for weights, which long panels are read faster for in a row.
+// of 8 below 46 % (AVX2 17 %); where a core makes two products in a cycle, but one for every load, below 45 % (few rows
+// 37 %; what half zeros took before was 1.3 to 1.4 times as long). Few rows wait for weights, which long panels are read
+// faster for in a row.
 template <class Format>
 bool has_zeros(const Product& job, int inputs) {
-  constexpr bool wide = Lanes::kTile >= 24, widened = Format::kBytes < int(moefy::kAlign) || Format::kParts > 1;
-  constexpr int limit = (wide ? 65 : 55) - (widened ? 5 : 0);
-  const int few = inputs > kMaskBits ? 28 : widened ? 50 : limit;
+  constexpr bool widened = Format::kBytes < int(moefy::kAlign) || Format::kParts > 1;
+  const bool twice = kWide && moefy::two_products();
+  const int limit = (twice ? 50 : kWide ? 65 : 55) - (widened ? 5 : 0);
+  const int few = inputs > kMaskBits ? 28 : widened ? 50 : twice ? 42 : limit;
   const int step = job.rows > 8 ? job.rows / 8 : 1;
   int64_t seen = 0, cost = 0;  // in hundredths of a product
-  for (int r = 0; r < job.rows; r += step, cost += wide ? 150 : 300)
+  for (int r = 0; r < job.rows; r += step, cost += kWide ? 150 : 300)
     for (int first = 0; first < inputs; first += kMaskBits) {
       const int count = inputs - first < kMaskBits ? inputs - first : kMaskBits;
       cost += 100 * __builtin_popcountll(nonzero<Format>(job.in[r], first, count));
