@@ -92,17 +92,21 @@ void up_one_row(const UpTask* tasks, int count, int panel0, int panels) {
     finish(tasks[i], sums, tasks[i].weight ? tasks[i].weight[0] : 1.f, tasks[i].out[0]);
 }
 
-// y += row . weights for some panels of 16 columns
-void down_one_row(const Row& row, const char* weights, int64_t panel_bytes, int panels, float* y) {
+// y += row . weights for P panels of 16 columns that lie `apart`
+void add_panels(int P, int apart, const Row& row, const char* weights, int64_t panel_bytes, float* y) {
   alignas(64) float sums[4][kLanes];
-  for (int panel = 0; panel < panels; panel += 4) {
-    const int P = panels - panel < 4 ? panels - panel : 4;
-    const char* from[4];
-    float* to[4];
-    for (int p = 0; p < P; ++p) from[p] = weights + (panel + p) * panel_bytes, to[p] = sums[p];
-    multiply_row<16>(P, row, from, to);
-    for (int p = 0; p < P; ++p, y += kLanes) (Lanes::load(y) + Lanes::load(sums[p])).store(y);
-  }
+  const char* from[4];
+  float* to[4];
+  for (int p = 0; p < P; ++p) from[p] = weights + p * apart * panel_bytes, to[p] = sums[p];
+  multiply_row<16>(P, row, from, to);
+  for (int p = 0; p < P; ++p, y += apart * kLanes) (Lanes::load(y) + Lanes::load(sums[p])).store(y);
+}
+
+// y += row . weights for some panels of 16 columns: four that lie far apart, which are long streams (tiles.h).
+void down_one_row(const Row& row, const char* weights, int64_t panel_bytes, int panels, float* y) {
+  const int apart = panels / 4, rest = panels % 4, last = 4 * apart;
+  for (int p = 0; p < apart; ++p) add_panels(4, apart, row, weights + p * panel_bytes, panel_bytes, y + p * kLanes);
+  if (rest) add_panels(rest, 1, row, weights + last * panel_bytes, panel_bytes, y + last * kLanes);
 }
 
 // sums[row][panel][8 neurons] = x . weights, which are `panels` up panels of an expert, or of a router after split_up (an
