@@ -33,6 +33,8 @@ void set_tiles(int rows, int depth, int columns) {
   _tile_loadconfig(&config);
 }
 
+constexpr int kAhead = 4;  // tiles of depth that are asked for before they are needed
+
 struct TileProduct {
   int parts, splits;
   const char* in;  // of row 0; bytes to the next row, the next tile of depth, the next split
@@ -41,11 +43,10 @@ struct TileProduct {
   int64_t out_row;  // bytes
   const uint8_t* needed = nullptr;  // the parts that are not all 0
   bool fetch = false;               // weights that follow, for this is the first to read them
+  int64_t ahead = kAhead * weights_part;  // bytes from a tile to what is asked for
   int weight_splits = 1;            // more than one only where `splits` is one
   int64_t weights_split = 0;        // bytes to the next
 };
-
-constexpr int kAhead = 4;  // tiles
 
 void prefetch_tile(const char* tile, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += kAlign) __builtin_prefetch(tile + i);
@@ -68,8 +69,8 @@ void multiply_tiles(const TileProduct& job, const int64_t* at, const char* weigh
     _tile_loadd(6, weights, job.weights_row);
     if constexpr (G == 2) _tile_loadd(7, weights + job.weights_group, job.weights_row);
     if (job.fetch) {
-      prefetch_tile(weights + kAhead * job.weights_part, job.weights_part);
-      if constexpr (G == 2) prefetch_tile(weights + job.weights_group + kAhead * job.weights_part, job.weights_part);
+      prefetch_tile(weights + job.ahead, job.weights_part);
+      if constexpr (G == 2) prefetch_tile(weights + job.weights_group + job.ahead, job.weights_part);
     }
     const char *part = in, *split = weights;
     for (int s = 0; s < job.splits * job.weight_splits; ++s) {

@@ -90,9 +90,9 @@ void add_chunk(const Product& job, int first, int count, const char* next) {
 
 // Whether leaving zeros out pays, by some of the rows. Setting up a row takes as long as one to three products, and weights
 // that are widened are so for every row: with experts of 32 and fp32 it pays below 60 % of values other than 0 (AVX2 46 %),
-// of 8 below 46 % (AVX2 17 %); where a core makes two products in a cycle, but one for every load, below 45 % (few rows
-// 37 %; what half zeros took before was 1.3 to 1.4 times as long). Few rows wait for weights, which long panels are read
-// faster for in a row.
+// of 8 below 46 % (AVX2 17 %). Where a core makes two products in a cycle, which loads do not keep up with, it pays below
+// 45 % (few rows 37 %), and with half zeros took 1.3 to 1.4 times as long. Few rows wait for weights, which long panels are
+// read faster for in a row.
 template <class Format>
 bool has_zeros(const Product& job, int inputs) {
   constexpr bool widened = Format::kBytes < int(moefy::kAlign) || Format::kParts > 1;
