@@ -18,7 +18,7 @@ struct Row {
   TileCut cut;
   float* values;    // inputs, rounded up to 32
   uint16_t* pairs;  // a bit per pair, for each part
-  bool few = false;  // of the pairs, less than half: joined experts that were not chosen, or ReLU
+  bool by_pairs = false;  // of many parts less than half of the pairs are needed, as of joined experts
   int64_t padded() const { return round_up(cut.inputs(), 2 * kLanes); }
   Row(int inputs, char* scratch)
       : cut(inputs), values(reinterpret_cast<float*>(scratch)), pairs(reinterpret_cast<uint16_t*>(values + padded())) {}
@@ -34,7 +34,7 @@ struct Row {
       pairs[part] = uint16_t(_pext_u32(found | found >> 1, 0x55555555));
       count += __builtin_popcount(pairs[part]);
     }
-    few = 4 * count < cut.inputs();
+    by_pairs = cut.parts > 2 && 4 * count < cut.inputs();
   }
 };
 
@@ -80,14 +80,14 @@ template <int P, int Columns>
 void multiply_row(const Row& row, const char* const* weights, float* const* sums) {
   const FlushDenormals flush;
   const __m512i high = _mm512_set1_epi32(int(0xffff0000));
-  const int64_t ahead = row.few ? 0 : 1024;
+  const int64_t ahead = row.by_pairs ? 0 : 1024;
   __m512 sum[P];
   const char* w[P];
 #pragma GCC unroll 8
   for (int p = 0; p < P; ++p) sum[p] = _mm512_setzero_ps(), w[p] = weights[p];
   for (int part = 0; part < row.cut.parts; ++part) {
     const float* x = row.values + part * row.cut.depth;
-    if (row.few) fetch_pairs<P, Columns>(row, part + 2, weights);
+    if (row.by_pairs) fetch_pairs<P, Columns>(row, part + 2, weights);
     if (row.pairs[part]) {
       __m512 even[P], odd[P];
 #pragma GCC unroll 8

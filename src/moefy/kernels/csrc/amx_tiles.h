@@ -43,7 +43,7 @@ struct TileProduct {
   int64_t out_row;  // bytes
   const uint8_t* needed = nullptr;  // the parts that are not all 0
   bool fetch = false;               // weights that follow, for this is the first to read them
-  int64_t ahead = kAhead * weights_part;  // bytes from a tile to what is asked for
+  int64_t beyond = 0;               // bytes that they lie further than `kAhead` tiles
   int weight_splits = 1;            // more than one only where `splits` is one
   int64_t weights_split = 0;        // bytes to the next
 };
@@ -63,14 +63,15 @@ void multiply_tiles(const TileProduct& job, const int64_t* at, const char* weigh
   if constexpr (R * G > 2) _tile_zero(2);
   if constexpr (R * G > 3) _tile_zero(3);
   const char* in = job.in;
+  const int64_t ahead = kAhead * job.weights_part + job.beyond;
   const int64_t at0 = at[0], at1 = at[R > 1], at2 = at[R > 2 ? 2 : 0], at3 = at[R > 3 ? 3 : 0];
   for (int k = 0; k < job.parts; ++k, weights += job.weights_part, in += job.in_part) {
     if (job.needed && !job.needed[k]) continue;
     _tile_loadd(6, weights, job.weights_row);
     if constexpr (G == 2) _tile_loadd(7, weights + job.weights_group, job.weights_row);
     if (job.fetch) {
-      prefetch_tile(weights + job.ahead, job.weights_part);
-      if constexpr (G == 2) prefetch_tile(weights + job.weights_group + job.ahead, job.weights_part);
+      prefetch_tile(weights + ahead, job.weights_part);
+      if constexpr (G == 2) prefetch_tile(weights + job.weights_group + ahead, job.weights_part);
     }
     const char *part = in, *split = weights;
     for (int s = 0; s < job.splits * job.weight_splits; ++s) {

@@ -203,8 +203,9 @@ struct Kernels {
                float* weight);
 };
 
-// Whether a core makes two products of 512 bits in a cycle, twice as many as one of Zen 4: Intel's do, and want other
-// amounts at a time. (Zen 5's do too. Measured there was only what Zen 4 wants.)
+// Whether a core makes two products of 512 bits in a cycle, twice as many as one of Zen 4: Intel's servers do (what else
+// Intel has with AVX-512 counts as one), and want other amounts at a time. Zen 5's do too, but what they want was not
+// measured.
 bool two_products();
 
 // Names of what this build and this machine can run, the fastest last; null for a name that it cannot.

@@ -18,8 +18,7 @@ using namespace moefy;
 // each, faster than L2 gives them: with 64 KB at a time the up phase makes 147 to 151 GFLOP/s on a quiet core of an
 // Emerald Rapids, with 128 KB 131 to 133 (of 172 at most; D 2,048: 115 and 114), and 4 to 11 % more on a busy one.
 inline int chunk_of(int rows) {
-  constexpr int panels = max_panels(max_rows());
-  return rows <= 24 ? 512 / panels : panels > 1 && two_products() ? 256 : 512;
+  return rows <= 24 ? 512 / max_panels(max_rows()) : twice() ? 256 : 512;
 }
 
 // A tile of few rows waits for DRAM and, where it has one or two panels, reads as many streams. Four panels in turns,

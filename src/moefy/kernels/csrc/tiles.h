@@ -166,7 +166,7 @@ void tile(const Product& job, int row, int panel, int count, const Ahead& ahead)
 }
 
 constexpr int kMaxRows = 6, kMaxPanels = 4;
-constexpr int kFewRows = 3;         // of which tiles of AVX2 take two panels and more
+constexpr int kFewRows = 3;  // of which tiles of AVX2 take two panels and more
 using TileFunction = void (*)(const Product&, int row, int panel, int count, const Ahead& ahead);
 
 template <class Format, int R, int P>
@@ -190,11 +190,13 @@ TileFunction tile_of(int rows, int panels) {
 }
 
 constexpr bool kWide = Lanes::kTile >= 24;
-
-// Bytes of weights that share L1 with the rows of a tile; with 32 KB the down phase of experts of 64 takes 7-10 % more.
-inline size_t in_l1() { return (kWide && moefy::two_products() ? 24 : 16) << 10; }
+inline bool twice() { return kWide && moefy::two_products(); }  // two products of 512 bits in a cycle
 
 constexpr int max_rows() { return kMaxRows < Lanes::kTile ? kMaxRows : Lanes::kTile; }
+// Bytes of weights that share L1 with the rows of a tile. Of 48 KB, as Intel's cores have, 24: with 32 the down phase of
+// experts of 64 takes 1-8 % more.
+inline size_t in_l1(int rows) { return (rows > max_rows() && twice() ? 24 : 16) << 10; }
+
 constexpr int max_panels(int rows) { return Lanes::kTile / rows < kMaxPanels ? Lanes::kTile / rows : kMaxPanels; }
 
 // Where weights stay in L1 a tile has few steps, and with four panels (AVX-512) y's rows are loaded and stored around
@@ -301,7 +303,7 @@ void multiply_pieces(const Product& job) {
 
 template <class Format>
 void multiply(const Product& job) {
-  const bool near = Format::kShortPanels && job.panels * job.panel_bytes < in_l1();
+  const bool near = Format::kShortPanels && job.panels * job.panel_bytes < in_l1(job.rows);
   if (Format::kShortPanels && !near && job.rows <= max_rows() && job.panels >= kMaxPanels) {
     const int streams = max_panels(job.rows);
     if (streams == 1) return multiply_halves<Format>(job);
