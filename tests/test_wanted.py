@@ -1,5 +1,6 @@
 """What a user's words mean: options of the command line as a recipe, or a sentence."""
 
+import numpy as np
 import pytest
 import torch
 import transformers as tf
@@ -192,7 +193,7 @@ def test_a_recipe_s_own_expert_size_gives_way_to_one_that_fits(neurons, recipe, 
 
 @pytest.mark.parametrize("name", ["cmoe", "moefication", "reconstructed", "slim"])
 def test_a_share_from_python_is_that_of_the_command_line(name):
-    assert moefy.at_share(name, 0.5) == chosen(name, active=0.5)
+    assert moefy.at_share(name, 0.5) == chosen(name, active=0.5) == moefy.at_share(name, np.float32(0.5))
     for share in (0, 1.5, float("nan"), "half"):
         with pytest.raises(moefy.MoefyError, match="above 0 and at most 1"):
             moefy.at_share(name, share)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import Any
 
 from moefy.errors import MoefyError
@@ -45,8 +46,9 @@ def at_share(recipe: Recipe | str, share: float, **given: Any) -> Recipe:
     active ones, as CMoE's S3A3E8; any other that share of active experts. The router comes on top where the recipe
     has no budget. Experts are counted in the coarsest steps that are within 1 % unless their count is given.
     """
-    if not (isinstance(share, int | float) and 0 < share <= 1):
+    if not (isinstance(share, Real) and 0 < share <= 1):
         raise MoefyError(f"A share of the FFNs' multiply-adds is above 0 and at most 1: {share!r}.")
+    share = float(share)  # numpy's numbers are not what a recipe holds
     recipe, experts = Recipe.of(recipe), given.get("experts")
     size = given.get("expert_size", None if experts else recipe.expert_size)
     if given.get("construction", recipe.construction) == "shared_only" and not experts:

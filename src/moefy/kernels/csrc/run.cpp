@@ -33,8 +33,8 @@ int64_t most_slice_bytes() {  // of y in the down phase: half of L2
 // is slower (128 to 512 tokens take 0-2 % less than with 256 KB, and 2-9 % on a busy machine). But at least four panels
 // and 4 KB of an expert's weights: with less, experts of 8 take 3-6 % more (Zen 3, L2 of 512 KB); 8 KB where L2 has 1 MB
 // for as much more of y: 128 and 256 tokens of those take another 0-4 % less, others as long (Zen 4). And about eight
-// panels where a core makes two products of 512 bits in a cycle: rows that are left out of (sparse.h) are as many sums,
-// and with four each product would wait for the one before (80 % zeros, 256 and 1,024 tokens: the down phase takes 26
+// panels where a core makes two products of 512 bits in a cycle: where zeros are left out (sparse.h) a tile has a sum for
+// each panel, and with four of them a product would wait for the one before (80 % zeros, 256 and 1,024 tokens: the down phase takes 26
 // and 33 % less than with four, without zeros 9 and 11 %; Emerald Rapids).
 int64_t slice_panels(int64_t panel_bytes, const Bank* routed, bool wide_core, bool widest) {
   const int64_t least = most_slice_bytes() >= int64_t(512) << 10 ? int64_t(8) << 10 : int64_t(4) << 10;
